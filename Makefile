@@ -1,0 +1,27 @@
+# Two commands on a bare machine: `make repro` and `make test`. Both set up .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: repro test lint ui clean
+
+repro: .venv/installed
+	dvc repro
+
+test: .venv/installed
+	pytest
+
+lint: .venv/installed
+	ruff check
+
+ui: .venv/installed
+	mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv .cache .checkpoints

@@ -1,0 +1,66 @@
+"""Trunk → global pooling → linear head → L2 normalisation."""
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cbml.backbones.config import BackboneConfig, InputConvention
+from cbml.backbones.trunks import build_trunk, input_convention
+
+POOLING = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}
+
+
+class EmbeddingModel(nn.Module):
+    """Embeddings from raw images: the backbone's own normalisation is part of the model.
+
+    Args:
+        trunk: normalised images → features (B, C, h, w), or (B, C) if `pooling` is None; has `num_features`.
+        input: the pixels that the trunk expects.
+        pooling: "avg", "max", or None for a trunk that pools by itself.
+        embedding_dim: D of the linear head, or 0 for no head: D is C then.
+        freeze_bn: keep BN layers in eval mode, their affine parameters trained, also in `train()`. A later change
+            takes effect at the next `train()`.
+    """
+
+    def __init__(self, trunk: nn.Module, input: InputConvention, pooling: str | None, embedding_dim: int,
+                 freeze_bn: bool = True):
+        super().__init__()
+        self.trunk = trunk
+        self.input = input
+        self.pooling = pooling
+        self.freeze_bn = freeze_bn
+        self.head = nn.Identity()
+        if embedding_dim:
+            self.head = nn.Linear(trunk.num_features, embedding_dim)
+            nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
+            nn.init.zeros_(self.head.bias)
+        self.embedding_dim = embedding_dim or trunk.num_features
+        self.train()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """RGB images (B, 3, H, W), uint8 or float with values 0–255 → float32 embeddings (B, D) of unit length."""
+        features = self.trunk(self.input.normalize(images))
+        if self.pooling:
+            features = POOLING[self.pooling](features, 1).flatten(1)
+        return F.normalize(self.head(features).float(), dim=1)
+
+    def train(self, mode: bool = True) -> "EmbeddingModel":
+        super().train(mode)
+        if self.freeze_bn:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+
+def create_model(config: BackboneConfig, *, embedding_dim: int, root: Path,
+                 load_weights: bool = True) -> EmbeddingModel:
+    """Build a backbone with its weights (unless `load_weights` is off: for a checkpoint to follow) and a new head.
+
+    Raises:
+        UserError: as `build_trunk`.
+    """
+    if not load_weights:
+        config = config.model_copy(update={"weights": None})
+    return EmbeddingModel(build_trunk(config, root), input_convention(config), config.pooling, embedding_dim)

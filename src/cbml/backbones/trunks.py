@@ -1,0 +1,132 @@
+"""The registry of trunks: networks up to their last feature map."""
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from types import ModuleType
+
+import torchvision
+from torch import nn
+from torchvision.models.resnet import Bottleneck
+
+from cbml.backbones.bn_inception import BNInception
+from cbml.backbones.config import BackboneConfig, InputConvention
+from cbml.backbones.weights import CLASSIFIERS, fetch_published, load_state, read_state
+from cbml.errors import UserError
+
+
+def build_trunk(config: BackboneConfig, root: Path) -> nn.Module:
+    """Build a trunk and load its weights.
+
+    Args:
+        root: what a relative path in `config.weights` is relative to.
+
+    Returns:
+        A module from normalised images (B, 3, H, W) to features (B, C, h, w), or (B, C) if it is a timm model, which
+        pools by itself. Its attribute `num_features` is C.
+
+    Raises:
+        UserError: the weights cannot be had, read or loaded, or timm or the timm model is missing.
+    """
+    trunk = TRUNKS[config.type](config)
+    if config.weights == "imagenet" and config.published:
+        path = fetch_published(config.published)
+    elif config.weights is None or config.weights == "imagenet":
+        return trunk
+    else:
+        path = root / config.weights
+    load_state(trunk, read_state(path), path, (*CLASSIFIERS, *getattr(trunk, "classifier_names", ())))
+    return trunk
+
+
+def input_convention(config: BackboneConfig) -> InputConvention:
+    """The pixels that a backbone expects: its entry's, or a timm model's own.
+
+    Raises:
+        UserError: timm or the timm model is missing.
+    """
+    if config.type != "timm":
+        return config.input
+    timm = _timm_with(config.model)
+    pretrained = timm.get_pretrained_cfg(config.model)
+    data = timm.data.resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
+    crop = data["input_size"][1]
+    return InputConvention(mean=data["mean"], std=data["std"], resize=int(crop / data["crop_pct"]), crop=crop,
+                           interpolation=data["interpolation"])
+
+
+def _resnet(config: BackboneConfig) -> nn.Module:
+    network = torchvision.models.get_model(config.type, weights=None)
+    if config.stride_in == "conv1":
+        for block in network.modules():
+            if isinstance(block, Bottleneck):
+                block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    return _until_pooling(network)
+
+
+def _googlenet(config: BackboneConfig) -> nn.Module:
+    network = torchvision.models.googlenet(weights=None, transform_input=False, aux_logits=False, init_weights=False)
+    return _kaiming(_until_pooling(network))
+
+
+def _bn_inception(config: BackboneConfig) -> nn.Module:
+    return _kaiming(BNInception())
+
+
+def _timm(config: BackboneConfig) -> nn.Module:
+    timm = _timm_with(config.model)
+    try:
+        trunk = timm.create_model(config.model, pretrained=config.weights == "imagenet", num_classes=0)
+    except Exception as error:  # timm, its hub client and their transports each have their own types
+        reason = f"{error}".strip().partition("\n")[0]
+        raise UserError(f"timm model '{config.model}' cannot be had ({type(error).__name__}: {reason}); a file of "
+                        "weights can be named as `weights`") from error
+    trunk.num_features = trunk.head_hidden_size  # differs where a layer follows the pooling, as in MobileNetV3
+    classifiers = trunk.pretrained_cfg.get("classifier") or ()
+    trunk.classifier_names = tuple(f"{name}." for name in
+                                   ((classifiers,) if isinstance(classifiers, str) else classifiers))
+    return trunk
+
+
+TRUNKS: dict[str, Callable[[BackboneConfig], nn.Module]] = {
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), _resnet),
+    "googlenet": _googlenet,
+    "bn_inception": _bn_inception,
+    "timm": _timm,
+}
+
+
+def _until_pooling(network: nn.Module) -> nn.Module:
+    """The layers of a torchvision network before its global pooling, under their own names."""
+    trunk = nn.Sequential(OrderedDict(takewhile(lambda child: child[0] != "avgpool", network.named_children())))
+    trunk.num_features = network.fc.in_features
+    return trunk
+
+
+def _kaiming(trunk: nn.Module) -> nn.Module:
+    """Initialise as torchvision does its ResNets: a smaller start vanishes in the depth while BN is frozen."""
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return trunk
+
+
+def _timm_with(model: str) -> ModuleType:
+    """Import timm and make sure that it knows `model`."""
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise UserError(f"backbone timm model '{model}' needs timm: pip install -r requirements-extra.txt") from error
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models(), 3)
+        raise UserError(f"timm {timm.__version__} has no model '{model}'; "
+                        + (f"near: {', '.join(near)}" if near else "timm.list_models() names those it has"))
+    try:
+        timm.get_pretrained_cfg(model)
+    except RuntimeError as error:  # a good name with a wrong tag, as in resnet50.imagenet
+        raise UserError(f"timm {timm.__version__}, model '{model}': {error}") from error
+    return timm

@@ -1,0 +1,130 @@
+"""Decoded images: every image of a list, resized once, in one memory-mapped array of bytes.
+
+Decoding JPEGs is most of what an input pipeline does. Doing it once leaves gather, crop and resize, which
+`cbml.datasets.transforms` does for a whole batch at a time on whatever device trains.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor
+
+from cbml.datasets.lists import ImageList
+from cbml.errors import UserError
+from cbml.files import atomic_write
+from cbml.progress import progress
+
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """The images of a list, in its order.
+
+    Attributes:
+        data: uint8, all images' (H, W, 3) RGB values one after another.
+        sizes: (N, 2) int64, height and width of each.
+        labels: (N,) int64.
+    """
+
+    data: Tensor
+    sizes: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @classmethod
+    def of(cls, arrays: list[np.ndarray]) -> "PackedImages":
+        """Images (H, W, 3) in memory, without labels."""
+        data = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+        return cls(
+            data, torch.tensor([array.shape[:2] for array in arrays]), torch.zeros(len(arrays), dtype=torch.int64)
+        )
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Where each image starts in `data`, and where the last one ends."""
+        return [0, *(self.sizes.prod(1) * 3).cumsum(0).tolist()]
+
+    def batch(self, indices: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 where the data is, H and W the batch's largest; images are padded below and right."""
+        sizes = self.sizes[indices]
+        height, width = sizes.amax(0).tolist()
+        images = self.data.new_zeros(len(indices), height, width, 3)
+        for image, index, (h, w) in zip(images, indices.tolist(), sizes.tolist(), strict=True):
+            image[:h, :w] = self.data[self.offsets[index] : self.offsets[index + 1]].view(h, w, 3)
+        return images.permute(0, 3, 1, 2)
+
+    def to(self, device: torch.device) -> "PackedImages":
+        """The same images with `data` on `device`."""
+        return PackedImages(self.data.to(device), self.sizes, self.labels)
+
+
+def pack_images(
+    images: ImageList, root: Path, cache: Path, *, resize: int, interpolation: str, fingerprint: str
+) -> PackedImages:
+    """Decode a list of images to short side `resize`, or open the copy of an earlier call.
+
+    Args:
+        root: the dataset folder that the list's paths are relative to.
+        cache: folder for the decoded copies; they can be deleted at any time.
+        fingerprint: identifies the content of the dataset's images.
+
+    Raises:
+        UserError: an image cannot be decoded.
+    """
+    key = json.dumps([fingerprint, images.paths, resize, interpolation])
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            with atomic_write(folder) as temporary:
+                temporary.mkdir()
+                _decode(images, root, temporary, resize, interpolation)
+    sizes = torch.from_numpy(np.load(folder / "sizes.npy"))
+    # Copy-on-write: PyTorch has no read-only tensors and warns about read-only memory.
+    data = torch.from_numpy(np.memmap(folder / "images.bin", dtype=np.uint8, mode="c"))
+    return PackedImages(data, sizes, torch.from_numpy(images.labels))
+
+
+def load_image(source: Path | BinaryIO, *, resize: int, interpolation: str) -> np.ndarray:
+    """Decode an image to (H, W, 3) uint8 RGB with its short side at `resize`, as torchvision's `Resize(int)` does.
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
+    try:
+        with Image.open(source) as file:
+            image = file.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{source}: not an image that Pillow can read ({error})") from None
+    width, height = image.size
+    short = min(width, height)
+    if short != resize:
+        # The long side is truncated to whole pixels.
+        image = image.resize((resize * width // short, resize * height // short), RESAMPLING[interpolation])
+    return np.asarray(image)
+
+
+def _decode(images: ImageList, root: Path, folder: Path, resize: int, interpolation: str) -> None:
+    load = partial(load_image, resize=resize, interpolation=interpolation)
+    sizes = []
+    with ThreadPoolExecutor() as pool, open(folder / "images.bin", "wb") as file:
+        # A chunk at a time, so that a slow disk does not leave the whole dataset in memory.
+        chunks = (images.paths[i : i + CHUNK] for i in range(0, len(images.paths), CHUNK))
+        decoded = (image for chunk in chunks for image in pool.map(load, [root / path for path in chunk]))
+        for image in progress(decoded, f"decode {root.name}", "images", total=len(images.paths)):
+            file.write(image.tobytes())
+            sizes.append(image.shape[:2])
+    np.save(folder / "sizes.npy", np.array(sizes, dtype=np.int64))

@@ -1,0 +1,14 @@
+"""Losses: one module each, found by its place in this package, built by the `type` of its YAML file."""
+
+import importlib
+import pkgutil
+
+from cbml.losses.base import REGISTRY, Loss, LossConfig, build_loss, config_union
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+for _, _config in REGISTRY.values():
+    _config.model_rebuild(_types_namespace={"AnyLoss": config_union()})
+
+__all__ = ["REGISTRY", "Loss", "LossConfig", "build_loss", "config_union"]

@@ -1,0 +1,51 @@
+"""Adversarial decorrelation of two parts of the embedding (Opitz et al., BIER, TPAMI 42(2), 2020)."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from cbml.errors import UserError
+from cbml.losses.base import Loss, register
+
+
+class ReverseGradient(torch.autograd.Function):
+    """The identity, whose gradient has the other sign (Ganin and Lempitsky, ICML 2015)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+@register("adversarial")
+class Adversarial(Loss):
+    """A term for a sum: a regressor predicts one half of the embedding from the other, and the network hinders it.
+
+    The term is −mean((a ∘ h(b))²) over images and dimensions, with a and b the halves behind a gradient reversal and h
+    the regressor, all of unit length, in place of BIER's penalty on the regressor's weights.
+
+    Args:
+        hidden: width of the regressor's hidden layer.
+        activation: after the hidden layer.
+    """
+
+    def __init__(self, embedding_dim: int, hidden: Annotated[int, Field(gt=0)] = 512,
+                 activation: Literal["relu", "none"] = "relu"):
+        super().__init__()
+        if embedding_dim < 2:
+            raise UserError(f"loss adversarial: embedding_dim {embedding_dim} has no two parts; allowed: 2 or more")
+        self.first = embedding_dim // 2
+        self.regressor = nn.Sequential(nn.Linear(embedding_dim - self.first, hidden),
+                                       nn.ReLU() if activation == "relu" else nn.Identity(),
+                                       nn.Linear(hidden, self.first))
+
+    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        parts = ReverseGradient.apply(embeddings).split([self.first, embeddings.shape[1] - self.first], dim=1)
+        a, b = (normalize(part, dim=1) for part in parts)
+        return {"loss": -(a * normalize(self.regressor(b), dim=1)).square().mean()}

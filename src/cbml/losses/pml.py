@@ -1,0 +1,180 @@
+"""The losses taken from pytorch-metric-learning, each with the miner of its paper."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
+from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices
+from torch import Tensor, nn
+
+from cbml.losses.base import Loss, NonNegative, Positive, register
+
+# Embeddings have unit length already; a second normalisation would cost time and take the radial part of gradients.
+COSINE = {"distance": distances.DotProductSimilarity(normalize_embeddings=False)}
+EUCLIDEAN = {"distance": distances.LpDistance(normalize_embeddings=False)}
+SQUARED_EUCLIDEAN = {"distance": distances.LpDistance(normalize_embeddings=False, power=2)}
+
+
+class LibraryLoss(Loss):
+    """Adapter: a pytorch-metric-learning loss, on what its miner selects or on everything."""
+
+    def __init__(self, loss: nn.Module, miner: nn.Module | None = None):
+        super().__init__()
+        self.loss, self.miner = loss, miner
+
+    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        selected = self.miner(embeddings, labels) if self.miner else None
+        return {"loss": self.loss(embeddings, labels, selected)}
+
+
+@register("multi_similarity")
+class MultiSimilarity(LibraryLoss):
+    """Wang et al., CVPR 2019, eq. 15, on the pairs of its mining rule (eq. 11, 12).
+
+    Args:
+        alpha, beta: scales of the positive and the negative exponents.
+        base: λ, the similarity at which an exponent is zero.
+        epsilon: margin of the mining rule.
+    """
+
+    def __init__(self, alpha: Positive = 2.0, beta: Positive = 50.0, base: float = 1.0, epsilon: float = 0.1):
+        super().__init__(losses.MultiSimilarityLoss(alpha, beta, base, **COSINE),
+                         miners.MultiSimilarityMiner(epsilon, **COSINE))
+
+
+class ContrastiveLoss(losses.ContrastiveLoss):
+    """The squared form of the paper, ½ d² and ½ max(0, m − d)², where the library's is linear.
+
+    Its name is the library's, by which `CrossBatchMemory` knows the losses that it can wrap.
+    """
+
+    def pos_calc(self, pos_pair_dist, margin):
+        return super().pos_calc(pos_pair_dist, margin).square() / 2
+
+    def neg_calc(self, neg_pair_dist, margin):
+        return super().neg_calc(neg_pair_dist, margin).square() / 2
+
+
+class ClosestNegativesMiner(miners.BaseMiner):
+    """All positive pairs, and as many negative pairs: those with the smallest distances of the whole batch."""
+
+    def mine(self, embeddings, labels, ref_emb, ref_labels):
+        anchors, positives, others, negatives = get_all_pairs_indices(labels, ref_labels)
+        gaps = self.distance(embeddings, ref_emb)[others, negatives]
+        closest = gaps.topk(min(len(anchors), len(gaps)), largest=False).indices
+        return anchors, positives, others[closest], negatives[closest]
+
+
+@register("contrastive")
+class Contrastive(LibraryLoss):
+    """Hadsell et al., CVPR 2006, eq. 4, with Euclidean distances; positive and negative pairs averaged apart.
+
+    Args:
+        margin: m, a distance.
+        negatives: `all` pairs, or only the `closest`, as many as there are positive pairs.
+    """
+
+    def __init__(self, margin: Positive = 1.0, negatives: Literal["all", "closest"] = "all"):
+        super().__init__(ContrastiveLoss(neg_margin=margin, reducer=reducers.MeanReducer(), **EUCLIDEAN),
+                         ClosestNegativesMiner(**EUCLIDEAN) if negatives == "closest" else None)
+
+
+class TripletMiner(miners.TripletMarginMiner):
+    """The library's miner; with `one_sided`, a positive pair is anchored by its earlier image alone."""
+
+    def __init__(self, one_sided: bool, **kwargs):
+        super().__init__(**kwargs)
+        self.one_sided = one_sided
+
+    def mine(self, embeddings, labels, ref_emb, ref_labels):
+        anchors, positives, negatives = super().mine(embeddings, labels, ref_emb, ref_labels)
+        if not self.one_sided:
+            return anchors, positives, negatives
+        keep = anchors < positives
+        return anchors[keep], positives[keep], negatives[keep]
+
+
+@register("triplet")
+class Triplet(LibraryLoss):
+    """Schroff et al. (FaceNet), CVPR 2015, eq. 2, with squared Euclidean distances.
+
+    Args:
+        margin: α, a squared distance.
+        mining: triplets that violate the margin: `all`, `semihard` (the negative is farther than the positive), or
+            `hard` (it is closer).
+        average: over the triplets with a loss above zero (`violating`), or over every triplet (`all`; with
+            `mining: all` alone does it differ).
+        one_sided: anchor each positive pair by the image that comes first in the batch, instead of by both.
+    """
+
+    def __init__(self, margin: Positive = 0.2, mining: Literal["semihard", "hard", "all"] = "semihard",
+                 average: Literal["violating", "all"] = "violating", one_sided: bool = False):
+        keep = math.inf if average == "all" and mining == "all" else margin
+        super().__init__(
+            losses.TripletMarginLoss(
+                margin, reducer=reducers.MeanReducer() if average == "all" else None, **SQUARED_EUCLIDEAN),
+            TripletMiner(one_sided, margin=keep, type_of_triplets=mining, **SQUARED_EUCLIDEAN))
+
+
+@register("margin")
+class Margin(LibraryLoss):
+    """Wu et al. (Sampling Matters), ICCV 2017, eq. 6, with distance-weighted sampling and a learned β for each class.
+
+    Args:
+        margin: α.
+        beta: the boundary between positive and negative distances, at the start.
+        nu: weight of the regularisation of β.
+        learn_beta: train β; otherwise it stays as it is.
+        cutoff: distances below it are sampled as if they were there.
+        nonzero_loss_cutoff: negatives beyond this distance are not sampled.
+    """
+
+    def __init__(self, num_classes: int, margin: Positive = 0.2, beta: Positive = 1.2, nu: NonNegative = 0.0,
+                 learn_beta: bool = True, cutoff: Positive = 0.5, nonzero_loss_cutoff: Positive = 1.4):
+        super().__init__(
+            losses.MarginLoss(margin, nu, beta, learn_beta=learn_beta, num_classes=num_classes, **EUCLIDEAN),
+            miners.DistanceWeightedMiner(cutoff, nonzero_loss_cutoff))
+
+
+@register("npair")
+class NPair(LibraryLoss):
+    """Sohn, NIPS 2016, eq. 7: the first two images of each class in the batch are its anchor and its positive.
+
+    Its L2 penalty is left out: embeddings have unit length here, so that it would be a constant.
+    """
+
+    def __init__(self):
+        super().__init__(losses.NPairsLoss(**COSINE))
+
+
+@register("angular")
+class Angular(LibraryLoss):
+    """Wang et al., ICCV 2017, eq. 8, over every positive pair and its negatives.
+
+    Args:
+        alpha: the upper bound of the angle at the negative, in degrees.
+    """
+
+    def __init__(self, alpha: Annotated[float, Field(gt=0, lt=90)] = 45.0):
+        super().__init__(losses.AngularLoss(alpha))
+
+
+@register("softtriple")
+class SoftTriple(LibraryLoss):
+    """Qian et al., ICCV 2019, eq. 9.
+
+    Args:
+        centers_per_class: K.
+        scale: λ, of the similarities to the classes.
+        gamma: temperature of the softmax over the centres of a class.
+        margin: δ.
+        tau: weight of the regulariser that merges the centres of a class.
+    """
+
+    def __init__(self, embedding_dim: int, num_classes: int, centers_per_class: Annotated[int, Field(gt=1)] = 10,
+                 scale: Positive = 20.0, gamma: Positive = 0.1, margin: NonNegative = 0.01, tau: NonNegative = 0.2):
+        super().__init__(losses.SoftTripleLoss(
+            num_classes, embedding_dim, centers_per_class, la=scale, gamma=gamma, margin=margin,
+            weight_regularizer=regularizers.SparseCentersRegularizer(num_classes, centers_per_class),
+            weight_reg_weight=tau))

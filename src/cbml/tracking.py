@@ -1,0 +1,196 @@
+"""MLflow: the only module that knows it, beside the model in `serving.py` that it logs.
+
+The store is a SQLite file and a folder of artifacts at the root of the repository, also for an experiment that DVC runs
+in a temporary copy of it; `MLFLOW_TRACKING_URI` overrides.
+"""
+
+import io
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import yaml
+from filelock import FileLock
+from mlflow.entities import Metric, RunStatus
+from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
+from mlflow.types import ColSpec, Schema, TensorSpec
+from PIL import Image
+
+from cbml.config import Cell, load_cell
+
+PACKAGES = ("torch", "torchvision", "lightning-fabric", "pytorch-metric-learning", "numpy", "pillow", "mlflow", "dvc")
+METRICS_A_CALL = 1000  # MLflow's limit
+
+
+def root() -> Path:
+    """The repository that a stage works for: DVC runs queued experiments in a copy, but names the original."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+def _client(experiment: str) -> tuple[MlflowClient, str]:
+    """The client and the id of an experiment, made on first use."""
+    home = root()
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    # The first two processes that open a new database would both migrate it, and both would make the experiment.
+    (home / ".cache").mkdir(exist_ok=True)
+    with FileLock(home / ".cache" / "mlflow.lock"):
+        client = MlflowClient()
+        if found := client.get_experiment_by_name(experiment):
+            return client, found.experiment_id
+        artifacts = (home / "mlruns" / experiment).as_uri() if uri.startswith("sqlite:") else None
+        return client, client.create_experiment(experiment, artifact_location=artifacts)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        name: value
+        for key, branch in tree.items()
+        for name, value in _flat(branch, f"{prefix}.{key}".lstrip(".")).items()
+    }
+
+
+def _revision() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """What computed a result: interpreter, platform and the packages that matter."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+# Bars for copying files from one folder to the next.
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+class Run:
+    """One MLflow run, open for logging."""
+
+    def __init__(self, experiment: str, run_id: str):
+        self.client, self.experiment_id = _client(experiment)
+        self.id = run_id
+
+    def log(self, rows: Iterable[dict[str, float]]) -> None:
+        """Log rows of metrics; `iteration` in each is the step."""
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(name, float(value), now, int(row["iteration"]))
+            for row in rows
+            for name, value in row.items()
+            if name != "iteration"
+        ]
+        for start in range(0, len(metrics), METRICS_A_CALL):
+            self.client.log_batch(self.id, metrics=metrics[start : start + METRICS_A_CALL])
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """Keep a file, or what a folder holds, as an artifact."""
+        if path.is_dir():
+            self.client.log_artifacts(self.id, str(path), folder)
+        else:
+            self.client.log_artifact(self.id, str(path), folder)
+
+    def log_table(self, table: pd.DataFrame, name: str) -> None:
+        """Keep a table where MLflow's UI shows and compares tables."""
+        self.client.log_table(self.id, table, name)
+
+    def log_model(self, folder: Path) -> None:
+        """Log what `run_cell` left in `folder` as an MLflow model that turns pictures into embeddings."""
+        cell = load_cell(folder / "cell.yaml")
+        picture = io.BytesIO()
+        Image.new("RGB", (cell.recipe.resize, cell.recipe.resize)).save(picture, "PNG")
+        columns = [ColSpec("binary", "image", required=False), ColSpec("string", "path", required=False)]
+        signature = ModelSignature(Schema(columns), Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
+        with mlflow.start_run(run_id=self.id):
+            mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("serving.py")),
+                artifacts={"cell": str(folder / "cell.yaml"), "weights": str(folder / "final.pt")},
+                code_paths=[str(Path(__file__).parent)],
+                signature=signature,
+                input_example=pd.DataFrame({"image": [picture.getvalue()]}),
+                pip_requirements=[f"{name}=={version(name)}" for name in PACKAGES],
+            )
+
+    def tag(self, **tags: str) -> None:
+        for name, value in tags.items():
+            self.client.set_tag(self.id, name, value)
+
+
+@contextmanager
+def open_run(
+    experiment: str, name: str, *, params: dict[str, Any], tags: dict[str, str], run_id: str | None = None
+) -> Iterator[Run]:
+    """Open a run, or continue that of `run_id` if the store has it; it ends with the block, failed if that raised.
+
+    Args:
+        experiment: one a dataset.
+        name: of the run.
+        params: nested configuration, logged flat when the run is new, and as `params.yaml`.
+        tags: beside the revision and what DVC tells of its experiment, which every run has.
+    """
+    client, experiment_id = _client(experiment)
+    if run_id is None or not _exists(client, run_id):
+        dvc = {
+            name.lower(): os.environ[name]
+            for name in ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
+            if name in os.environ
+        }
+        run_id = client.create_run(
+            experiment_id, run_name=name, tags={**tags, "git_revision": _revision(), **dvc}
+        ).info.run_id
+        for key, value in _flat(params).items():
+            client.log_param(run_id, key, value)
+        client.log_text(run_id, yaml.safe_dump(params, sort_keys=False), "params.yaml")
+        client.log_text(run_id, json.dumps(versions(), indent=2), "versions.json")
+    run = Run(experiment, run_id)
+    try:
+        client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+        yield run
+    except BaseException as error:
+        run.tag(error=str(error))
+        client.set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
+        raise
+    client.set_terminated(run_id)
+
+
+def _exists(client: MlflowClient, run_id: str) -> bool:
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except mlflow.MlflowException:
+        return False
+
+
+def cell_run(cell: Cell, *, fingerprint: str, run_id: str | None = None):
+    """`open_run` for a cell, under its dataset's experiment."""
+    return open_run(
+        cell.dataset,
+        cell.name,
+        run_id=run_id,
+        params=cell.to_dict(),
+        tags={
+            "backbone": cell.backbone,
+            "loss": cell.loss,
+            "embedding_dim": str(cell.embedding_dim),
+            "seed": str(cell.seed),
+            "recipe": cell.recipe_name,
+            "dataset_fingerprint": fingerprint,
+        },
+    )

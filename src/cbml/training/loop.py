@@ -1,0 +1,196 @@
+"""The training loop of one cell.
+
+Everything random in an iteration comes from (seed, iteration), so a run that continues from a checkpoint needs no
+generator states, and on a CPU ends with the very bits of an unbroken one.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from cbml.backbones import create_model
+from cbml.config import Cell
+from cbml.datasets.images import PackedImages
+from cbml.datasets.sampler import class_balanced_batches
+from cbml.datasets.transforms import crop_resize, random_boxes
+from cbml.errors import UserError
+from cbml.evaluation import evaluate
+from cbml.evaluation.embedding import embed
+from cbml.files import atomic_write
+from cbml.losses import build_loss
+from cbml.progress import message, progress
+
+SETTLE_EVERY = 10  # iterations between waits for the device
+
+Row = dict[str, float]
+
+
+@dataclass
+class Trained:
+    """What training a cell leaves.
+
+    Attributes:
+        final, best_on_test: state dicts after the last iteration, and where Recall@1 on the test list was highest.
+        best_iteration, best_recall_at_1: of `best_on_test`; the untrained network does not count.
+        losses: a row an iteration: `iteration`, `loss`, its terms as `loss_<term>`, `lr`.
+        validations: a row an evaluation on the test list: `iteration` and its metrics; the first one is untrained.
+    """
+
+    final: dict[str, Tensor]
+    best_on_test: dict[str, Tensor]
+    best_iteration: int = 0
+    best_recall_at_1: float = -1.0
+    losses: list[Row] = field(default_factory=list)
+    validations: list[Row] = field(default_factory=list)
+
+
+def train(
+    cell: Cell,
+    train_images: PackedImages,
+    test_images: PackedImages,
+    *,
+    root: Path,
+    checkpoint: Path,
+    log: Callable[[list[Row]], None],
+) -> Trained:
+    """Train a cell, from its checkpoint if there is one.
+
+    Args:
+        root: the folder that relative paths of weights start from.
+        checkpoint: file that the run can continue from; the caller names it after the configuration.
+        log: called with new rows of losses and validations, before the checkpoint that covers them.
+
+    Raises:
+        UserError: the loss is not finite; the list has too few classes; the weights do not fit.
+    """
+    recipe = cell.recipe
+    fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
+    if fabric.device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    classes, labels = train_images.labels.unique(return_inverse=True)
+    batches = class_balanced_batches(labels.numpy(), recipe.batch_size, recipe.instances, cell.seed)
+
+    torch.manual_seed(cell.seed)
+    resumed = torch.load(checkpoint, weights_only=True, map_location="cpu") if checkpoint.is_file() else None
+    network = create_model(
+        cell.backbone_config, embedding_dim=cell.embedding_dim, root=root, load_weights=resumed is None
+    )
+    network.freeze_bn = recipe.freeze_bn
+    criterion = build_loss(cell.loss_config, embedding_dim=network.embedding_dim, num_classes=len(classes))
+    criterion.to(fabric.device)
+    groups = [{"params": list(network.parameters()), "lr": recipe.lr}, *criterion.parameter_groups(recipe.lr)]
+    base_lrs = [group["lr"] for group in groups]
+    optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
+    model, optimizer = fabric.setup(network, optimizer)
+    train_images, test_images = (_move_if_it_fits(images, fabric.device) for images in (train_images, test_images))
+
+    def validate(iteration: int) -> Row:
+        model.eval()
+        embeddings = embed(model, test_images, crop=recipe.crop, interpolation=cell.interpolation, device=fabric.device)
+        metrics = evaluate(embeddings, test_images.labels, nmi=False)
+        message(f"{cell.name}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1%} on the test list")
+        return {"iteration": iteration, **metrics}
+
+    if resumed is None:
+        done = Trained({}, copy.deepcopy(network.state_dict()))
+        done.validations.append(validate(0))
+        log(done.validations)
+        start = 0
+    else:
+        network.load_state_dict(resumed["network"])
+        criterion.load_state_dict(resumed["criterion"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        done, start = Trained(**resumed["done"]), resumed["iteration"]
+        message(f"{cell.name}: continues after iteration {start}")
+
+    pending: list[dict[str, Any]] = []  # rows whose values are still on the device
+
+    def settle() -> list[Row]:
+        """Move pending rows to `done.losses` and return them; stop at the first that is not finite."""
+        rows = [{name: float(value) for name, value in row.items()} for row in pending]
+        for row in rows:
+            row["iteration"] = int(row["iteration"])
+            if not math.isfinite(row["loss"]):
+                terms = ", ".join(f"{name} {value}" for name, value in row.items() if name.startswith("loss"))
+                raise UserError(
+                    f"{cell.name}: the loss is not finite at iteration {row['iteration']} ({terms}); "
+                    f"lower recipe.{cell.recipe_name}.lr or change the loss's parameters"
+                )
+        pending.clear()
+        done.losses.extend(rows)
+        return rows
+
+    unlogged: list[Row] = []
+    seconds = 0.0
+    batches = islice(batches, start, recipe.iterations)
+    for iteration, batch in enumerate(
+        progress(batches, cell.name, "images", total=recipe.iterations, initial=start, scale=recipe.batch_size),
+        start + 1,
+    ):
+        began = time.monotonic()
+        torch.manual_seed(int(np.random.SeedSequence([cell.seed, iteration]).generate_state(1)[0]))
+        lr_scale = recipe.lr_gamma ** sum(iteration > step for step in recipe.lr_steps)
+        for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
+            group["lr"] = base_lr * lr_scale
+
+        indices = torch.from_numpy(batch)
+        boxes = random_boxes(train_images.sizes[indices], recipe.scale, recipe.ratio, torch.default_generator)
+        flip = torch.rand(len(indices)) < 0.5 if recipe.flip else None
+        images = train_images.batch(indices).to(fabric.device)
+        images = crop_resize(images, boxes, recipe.crop, flip=flip, interpolation=cell.interpolation)
+        model.train()
+        terms = criterion.terms(model(images), labels[indices].to(fabric.device))
+        loss = sum(terms.values())
+        optimizer.zero_grad()
+        fabric.backward(loss)
+        optimizer.step()
+
+        row = {"iteration": iteration, "loss": loss.detach(), "lr": recipe.lr * lr_scale}
+        if len(terms) > 1:
+            row |= {f"loss_{name}": value.detach() for name, value in terms.items()}
+        pending.append(row)
+        last = iteration == recipe.iterations
+        validates = last or (recipe.validate_every and iteration % recipe.validate_every == 0)
+        saves = validates or iteration % recipe.checkpoint_every == 0
+        if saves or iteration % SETTLE_EVERY == 0:
+            unlogged += settle()  # waits for the device, so that the seconds are those of the work
+        seconds += time.monotonic() - began
+        if validates:
+            row = validate(iteration)
+            done.validations.append(row)
+            unlogged.append(row)
+            if row["recall_at_1"] > done.best_recall_at_1:
+                done.best_on_test = copy.deepcopy(network.state_dict())
+                done.best_iteration, done.best_recall_at_1 = iteration, row["recall_at_1"]
+        if saves:
+            trained_on = recipe.batch_size * sum("loss" in row for row in unlogged)
+            log([*unlogged, {"iteration": iteration, "images_per_second": trained_on / seconds}])
+            unlogged, seconds = [], 0.0
+            state = {
+                "iteration": iteration,
+                "network": network.state_dict(),
+                "criterion": criterion.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "done": vars(done),
+            }
+            with atomic_write(checkpoint) as temporary:
+                torch.save(state, temporary)
+    done.final = network.state_dict()
+    return done
+
+
+def _move_if_it_fits(images: PackedImages, device: torch.device) -> PackedImages:
+    """On a GPU with room to spare, keep the decoded images there: then no batch is ever waited for."""
+    if device.type == "cuda" and images.data.numel() < torch.cuda.mem_get_info(device)[0] / 4:
+        return images.to(device)
+    return images

@@ -1,0 +1,68 @@
+"""A tiny dataset and a parameter file that trains on it in a second."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cbml.datasets import GlyphsConfig
+from cbml.datasets.lists import build_lists
+
+ROOT = Path(__file__).parents[1]
+# Two threads on two cores that other processes use as well wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+TINY_GLYPHS = {"type": "glyphs", "classes": 12, "images_per_class": 6, "size": 24, "seed": 0}
+TINY_RECIPE = {
+    "iterations": 6,
+    "batch_size": 8,
+    "instances": 2,
+    "lr": 1e-3,
+    "weight_decay": 5e-4,
+    "freeze_bn": False,
+    "resize": 24,
+    "crop": 20,
+    "flip": True,
+    "validate_every": 2,
+    "checkpoint_every": 4,
+}
+
+
+def tiny_params(**changes):
+    """The content of a params.yaml with one cell, glyphs × resnet18 × cbml_log × 16 × 0; `changes` replace groups."""
+
+    def entry(group, name):
+        return {name: yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())[name]}
+
+    return {
+        "dataset": {"glyphs": TINY_GLYPHS},
+        "backbone": entry("backbone", "resnet18"),
+        "loss": entry("loss", "cbml_log"),
+        "recipe": {"tiny": TINY_RECIPE},
+        "embedding_dim": [16],
+        "seed": [0],
+    } | changes
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory):
+    """A folder with data/glyphs and lists/glyphs."""
+    folder = tmp_path_factory.mktemp("tiny")
+    GlyphsConfig(**TINY_GLYPHS).download(folder / "data" / "glyphs")
+    build_lists(folder / "data" / "glyphs", folder / "lists" / "glyphs")
+    return folder
+
+
+@pytest.fixture
+def project(tiny_dataset, tmp_path, monkeypatch):
+    """An empty working directory with that data, the tiny parameters and no tracking store yet."""
+    for name in ("data", "lists"):
+        (tmp_path / name).symlink_to(tiny_dataset / name)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(), sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path

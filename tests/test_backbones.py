@@ -1,0 +1,229 @@
+import itertools
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+import torchvision
+import yaml
+from pydantic import ValidationError
+from torch import nn
+
+from cbml.backbones import BackboneConfig, InputConvention, build_trunk, create_model, input_convention
+from cbml.backbones.trunks import TRUNKS
+from cbml.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+ENTRIES = {name: entry for file in sorted((ROOT / "conf/backbone").glob("*.yaml"))
+           for name, entry in yaml.safe_load(file.read_text()).items()}
+FEATURES = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "resnet152": 2048,
+            "resnet50_caffe": 2048, "googlenet": 1024, "bn_inception": 1024, "timm": 512, "tf_efficientnet_lite0": 1280}
+TORCHVISION = {"resnet18": "ResNet18", "resnet34": "ResNet34", "resnet50": "ResNet50", "resnet101": "ResNet101",
+               "resnet152": "ResNet152", "googlenet": "GoogLeNet"}
+
+
+def config_of(name, **changes):
+    if ENTRIES[name]["type"] == "timm":
+        pytest.importorskip("timm", reason="timm is not installed (requirements-extra.txt)")
+    return BackboneConfig.model_validate({**ENTRIES[name], **changes})
+
+
+@pytest.fixture
+def images():
+    return torch.randint(256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_backbone(name, images):
+    torch.manual_seed(0)
+    model = create_model(config_of(name), embedding_dim=5, root=ROOT)
+    assert model.trunk.num_features == model.head.in_features == FEATURES[name]
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.ones_(norm.weight)  # timm starts the last of each residual branch at zero, which stops its gradient
+    before = [norm.running_mean.clone() for norm in norms]
+    embeddings = model.train()(images)
+    assert embeddings.shape == (2, 5)
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
+
+    assert model.training
+    assert norms
+    assert not any(norm.training for norm in norms)
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+
+    (embeddings[0] * torch.arange(5)).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+    state = model.state_dict()
+    assert {key.split(".")[0] for key in state} == {"trunk", "head"}
+    with torch.device("meta"):
+        twin = create_model(config_of(name), embedding_dim=5, root=ROOT)
+    twin.load_state_dict(state, assign=True)
+    torch.testing.assert_close(twin.eval()(images), model.eval()(images))
+
+
+def test_the_entries_are_these_and_each_file_defines_the_key_named_after_it():
+    assert set(ENTRIES) == set(FEATURES)
+    for file in (ROOT / "conf/backbone").glob("*.yaml"):
+        assert list(yaml.safe_load(file.read_text())) == [file.stem]
+
+
+def test_the_registry_has_every_type_that_an_entry_may_name():
+    assert set(TRUNKS) == set(get_args(BackboneConfig.model_fields["type"].annotation))
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_entry_agrees_with_torchvisions_own_description_of_its_weights(name):
+    config = config_of(name)
+    weights = torchvision.models.get_weight(f"{TORCHVISION[name]}_Weights.IMAGENET1K_V1")
+    assert config.published.url == weights.url
+    assert f"-{config.published.sha256}.pth" in weights.url
+    preset = weights.transforms()
+    assert (list(config.input.mean), list(config.input.std)) == (preset.mean, preset.std)
+    assert config.input.interpolation == preset.interpolation.value
+
+
+def test_googlenets_step_and_bn_inceptions_pooling():
+    assert config_of("googlenet").recipe == {"paper": {"lr_steps": [3000]}}
+    assert [name for name in FEATURES if ENTRIES[name].get("recipe")] == ["googlenet"]
+    assert [name for name in FEATURES if ENTRIES[name].get("pooling") == "max"] == ["bn_inception"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "googlenet"])
+def test_trunk_and_pooling_are_torchvisions_features(name, images):
+    trunk = build_trunk(config_of(name), ROOT)
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    network = torchvision.models.get_model(name, weights=None, **options)
+    network.fc = nn.Identity()
+    network.load_state_dict(trunk.state_dict())
+    x = images / 255
+    torch.testing.assert_close(trunk.eval()(x).mean((2, 3)), network.eval()(x))
+
+
+def test_stride_in_the_first_1x1():
+    strides = {}
+    for stride_in in ("conv1", "conv2"):
+        trunk = build_trunk(config_of("resnet50", stride_in=stride_in), ROOT)
+        strides[stride_in] = [(trunk.get_submodule(f"layer{layer}.{block}").conv1.stride[0],
+                               trunk.get_submodule(f"layer{layer}.{block}").conv2.stride[0])
+                              for layer, block in itertools.product((1, 2, 3, 4), (0, 1))]
+    assert strides["conv1"] == [(1, 1), (1, 1)] + 3 * [(2, 1), (1, 1)]
+    assert strides["conv2"] == [(1, 1), (1, 1)] + 3 * [(1, 2), (1, 1)]
+    assert config_of("resnet50_caffe").stride_in == "conv1"
+
+
+def test_bn_trains_when_asked(images):
+    model = create_model(config_of("resnet18"), embedding_dim=5, root=ROOT)
+    model.freeze_bn = False
+    model.train()(images)
+    assert model.trunk.bn1.training
+    assert model.trunk.bn1.running_mean.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("name", "pool"), [("resnet18", lambda x: x.mean((2, 3))),
+                                            ("bn_inception", lambda x: x.amax((2, 3)))])
+def test_without_a_head_embeddings_are_pooled_features(name, pool, images):
+    model = create_model(config_of(name), embedding_dim=0, root=ROOT).eval()
+    assert model.embedding_dim == FEATURES[name]
+    features = pool(model.trunk(model.input.normalize(images)))
+    torch.testing.assert_close(model(images), features / features.square().sum(1, keepdim=True).sqrt())
+
+
+def test_head_is_kaiming_fan_out_with_zero_bias():
+    torch.manual_seed(0)
+    head = create_model(config_of("resnet18"), embedding_dim=64, root=ROOT).head
+    assert head.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.02)  # fan-in would give √(2 / 512)
+    assert not head.bias.any()
+
+
+def test_bf16_autocast_of_the_model_gives_float32_unit_embeddings(images):
+    model = create_model(config_of("resnet18"), embedding_dim=8, root=ROOT)
+    with torch.autocast("cpu", torch.bfloat16):
+        embeddings = model(images)
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
+
+
+PICTURE = [[[0, 255], [51, 102]], [[255, 0], [153, 204]], [[10, 20], [30, 40]]]  # red, green, blue
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("resnet18", [[[(0 - 0.485) / 0.229, (1 - 0.485) / 0.229], [(0.2 - 0.485) / 0.229, (0.4 - 0.485) / 0.229]],
+                  [[(1 - 0.456) / 0.224, (0 - 0.456) / 0.224], [(0.6 - 0.456) / 0.224, (0.8 - 0.456) / 0.224]],
+                  [[(10 / 255 - 0.406) / 0.225, (20 / 255 - 0.406) / 0.225],
+                   [(30 / 255 - 0.406) / 0.225, (40 / 255 - 0.406) / 0.225]]]),
+    ("bn_inception", [[[10 - 104, 20 - 104], [30 - 104, 40 - 104]],
+                      [[255 - 117, 0 - 117], [153 - 117, 204 - 117]],
+                      [[0 - 128, 255 - 128], [51 - 128, 102 - 128]]]),
+])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_input_convention_by_hand(name, expected, dtype):
+    picture = torch.tensor([PICTURE], dtype=dtype)
+    torch.testing.assert_close(config_of(name).input.normalize(picture), torch.tensor([expected], dtype=torch.float32))
+    assert picture.tolist() == [PICTURE]
+
+
+def test_the_model_normalises_by_itself(images):
+    """The same trunk under another convention gives other embeddings; the caller feeds RGB 0–255 to both."""
+    bgr = {**ENTRIES["bn_inception"]["input"]}
+    models = [create_model(config_of("resnet18", **changes), embedding_dim=0, root=ROOT).eval()
+              for changes in ({}, {"input": bgr})]
+    models[1].load_state_dict(models[0].state_dict())
+    own = images.flip(1).float() - torch.tensor([104.0, 117.0, 128.0]).view(3, 1, 1)
+    expected = torch.nn.functional.normalize(models[0].trunk(own).mean((2, 3)), dim=1)
+    torch.testing.assert_close(models[1](images), expected)
+
+
+def test_timm_brings_its_own_input_convention():
+    expected = InputConvention(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize=256, crop=224, interpolation="bicubic")
+    assert input_convention(config_of("tf_efficientnet_lite0")) == expected
+
+
+def test_timm_pools_by_itself(images):
+    config = config_of("tf_efficientnet_lite0")
+    model = create_model(config, embedding_dim=0, root=ROOT).eval()
+    assert model(images).shape == (2, 1280)
+    assert model.trunk(model.input.normalize(images)).shape == (2, 1280)
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    ("resnet18x", r"timm .* has no model 'resnet18x'; near: .*resnet18"),
+    ("resnet50.nonsense", r"timm .* model 'resnet50.nonsense': Invalid pretrained tag"),
+])
+def test_unknown_timm_model(model, message):
+    with pytest.raises(UserError, match=message):
+        create_model(config_of("timm", model=model), embedding_dim=0, root=ROOT)
+
+
+def test_timm_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    config = BackboneConfig(type="timm", model="resnet18")
+    with pytest.raises(UserError, match=r"needs timm: pip install -r requirements-extra.txt"):
+        create_model(config, embedding_dim=0, root=ROOT)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"type": "resnet19"}, "Input should be 'resnet18', 'resnet34'"),
+    ({"poling": "avg"}, "poling\n.*unknown parameter"),
+    ({"pooling": "mean"}, "pooling\n.*'avg' or 'max'"),
+    ({"pooling": None}, "type resnet18 needs `pooling`"),
+    ({"input": None, "pooling": None}, "type resnet18 needs `pooling` and `input`"),
+    ({"stride_in": "conv1"}, "stride_in 'conv1' is for resnet50, resnet101, resnet152 only, not for resnet18"),
+    ({"model": "resnet18"}, "`model` is for type timm only"),
+    ({"weights": "imagenet", "published": None}, "weights 'imagenet' needs `published`"),
+    ({"weights": 3}, "weights\n.*valid string"),
+    ({"published": {"url": "resnet18.pth", "sha256": "f37072fd"}}, "published.url\n"),
+    ({"published": {"url": "https://example.org/a.pth", "sha256": "f370"}}, "published.sha256\n"),
+    ({"input": {**ENTRIES["resnet18"]["input"], "channels": "GBR"}}, "input.channels\n.*'RGB' or 'BGR'"),
+    ({"input": {**ENTRIES["resnet18"]["input"], "range": 2}}, "input.range\n.*1 or 255"),
+    ({"input": {**ENTRIES["resnet18"]["input"], "std": [1, 0, 1]}}, "input.std.1\n.*greater than 0"),
+    ({"input": {**ENTRIES["resnet18"]["input"], "means": [1, 1, 1]}}, "input.means\n.*unknown parameter"),
+    ({"input": {**ENTRIES["resnet18"]["input"], "crop": 0}}, "input.crop\n.*greater than 0"),
+    ({"type": "timm", "published": None, "model": "resnet18"}, "brings its own pooling and input"),
+    ({"type": "timm"}, "type timm needs `model`"),
+])
+def test_bad_options_are_found_in_the_configuration(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        config_of("resnet18", **changes)

@@ -1,0 +1,112 @@
+"""Parameters: what is committed is what composes, and bad ones are refused in one line that says what is allowed."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, TINY_RECIPE, tiny_params
+from dvc.utils.hydra import compose_and_dump
+
+from cbml.config import load_cell, load_params
+from cbml.errors import UserError
+
+
+def test_params_yaml_is_what_conf_composes_to(tmp_path):
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [])
+    assert yaml.safe_load((tmp_path / "params.yaml").read_text()) == yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("conf/[!p]*/*.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}"
+)
+def test_every_option_of_a_group_defines_itself_and_is_valid(file, tmp_path):
+    option = yaml.safe_load(file.read_text())
+    assert list(option) == [file.stem]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(**{file.parent.name: option})))
+    assert list(getattr(load_params(tmp_path / "params.yaml"), file.parent.name)) == [file.stem]
+
+
+def changed(path, value):
+    """Tiny parameters with the one at `path` set."""
+    params = yaml.safe_load(yaml.safe_dump(tiny_params()))
+    *parents, last = path.split(".")
+    node = params
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    return params
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("loss.cbml_log.type", "cmbl", r"loss\.cbml_log: .*'cmbl'.*'cbml'"),
+        ("backbone.resnet18.type", "resnet19", r"backbone\.resnet18\.type: .*'resnet18'.*resnet19"),
+        ("dataset.glyphs.type", "birds", r"dataset\.glyphs: .*'birds'.*'glyphs', 'cub200'"),
+        ("loss.cbml_log.margn", 0.1, r"loss\.cbml_log: unknown parameter margn; allowed: .*margin"),
+        ("loss.cbml_log.margin", "wide", r"loss\.cbml_log\.margin: .*valid number.*'wide'"),
+        ("loss.cbml_log.form", "exp", r"loss\.cbml_log\.form: .*'log', 'sqrt' or 'const'.*'exp'"),
+        ("backbone.resnet18.poolin", "avg", r"backbone\.resnet18.*poolin.*allowed: .*pooling"),
+        ("dataset.glyphs.clases", 8, r"dataset\.glyphs.*clases.*allowed: .*classes"),
+        ("recipe.tiny.iteratons", 5, r"recipe\.tiny: unknown parameter iteratons; allowed: iterations, batch_size"),
+        ("recipe.tiny.lr", "fast", r"recipe\.tiny\.lr: .*valid number.*'fast'"),
+        ("recipe.tiny.batch_size", 9, r"recipe\.tiny: batch_size 9 is not a multiple of instances 2"),
+        ("recipe.tiny.crop", 30, r"recipe\.tiny: crop 30 is larger than resize 24"),
+        ("recipe.other", TINY_RECIPE, r"recipe: .*at most 1 item"),
+        ("seed.0", -1, r"seed\.0: .*greater than or equal to 0"),
+    ],
+)
+def test_a_bad_parameter_is_one_line(path, value, message, tmp_path):
+    params = tiny_params(seed=[-1]) if path == "seed.0" else changed(path, value)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(UserError, match=message) as error:
+        load_params(tmp_path / "params.yaml")
+    assert "\n" not in str(error.value) and "params.yaml" in str(error.value)
+
+
+def test_a_missing_and_a_broken_file(tmp_path):
+    with pytest.raises(UserError, match="no such file; run from the folder"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="not YAML"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_cell_that_is_not_there(project):
+    with pytest.raises(UserError, match=r"loss 'triplet' is not there; allowed: cbml_log"):
+        load_params().cell("glyphs", "resnet18", "triplet", 16, 0)
+
+
+def test_a_cell_survives_its_file(project):
+    cell = load_params().cell("glyphs", "resnet18", "cbml_log", 16, 0)
+    Path("cell.yaml").write_text(yaml.safe_dump(cell.to_dict()))
+    assert load_cell("cell.yaml") == cell and cell.name == "resnet18-cbml_log-16-0"
+
+
+def test_the_hash_follows_everything_that_a_cell_depends_on(project):
+    def cell_hash(data="images", **changes):
+        Path("params.yaml").write_text(yaml.safe_dump(tiny_params(**changes)))
+        params = load_params()
+        return params.cell("glyphs", "resnet18", "cbml_log", 16, params.seed[0]).hash(data)
+
+    hashes = [
+        cell_hash(),
+        cell_hash(data="others"),
+        cell_hash(seed=[1]),
+        cell_hash(recipe={"tiny": TINY_RECIPE | {"lr": 0.1}}),
+        cell_hash(loss={"cbml_log": {"type": "cbml", "margin": 0.2}}),
+    ]
+    assert len(set(hashes)) == len(hashes) and cell_hash() == hashes[0]
+
+
+def test_a_backbone_brings_its_own_pixels_and_changes_to_the_recipe(project):
+    entry = tiny_params()["backbone"]["resnet18"]
+    entry |= {"recipe": {"tiny": {"lr_steps": [3]}, "other": {"lr_steps": [9]}}, "input": entry["input"] | {"crop": 16}}
+    Path("params.yaml").write_text(yaml.safe_dump(tiny_params(backbone={"resnet18": entry})))
+    recipe = load_params().cell("glyphs", "resnet18", "cbml_log", 16, 0).recipe
+    assert (recipe.lr_steps, recipe.crop, recipe.resize) == ([3], 16, 24)
+
+    entry["recipe"] = {"tiny": {"lr_step": [3]}}
+    Path("params.yaml").write_text(yaml.safe_dump(tiny_params(backbone={"resnet18": entry})))
+    with pytest.raises(UserError, match=r"backbone\.resnet18 with recipe\.tiny: .*unknown parameter lr_step"):
+        load_params().cell("glyphs", "resnet18", "cbml_log", 16, 0)

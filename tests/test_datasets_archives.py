@@ -1,0 +1,240 @@
+import hashlib
+import io
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+
+from cbml.datasets import Cub200Config, archives
+from cbml.errors import UserError
+
+FILES = {
+    "images/001.Albatross/a.jpg": bytes(range(256)) * 40,
+    "images/002.Auklet/b.jpg": b"second",
+    "images.txt": b"1 001.Albatross/a.jpg\n2 002.Auklet/b.jpg\n",
+    "image_class_labels.txt": b"1 1\n2 2\n",
+    "classes.txt": b"1 001.Albatross\n2 002.Auklet\n",
+    "train_test_split.txt": b"1 1\n2 0\n",
+}
+
+
+def tar(files=FILES, *, top="CUB_200_2011/", mode="w:gz", members=()):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for member in members:
+            archive.addfile(member)
+        for name, content in {**files, "attributes/attributes.txt": b"not kept"}.items():
+            info = tarfile.TarInfo(top + name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Serves `state.content`; `state.breaks` lists after how many bytes each of the next answers breaks off."""
+    monkeypatch.setattr(archives, "BACKOFF", 0.0)
+    monkeypatch.setattr(archives, "CHUNK", 100)
+    state = SimpleNamespace(content=tar(), breaks=[], ranges=True, status=None, log=[])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            state.log.append(start)
+            start = start if state.ranges else 0
+            out_of_range = start > 0 and start >= len(state.content)
+            self.send_response(state.status or (416 if out_of_range else 206 if start else 200))
+            body = b"" if state.status or out_of_range else state.content[start:]
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:state.breaks.pop(0)] if state.breaks else body)
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    state.url = f"http://127.0.0.1:{http.server_port}/CUB_200_2011.tgz?download=1"
+    yield state
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def config(server=None, **changes):
+    content = server.content if server else b"x"
+    values = {"url": server.url if server else "http://localhost/", "size": len(content),
+              "md5": hashlib.md5(content).hexdigest()}
+    return Cub200Config(type="cub200", **{**values, **changes})
+
+
+def error_of(cub, folder):
+    with pytest.raises(UserError) as info:
+        cub.download(folder)
+    assert "\n" not in str(info.value)
+    assert not folder.exists()
+    return str(info.value)
+
+
+def test_a_transfer_that_breaks_off_continues_by_range(server, tmp_path):
+    server.breaks = [300, 100]
+    config(server).download(tmp_path / "cub200")
+    assert contents(tmp_path / "cub200") == FILES
+    assert server.log == [0, 300, 400]
+    assert list(tmp_path.iterdir()) == [tmp_path / "cub200"]
+
+
+def test_the_next_run_continues_what_an_earlier_one_left(server, tmp_path):
+    server.breaks = [300] + [0] * (archives.RETRIES + 1)
+    message = error_of(config(server), tmp_path / "cub200")
+    assert f"300 of {len(server.content)} bytes arrived" in message
+    assert "run again to continue" in message
+    server.log.clear()
+    config(server).download(tmp_path / "cub200")
+    assert server.log == [300]
+    assert contents(tmp_path / "cub200") == FILES
+
+
+def test_a_server_without_range_starts_over(server, tmp_path):
+    server.breaks, server.ranges = [300], False
+    config(server).download(tmp_path / "cub200")
+    assert server.log == [0, 300]
+    assert contents(tmp_path / "cub200") == FILES
+
+
+def test_a_complete_part_is_not_asked_for_again(server, tmp_path):
+    part = tmp_path / ".cub200-download" / "CUB_200_2011.tgz.part"
+    part.parent.mkdir()
+    part.write_bytes(server.content)
+    config(server).download(tmp_path / "cub200")
+    assert server.log == []
+    assert contents(tmp_path / "cub200") == FILES
+
+
+def test_wrong_md5_deletes_the_file(server, tmp_path):
+    message = error_of(config(server, md5="0" * 32), tmp_path / "cub200")
+    assert f"MD5 is {hashlib.md5(server.content).hexdigest()}, expected {'0' * 32}" in message
+    assert "source=PATH" in message
+    assert contents(tmp_path) == {}
+
+
+def test_a_file_larger_than_expected(server, tmp_path):
+    size = len(server.content)
+    assert f"size is {size} bytes, expected {size - 1}" in error_of(config(server, size=size - 1), tmp_path / "cub200")
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("ranges", "message"), [(True, "file ends at or before byte"), (False, "bytes arrived")])
+def test_a_file_shorter_than_expected(server, tmp_path, ranges, message):
+    server.ranges = ranges
+    assert message in error_of(config(server, size=len(server.content) + 1), tmp_path / "cub200")
+
+
+@pytest.mark.parametrize(("status", "message", "requests"), [
+    (404, "the server answered 404", 1), (503, "503", archives.RETRIES + 1),
+])
+def test_a_refusing_server(server, tmp_path, status, message, requests):
+    server.status = status
+    assert message in error_of(config(server), tmp_path / "cub200")
+    assert len(server.log) == requests
+
+
+def test_an_unreachable_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "BACKOFF", 0.0)
+    message = error_of(config(url="http://127.0.0.1:9/CUB_200_2011.tgz"), tmp_path / "cub200")
+    assert "ConnectionError" in message
+    assert "source=PATH" in message
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+@pytest.mark.parametrize("member", [
+    tarfile.TarInfo("../evil"),
+    tarfile.TarInfo("CUB_200_2011/images/../../../evil"),
+    tarfile.TarInfo("/CUB_200_2011/images/evil"),
+    link("CUB_200_2011/images/evil", "../../../evil"),
+    link("CUB_200_2011/images/evil", "/etc/passwd"),
+    link("CUB_200_2011/images/evil", "../evil", tarfile.LNKTYPE),
+    link("CUB_200_2011/images/evil", "", tarfile.FIFOTYPE),
+], ids=["parent", "inner parent", "absolute", "symlink", "absolute symlink", "hard link", "fifo"])
+def test_an_unsafe_archive_leaves_nothing(server, tmp_path, member):
+    server.content = tar(members=[member])
+    (tmp_path / "data").mkdir()
+    message = error_of(config(server), tmp_path / "data" / "cub200")
+    assert f"unsafe member {member.name!r}" in message
+    assert not list(tmp_path.rglob("evil"))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".cub200-download"]
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2", "w"])
+def test_a_truncated_archive_leaves_nothing(tmp_path, mode):
+    content = tar(mode=mode)
+    archive = tmp_path / "mine.tar"
+    archive.write_bytes(content[:len(content) // 2 if mode != "w" else 5000])
+    (tmp_path / "data").mkdir()
+    message = error_of(config(source=str(archive)), tmp_path / "data" / "cub200")
+    assert f"{archive}: not a complete tar archive" in message
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_truncated_download(server, tmp_path):
+    server.content = server.content[:-200]
+    assert "not a complete tar archive" in error_of(config(server), tmp_path / "cub200")
+
+
+@pytest.mark.parametrize(("top", "mode"), [("CUB_200_2011/", "w:gz"), ("./CUB_200_2011/", "w"), ("", "w:xz")])
+def test_an_archive_that_the_user_has(tmp_path, top, mode):
+    archive = tmp_path / "mine.tar"
+    archive.write_bytes(tar(top=top, mode=mode))
+    config(source=str(archive)).download(tmp_path / "cub200")
+    assert contents(tmp_path / "cub200") == FILES
+    assert archive.exists()
+
+
+@pytest.mark.parametrize("inside", ["", "CUB_200_2011"])
+def test_a_folder_that_the_user_has(tmp_path, monkeypatch, inside):
+    """A relative path starts at the repository, also where DVC runs the stage in a copy of it."""
+    for name, content in {**FILES, "attributes/attributes.txt": b"not kept"}.items():
+        path = tmp_path / "repository" / "mine" / inside / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
+    config(source="mine").download(tmp_path / "cub200")
+    assert contents(tmp_path / "cub200") == FILES
+    assert (tmp_path / "repository" / "mine" / inside / "images.txt").exists()
+
+
+def test_another_file_system_is_copied(tmp_path, monkeypatch):
+    def no_link(*args, **kwargs):
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", no_link)
+    test_a_folder_that_the_user_has(tmp_path, monkeypatch, "")
+
+
+@pytest.mark.parametrize("missing", ["images.txt", "classes.txt", "images"])
+def test_data_that_is_not_cub(tmp_path, missing):
+    files = {name: content for name, content in FILES.items() if name != missing and not name.startswith(missing + "/")}
+    archive, folder = tmp_path / "mine.tar", tmp_path / "mine"
+    archive.write_bytes(tar(files))
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    for source in (archive, folder):
+        message = error_of(config(source=str(source)), tmp_path / "cub200")
+        assert f"{source} is not in the layout of CUB-200-2011: {missing} not found; expected images, " in message
+
+
+def test_a_source_that_does_not_exist(tmp_path):
+    assert "no-such does not exist" in error_of(config(source=str(tmp_path / "no-such")), tmp_path / "cub200")

@@ -1,0 +1,72 @@
+from collections import Counter
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageFont
+from pydantic import ValidationError
+
+from cbml.datasets import GlyphsConfig
+from cbml.datasets.glyphs import CHARACTERS, TYPEFACES, draw
+from cbml.datasets.layout import LAYOUT, read_layout
+
+FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return GlyphsConfig(type="glyphs", classes=6, images_per_class=3, size=32, seed=1)
+
+
+def test_layout_and_counts(config, tmp_path):
+    config.download(tmp_path / "glyphs")
+    assert sorted(path.name for path in (tmp_path / "glyphs").iterdir()) == sorted(LAYOUT)
+    images = read_layout(tmp_path / "glyphs")
+    assert Counter(label for _, label in images) == dict.fromkeys(range(1, 7), 3)
+    split = (tmp_path / "glyphs/train_test_split.txt").read_text().split()[1::2]
+    assert split == ["1"] * 9 + ["0"] * 9
+    with Image.open(tmp_path / "glyphs" / images[0][0]) as image:
+        assert image.size == (32, 32)
+        assert image.mode == "RGB"
+
+
+def test_the_seed_decides_every_byte(config, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        config.model_copy(update={"seed": seed}).download(tmp_path / name)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a").keys() != files(tmp_path / "c").keys()
+
+
+def test_more_images_leave_the_first_ones_as_they_were(config, tmp_path):
+    config.download(tmp_path / "a")
+    config.model_copy(update={"images_per_class": 4}).download(tmp_path / "b")
+    few, many = ({k: v for k, v in files(tmp_path / name).items() if k.suffix == ".png"} for name in "ab")
+    assert few.items() < many.items()
+
+
+def test_every_typeface_has_every_character():
+    assert len(CHARACTERS) == len(set(CHARACTERS)) >= 200
+    for typeface in TYPEFACES:
+        assert {ord(c) for c in CHARACTERS} <= FT2Font(FONTS / typeface).get_charmap().keys(), typeface
+
+
+def test_drawings_of_a_character_differ_and_have_contrast():
+    font = ImageFont.truetype(FONTS / TYPEFACES[0], 48)
+    images = [np.asarray(draw("R", font, 48, np.random.default_rng(seed))).astype(int) for seed in range(20)]
+    for i, image in enumerate(images):
+        brightness = image.mean(2)
+        low, high = np.percentile(brightness, [1, 99])
+        assert high - low > 60
+        assert all(np.abs(image - other).mean() > 5 for other in images[:i])
+
+
+@pytest.mark.parametrize("wrong", [{"classes": 10_000}, {"classes": 1}, {"size": 0}, {"colour": "red"}, {"seed": -1}])
+def test_bad_parameters(wrong):
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        GlyphsConfig(type="glyphs", **wrong)

@@ -1,0 +1,256 @@
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cbml.errors import UserError
+from cbml.evaluation import evaluate, retrieve
+
+SCORES = ["recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "r_precision", "map_at_r"]
+
+
+def literal_evaluate(queries, labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8)):
+    """One query at a time: sort by (similarity, other classes first), walk down the list."""
+    self_retrieval = gallery is None
+    if self_retrieval:
+        gallery, gallery_labels = queries, labels
+    unit_q, unit_g = ([[x / math.hypot(*v) for x in v] for v in m.double().tolist()] for m in (queries, gallery))
+    labels, gallery_labels = labels.tolist(), gallery_labels.tolist()
+    rows = []
+    for i, q in enumerate(unit_q):
+        ranked = sorted((-round(sum(a * b for a, b in zip(q, g, strict=True)), 8), gallery_labels[n] == labels[i])
+                        for n, g in enumerate(unit_g) if not (self_retrieval and n == i))
+        relevant = [same for _, same in ranked]
+        r = sum(relevant)
+        if r:
+            precisions = [sum(relevant[:n]) / n for n in range(1, r + 1)]
+            average = sum(p for p, same in zip(precisions, relevant, strict=False) if same) / r
+            rows.append([float(any(relevant[:k])) for k in ks] + [precisions[-1], average])
+    means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    return {**dict(zip([f"recall_at_{k}" for k in ks] + ["r_precision", "map_at_r"], means, strict=True)),
+            "queries": len(rows), "queries_without_answer": len(unit_q) - len(rows)}
+
+
+def make_data(seed, n=90, d=6, classes=11, ties=False):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    centres = torch.randn(classes, d, generator=generator)
+    embeddings = centres[labels] + torch.randn(n, d, generator=generator)
+    if ties:  # few directions, at various lengths
+        embeddings = embeddings[:, :3].sign() * torch.randint(1, 9, (n, 1), generator=generator)
+    return embeddings, labels
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_self_retrieval_agrees_with_literal_loop(seed, ties):
+    data = make_data(seed, ties=ties)
+    assert evaluate(*data) == pytest.approx(literal_evaluate(*data), abs=1e-12)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_gallery_agrees_with_literal_loop(ties):
+    data = *make_data(0, n=50, classes=14, ties=ties), *make_data(1, n=70, ties=ties)
+    expected = literal_evaluate(*data, ks=(1, 3, 100))
+    assert expected["queries_without_answer"] > 0
+    assert evaluate(*data, ks=(1, 3, 100)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_hand_computed():
+    """Seen from 0° (class 0): its own at 10°, another class at 20°, its own at 30° and 40°: R = 3."""
+    angles = torch.tensor([10.0, 20.0, 30.0, 40.0]).deg2rad()
+    gallery = torch.stack([angles.cos(), angles.sin()], dim=1)
+    metrics = evaluate(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), gallery, torch.tensor([0, 1, 0, 0]), ks=(1,))
+    assert metrics == pytest.approx({"recall_at_1": 1, "r_precision": 2 / 3, "map_at_r": (1 + 2 / 3) / 3,
+                                     "queries": 1, "queries_without_answer": 0})
+
+
+@pytest.mark.parametrize("self_retrieval", [True, False])
+def test_agrees_with_pytorch_metric_learning(self_retrieval):
+    accuracy_calculator = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
+    inference = pytest.importorskip("pytorch_metric_learning.utils.inference")
+    distances = pytest.importorskip("pytorch_metric_learning.distances")
+    names = {"recall_at_1": "precision_at_1", "r_precision": "r_precision", "map_at_r": "mean_average_precision_at_r"}
+    calculator = accuracy_calculator.AccuracyCalculator(
+        include=tuple(names.values()), k="max_bin_count", device=torch.device("cpu"),
+        knn_func=inference.CustomKNN(distances.CosineSimilarity()))
+    data = make_data(5, n=200)
+    if not self_retrieval:
+        data += make_data(6, n=150)
+    theirs, ours = calculator.get_accuracy(*data), evaluate(*data)
+    for name, their_name in names.items():
+        assert ours[name] == pytest.approx(theirs[their_name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("block", [1, 90, 700])
+def test_block_size_does_not_matter(block, ties):
+    embeddings, labels = make_data(2, ties=ties)
+    assert evaluate(embeddings, labels, block=block) == pytest.approx(evaluate(embeddings, labels), abs=1e-12)
+    for blocked, whole in zip(retrieve(embeddings, None, 20, block=block), retrieve(embeddings, None, 20), strict=True):
+        assert torch.equal(blocked, whole)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_order_of_the_input_does_not_matter(ties):
+    embeddings, labels = make_data(3, ties=ties)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    assert evaluate(embeddings[order], labels[order]) == pytest.approx(evaluate(embeddings, labels), abs=1e-12)
+
+
+@pytest.mark.parametrize("vector", [torch.zeros(513), torch.ones(513),
+                                    torch.randn(513, generator=torch.Generator().manual_seed(0))])
+@pytest.mark.parametrize("order", ["sorted", "interleaved"])
+def test_equal_embeddings_score_zero(vector, order):
+    labels = torch.arange(60).sort().values // 6 if order == "sorted" else torch.arange(60) % 10
+    metrics = evaluate(vector.repeat(60, 1), labels, block=7 * 60)
+    assert [metrics[name] for name in SCORES] == [0.0] * len(SCORES)
+
+
+def test_nearly_collapsed_embeddings_are_still_ranked():
+    """Similarities that all lie within 1e-4 of 1 are no ties: float32 tells them apart."""
+    embeddings, labels = make_data(4)
+    embeddings = torch.cat([3e-3 * embeddings, torch.ones(len(labels), 1)], dim=1)
+    assert evaluate(embeddings, labels) == pytest.approx(literal_evaluate(embeddings, labels), abs=0.02)
+    assert evaluate(embeddings, labels)["recall_at_1"] > 0.3
+
+
+def test_duplicates_of_the_query_are_kept():
+    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    assert evaluate(embeddings, torch.tensor([0, 0, 1, 1]))["recall_at_1"] == 1
+    similarities, indices = retrieve(embeddings, None, 1)
+    assert indices.tolist() == [[1], [0], [3], [2]]
+    assert similarities.tolist() == [[1.0]] * 4
+
+
+def test_singleton_class_is_left_out_and_counted():
+    embeddings, labels = make_data(0)
+    metrics = evaluate(torch.cat([embeddings, -embeddings[:1]]), torch.cat([labels, labels[:1] + 99]))
+    assert (metrics["queries"], metrics["queries_without_answer"]) == (90, 1)
+    assert evaluate(torch.eye(3), torch.tensor([0, 0, 1]), ks=(2,))["recall_at_2"] == 1
+
+
+def test_retrieve_agrees_with_brute_force():
+    queries, gallery = make_data(0, n=40)[0], make_data(1, n=70)[0]
+    for pool in (None, gallery):
+        q = queries / queries.norm(dim=1, keepdim=True)
+        cosine = q @ (q if pool is None else pool / pool.norm(dim=1, keepdim=True)).T
+        if pool is None:
+            cosine.fill_diagonal_(-2)
+        expected, order = cosine.sort(dim=1, descending=True)
+        similarities, indices = retrieve(queries, pool, 9)
+        assert torch.equal(indices, order[:, :9])
+        torch.testing.assert_close(similarities, expected[:, :9], atol=1e-6, rtol=0)
+
+
+def test_retrieve_puts_lower_index_first_among_equals():
+    """The third vector points the same way as the first, at a length that float32 rounds."""
+    gallery = torch.tensor([[0.1, 0.7], [1.0, 0.0], [0.3, 2.1], [0.1, 0.7]]).repeat(30, 1)
+    _, indices = retrieve(torch.tensor([[0.1, 0.7]]), gallery, 90)
+    assert indices[0].tolist() == [i for i in range(120) if i % 4 != 1]
+
+
+def test_autocast_does_not_coarsen_the_ranking():
+    embeddings, labels = make_data(0, n=300)
+    expected, neighbours = evaluate(embeddings, labels), retrieve(embeddings, None, 20)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert evaluate(embeddings, labels) == expected
+        assert torch.equal(retrieve(embeddings, None, 20)[1], neighbours)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_memory_is_bounded():
+    embeddings, labels = make_data(0, n=1500, d=4)
+    with LargestTensor() as largest:
+        evaluate(embeddings, labels, block=20_000)
+        retrieve(embeddings, None, 8, block=20_000)
+    assert 1500 * 8 <= largest.elements <= 20_000
+    with LargestTensor() as largest:
+        evaluate(embeddings, labels)
+    assert largest.elements == 1500**2  # small enough for one block: the measurement does see it
+
+
+def test_nmi():
+    embeddings = torch.eye(4).repeat_interleave(5, dim=0) + 0.01 * torch.rand(20, 4)
+    labels = torch.arange(4).repeat_interleave(5)
+    assert evaluate(embeddings, labels, nmi=True)["nmi"] == pytest.approx(1)
+    assert "nmi" not in evaluate(embeddings, labels)
+
+    # Two tight bundles cut across by the labels: class 0 fills one and half of the other.
+    bundles = np.repeat([0, 1], 10)
+    labels = torch.tensor([0] * 15 + [1] * 5)
+    embeddings = torch.eye(2)[bundles] + 0.01 * torch.rand(20, 2)
+    p = np.histogram2d(labels.numpy(), bundles, bins=2)[0] / 20
+
+    def entropy(q):
+        return -sum(x * math.log(x) for x in q.ravel() if x)
+
+    h_labels, h_clusters = entropy(p.sum(1)), entropy(p.sum(0))
+    expected = 2 * (h_labels + h_clusters - entropy(p)) / (h_labels + h_clusters)
+    assert evaluate(embeddings, labels, nmi=True)["nmi"] == pytest.approx(expected)
+
+
+def test_nmi_of_equal_embeddings_is_zero():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert evaluate(torch.ones(20, 3), torch.arange(20) % 4, nmi=True)["nmi"] == 0
+
+
+def test_nmi_is_repeatable():
+    embeddings, labels = make_data(0)
+    assert evaluate(embeddings, labels, nmi=True)["nmi"] == evaluate(embeddings, labels, nmi=True)["nmi"]
+
+
+ONES, LABELS = torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_not_finite(value, dtype):
+    bad = ONES.to(dtype).clone()
+    bad[2, 1] = value
+    for call in (lambda: evaluate(bad, LABELS), lambda: evaluate(ONES, LABELS, bad, LABELS),
+                 lambda: retrieve(bad, None, 1), lambda: retrieve(ONES, bad, 1)):
+        with pytest.raises(UserError, match="embedding of image 2 is not finite"):
+            call()
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: evaluate(torch.empty(0, 2), torch.empty(0)), r"embeddings: shape \(0, 2\)"),
+    (lambda: evaluate(ONES, LABELS, torch.empty(0, 2), torch.empty(0)), r"gallery: shape \(0, 2\)"),
+    (lambda: evaluate(ONES[0], LABELS), r"embeddings: shape \(2,\)"),
+    (lambda: evaluate(ONES, LABELS[:3]), r"labels: shape \(3,\).* \(4,\)"),
+    (lambda: evaluate(ONES, LABELS, ONES, LABELS[:1]), r"gallery_labels: shape \(1,\).* \(4,\)"),
+    (lambda: evaluate(ONES, LABELS, torch.ones(4, 3), LABELS), "gallery: embeddings have 3 dimensions.* 2;"),
+    (lambda: evaluate(ONES, LABELS, ONES), "gallery: .* only together"),
+    (lambda: evaluate(ONES, LABELS, ONES, LABELS, nmi=True), "nmi: allowed only without a gallery"),
+    (lambda: evaluate(ONES, LABELS, ks=(0, 1)), r"ks: \[0, 1\]"),
+    (lambda: evaluate(ONES, torch.arange(4)), "labels: no query has another image of its class"),
+    (lambda: evaluate(ONES[:1], LABELS[:1]), "labels: no query has another image of its class"),
+    (lambda: retrieve(torch.empty(0, 2), None, 1), r"queries: shape \(0, 2\)"),
+    (lambda: retrieve(ONES, torch.ones(4, 3), 1), "gallery: embeddings have 3 dimensions"),
+    (lambda: retrieve(ONES, None, 4), "k: 4 neighbours asked for, allowed is 1 to 3"),
+    (lambda: retrieve(ONES, ONES, 5), "k: 5 neighbours asked for, allowed is 1 to 4"),
+    (lambda: retrieve(ONES, ONES, 0), "k: 0 neighbours asked for"),
+])
+def test_bad_input(call, message):
+    with pytest.raises(UserError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)

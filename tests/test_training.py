@@ -1,0 +1,193 @@
+"""Training: continues after any interruption to the same bits, and stops at what cannot go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY_RECIPE, tiny_params
+
+from cbml.config import load_params
+from cbml.errors import UserError
+from cbml.losses import Loss
+from cbml.training import loop, run_cell
+
+CELL = ("glyphs", "resnet18", "cbml_log", 16, 0)
+
+
+def run(state, **changes):
+    Path("params.yaml").write_text(yaml.safe_dump(tiny_params(**changes)))
+    params = load_params()
+    (loss,) = params.loss
+    return run_cell(params.cell("glyphs", "resnet18", loss, 16, params.seed[0]), state=state)
+
+
+def result(folder):
+    """All of a run that must not depend on how often it was interrupted."""
+    return (
+        json.loads((folder / "run.json").read_text())["final_weights_sha256"],
+        (folder / "losses.csv").read_text(),
+        (folder / "validations.csv").read_text(),
+    )
+
+
+def test_a_run_leaves_all_of_its_results_and_no_checkpoint(project):
+    folder = run(project)
+    losses, validations = pd.read_csv(folder / "losses.csv"), pd.read_csv(folder / "validations.csv")
+    assert losses.iteration.tolist() == [1, 2, 3, 4, 5, 6] and validations.iteration.tolist() == [0, 2, 4, 6]
+    terms = losses[["loss_positive", "loss_negative", "loss_variance"]].sum(1)
+    assert torch.allclose(torch.tensor(terms), torch.tensor(losses.loss), rtol=1e-5)
+    best = json.loads((folder / "run.json").read_text())["best_iteration"]
+    trained = validations[validations.iteration > 0]
+    assert best == trained.iteration[trained.recall_at_1.idxmax()]
+    assert (folder / "best_on_test.pt").is_file() == (best != 6)
+    assert not [path for path in (project / ".checkpoints").iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("loss", ["cbml_log", "softtriple", "xbm_contrastive"])
+def test_broken_off_at_any_iteration_it_ends_with_the_same_bits(project, monkeypatch, loss):
+    loss = {loss: yaml.safe_load((ROOT / "conf" / "loss" / f"{loss}.yaml").read_text())[loss]}
+    unbroken = result(run(project, loss=loss))
+    validate, calls = loop.evaluate, []
+
+    def evaluate_once_more(*args, **kwargs):
+        calls.append(None)
+        if len(calls) in (2, 4):
+            raise KeyboardInterrupt
+        return validate(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate_once_more)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(project, loss=loss)
+    assert result(run(project, loss=loss)) == unbroken
+    assert len(calls) == 6  # 0, 2 (broken) — 2, 4 (broken) — 4, 6: nothing was done twice
+
+
+def train_command(*options):
+    """The command of the stage `train` for the tiny cell, with some of its options replaced."""
+    axes = [
+        "--dataset",
+        "glyphs",
+        "--backbone",
+        "resnet18",
+        "--loss",
+        "cbml_log",
+        "--embedding-dim",
+        "16",
+        "--seed",
+        "0",
+    ]
+    return [sys.executable, "-m", "pipeline.train", *axes, *options]
+
+
+def test_killed_it_continues_to_the_same_bits(project):
+    recipe = {"tiny": TINY_RECIPE | {"iterations": 40, "validate_every": 20}}
+    unbroken = result(run(project, recipe=recipe))
+    (project / "runs").rename(project / "unbroken")
+    command, environment = train_command(), os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((project / ".checkpoints").glob("*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (project / "runs").exists()
+    again = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=True)
+    assert "continues after iteration" in again.stderr
+    assert result(project / "runs" / "glyphs" / "resnet18-cbml_log-16-0") == unbroken
+
+
+def test_a_changed_parameter_does_not_continue_the_old_run(project, monkeypatch):
+    expected = result(run(project, seed=[3]))
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(project)
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
+    assert result(run(project, seed=[3])) == expected != result(run(project))
+
+
+class Diverging(Loss):
+    def __init__(self, at):
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def compute(self, embeddings, labels):
+        self.calls += 1
+        return {"loss": embeddings.sum() * (float("nan") if self.calls == self.at else 1.0)}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_iteration(project, monkeypatch):
+    monkeypatch.setattr(loop, "build_loss", lambda *_, **__: Diverging(at=3))
+    with pytest.raises(UserError, match=r"the loss is not finite at iteration 3 .*lower recipe\.tiny\.lr"):
+        run(project)
+    assert not (project / "runs").exists()
+
+
+def test_no_iterations_is_the_untrained_network(project):
+    folder = run(project, recipe={"tiny": TINY_RECIPE | {"iterations": 0}})
+    assert pd.read_csv(folder / "validations.csv").iteration.tolist() == [0]
+    assert not (folder / "best_on_test.pt").exists()
+
+
+def test_the_learning_rate_follows_its_steps(project):
+    folder = run(project, recipe={"tiny": TINY_RECIPE | {"lr": 1e-3, "lr_steps": [2, 4]}})
+    assert pd.read_csv(folder / "losses.csv").lr.tolist() == pytest.approx([1e-3] * 2 + [1e-4] * 2 + [1e-5] * 2)
+
+
+def test_a_batch_of_more_classes_than_exist(project):
+    with pytest.raises(UserError, match="= 8 classes a batch, but the training list has 6"):
+        run(project, recipe={"tiny": TINY_RECIPE | {"batch_size": 16}})
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("images/001.X/nothing.png,0", r"train\.txt, line 1: .*nothing\.png does not exist"),
+        ("images.txt,0", r"images\.txt: not an image that Pillow can read"),
+        ("no label", r"train\.txt, line 1: 'no label'; expected"),
+    ],
+)
+def test_a_list_with_a_bad_image_stops_before_anything_is_trained(project, line, message):
+    lists = project / "lists"
+    target = lists.resolve()
+    lists.unlink()
+    (lists / "glyphs").mkdir(parents=True)
+    for file in (target / "glyphs").iterdir():
+        text = file.read_text()
+        (lists / "glyphs" / file.name).write_text(f"{line}\n{text}" if file.name == "train.txt" else text)
+    with pytest.raises(UserError, match=message):
+        run(project)
+    assert not list((project / ".checkpoints").glob("*.pt"))
+
+
+def test_weights_that_do_not_fit_or_exist(project):
+    def with_weights(path):
+        return {"resnet18": tiny_params()["backbone"]["resnet18"] | {"weights": path}}
+
+    with pytest.raises(UserError, match="nowhere.pth"):
+        run(project, backbone=with_weights("nowhere.pth"))
+    torch.save({"conv1.weight": torch.zeros(1)}, project / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth do not fit"):
+        run(project, backbone=with_weights("other.pth"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--loss", "cmbl"), "error: params.yaml: loss 'cmbl' is not there; allowed: cbml_log"),
+        (("--backbone", "vgg"), "error: params.yaml: backbone 'vgg' is not there; allowed: resnet18"),
+        (("--dataset", "sop"), "error: params.yaml: dataset 'sop' is not there; allowed: glyphs"),
+    ],
+)
+def test_the_script_ends_with_one_line(project, options, message):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(train_command(*options), capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stderr.strip() == message
