@@ -206,7 +206,7 @@ def test_timm_missing(monkeypatch):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"type": "resnet19"}, "Input should be 'resnet18', 'resnet34'"),
-    ({"poling": "avg"}, "poling\n.*unknown parameter"),
+    ({"poling": "avg"}, "unknown parameter poling; allowed: type, .*pooling"),
     ({"pooling": "mean"}, "pooling\n.*'avg' or 'max'"),
     ({"pooling": None}, "type resnet18 needs `pooling`"),
     ({"input": None, "pooling": None}, "type resnet18 needs `pooling` and `input`"),
@@ -219,7 +219,7 @@ def test_timm_missing(monkeypatch):
     ({"input": {**ENTRIES["resnet18"]["input"], "channels": "GBR"}}, "input.channels\n.*'RGB' or 'BGR'"),
     ({"input": {**ENTRIES["resnet18"]["input"], "range": 2}}, "input.range\n.*1 or 255"),
     ({"input": {**ENTRIES["resnet18"]["input"], "std": [1, 0, 1]}}, "input.std.1\n.*greater than 0"),
-    ({"input": {**ENTRIES["resnet18"]["input"], "means": [1, 1, 1]}}, "input.means\n.*unknown parameter"),
+    ({"input": {**ENTRIES["resnet18"]["input"], "means": [1, 1, 1]}}, "input\n.*unknown parameter means; allowed: .*mean"),
     ({"input": {**ENTRIES["resnet18"]["input"], "crop": 0}}, "input.crop\n.*greater than 0"),
     ({"type": "timm", "published": None, "model": "resnet18"}, "brings its own pooling and input"),
     ({"type": "timm"}, "type timm needs `model`"),

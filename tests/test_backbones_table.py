@@ -37,7 +37,7 @@ def test_bad_folder_and_bad_entry(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"no \*.yaml there"):
         run(monkeypatch, tmp_path)
     (tmp_path / "a.yaml").write_text("a:\n  type: resnet18\n  poling: avg\n")
-    with pytest.raises(UserError, match=r"a.yaml: a.poling: unknown parameter"):
+    with pytest.raises(UserError, match=r"a.yaml: a: unknown parameter poling; allowed: type"):
         run(monkeypatch, tmp_path)
 
 

@@ -301,7 +301,7 @@ def test_memory_continues_from_its_state(inner):
 def test_bad_parameters_are_named_in_one_line(config, message):
     with pytest.raises(ValidationError) as raised:
         parse(config)
-    line = first_error(raised.value)
+    line = first_error(raised.value, config)
     assert message in line
     assert "\n" not in line
 

@@ -145,6 +145,6 @@ def test_terms_add_up_to_the_loss():
 def test_bad_parameters_are_named_in_one_line(parameters, message):
     with pytest.raises(ValidationError) as raised:
         parse(**parameters)
-    line = first_error(raised.value)
+    line = first_error(raised.value, {"type": "cbml"} | parameters)
     assert message in line
     assert "\n" not in line

@@ -54,7 +54,8 @@ def test_a_run_leaves_all_of_its_results_and_no_checkpoint(project):
 @pytest.mark.parametrize("loss", ["cbml_log", "softtriple", "xbm_contrastive"])
 def test_broken_off_at_any_iteration_it_ends_with_the_same_bits(project, monkeypatch, loss):
     loss = {loss: yaml.safe_load((ROOT / "conf" / "loss" / f"{loss}.yaml").read_text())[loss]}
-    unbroken = result(run(project, loss=loss))
+    recipe = {"tiny": TINY_RECIPE | {"checkpoint_every": 1}}
+    unbroken = result(run(project, loss=loss, recipe=recipe))
     validate, calls = loop.evaluate, []
 
     def evaluate_once_more(*args, **kwargs):
@@ -66,8 +67,8 @@ def test_broken_off_at_any_iteration_it_ends_with_the_same_bits(project, monkeyp
     monkeypatch.setattr(loop, "evaluate", evaluate_once_more)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run(project, loss=loss)
-    assert result(run(project, loss=loss)) == unbroken
+            run(project, loss=loss, recipe=recipe)
+    assert result(run(project, loss=loss, recipe=recipe)) == unbroken
     assert len(calls) == 6  # 0, 2 (broken) — 2, 4 (broken) — 4, 6: nothing was done twice
 
 

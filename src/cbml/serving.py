@@ -1,4 +1,4 @@
-"""A trained cell as an MLflow model: pictures in, embeddings out. MLflow stores this file with the model and runs it."""
+"""A trained cell as an MLflow model: pictures in, embeddings out. MLflow keeps this file with the model."""
 
 import io
 from pathlib import Path

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from cbml.backbones import BackboneConfig, build_trunk, input_convention
 from cbml.errors import UserError, run_main
+from cbml.schema import first_error
 
 
 def trunk_size(config: BackboneConfig, crop: int) -> tuple[int, int, int]:
@@ -32,14 +33,15 @@ def main() -> None:
         raise UserError(f"{arguments.folder}: no *.yaml there; run this in the repository's root or name the folder")
     print(f"{'backbone':24}{'parameters':>12}{'GFLOPs':>9}{'features':>10}{'crop':>6}")
     for file in files:
-        for name, entry in yaml.safe_load(file.read_text()).items():
+        entries = yaml.safe_load(file.read_text())
+        try:
+            configs = TypeAdapter(dict[str, BackboneConfig]).validate_python(entries)
+        except ValidationError as error:
+            raise UserError(f"{file}: {first_error(error, entries)}") from error
+        for name, config in configs.items():
             try:
-                config = BackboneConfig.model_validate(entry)
                 crop = input_convention(config).crop or arguments.crop
                 parameters, flops, features = trunk_size(config, crop)
-            except ValidationError as error:
-                first = error.errors()[0]
-                raise UserError(f"{file}: {'.'.join(map(str, (name, *first['loc'])))}: {first['msg']}") from error
             except UserError as error:
                 print(f"{name}: left out: {error}", file=sys.stderr)
                 continue
