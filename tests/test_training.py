@@ -1,5 +1,6 @@
 """Training: continues after any interruption to the same bits, and stops at what cannot go on."""
 
+import functools
 import json
 import os
 import signal
@@ -192,3 +193,37 @@ def test_the_script_ends_with_one_line(project, options, message):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(train_command(*options), capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and done.stderr.strip() == message
+
+
+def test_half_precision_and_memory_format_leave_the_loss_in_float32(project, monkeypatch):
+    seen = []
+
+    class Watching(Diverging):
+        def terms(self, embeddings, labels):
+            seen.append(embeddings.dtype)
+            assert (embeddings.norm(dim=1) - 1).abs().max() < 1e-5
+            return super().terms(embeddings, labels)
+
+    monkeypatch.setattr(loop, "build_loss", lambda *_, **__: Watching(at=None))
+    run(project, recipe={"tiny": TINY_RECIPE | {"precision": "bf16-mixed", "channels_last": True}})
+    assert seen == [torch.float32] * 6
+
+
+def test_compile_changes_nothing_but_speed(project, monkeypatch):
+    monkeypatch.setattr(loop, "_compiler_works", lambda device: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    names = torch.load(run(project, recipe={"tiny": TINY_RECIPE | {"compile": True}}) / "final.pt")
+    assert names.keys() == torch.load(run(project) / "final.pt").keys()
+
+
+def test_without_a_compiler_it_runs_uncompiled_and_says_so(project, monkeypatch, capsys):
+    def no_compiler(*_, **__):
+        raise RuntimeError("No working C++ compiler found\ndetails")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    compiled = result(run(project, recipe={"tiny": TINY_RECIPE | {"compile": True}}))
+    assert (
+        "compile: not possible here, running without (RuntimeError: No working C++ compiler found)"
+        in capsys.readouterr().err
+    )
+    assert compiled == result(run(project))

@@ -37,6 +37,8 @@ class Recipe(Schema):
         validate_every: iterations between evaluations on the test list; 0: only before the first and after the last.
         checkpoint_every: iterations between checkpoints.
         precision: of the backbone, in Lightning Fabric's words; embeddings and loss are float32 always.
+        channels_last: keep the backbone's weights and feature maps in that memory format.
+        compile: run the trunk through `torch.compile`, where a compiler is at hand.
     """
 
     iterations: Annotated[int, Field(ge=0)]
@@ -55,6 +57,8 @@ class Recipe(Schema):
     validate_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Count = 100
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    channels_last: bool = False
+    compile: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

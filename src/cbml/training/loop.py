@@ -86,6 +86,10 @@ def train(
         cell.backbone_config, embedding_dim=cell.embedding_dim, root=root, load_weights=resumed is None
     )
     network.freeze_bn = recipe.freeze_bn
+    if recipe.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if recipe.compile and _compiler_works(fabric.device):
+        network.trunk.compile()
     criterion = build_loss(cell.loss_config, embedding_dim=network.embedding_dim, num_classes=len(classes))
     criterion.to(fabric.device)
     groups = [{"params": list(network.parameters()), "lr": recipe.lr}, *criterion.parameter_groups(recipe.lr)]
@@ -187,6 +191,16 @@ def train(
                 torch.save(state, temporary)
     done.final = network.state_dict()
     return done
+
+
+def _compiler_works(device: torch.device) -> bool:
+    """Whether `torch.compile` finds what it needs; says so if not."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # a missing compiler shows in many types
+        message(f"compile: not possible here, running without ({type(error).__name__}: {str(error).splitlines()[0]})")
+        return False
+    return True
 
 
 def _move_if_it_fits(images: PackedImages, device: torch.device) -> PackedImages:
