@@ -1,6 +1,6 @@
 """Stage `evaluate`: the metrics of a trained cell, runs/<dataset>/<cell>, into evaluations/<dataset>/<cell>."""
 
-import sys
+import argparse
 from pathlib import Path
 
 from cbml import tracking
@@ -9,7 +9,9 @@ from cbml.evaluation.cell import evaluate_cell
 
 
 def main() -> None:
-    evaluate_cell(Path(sys.argv[1]), state=tracking.root())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder that the stage `train` wrote")
+    evaluate_cell(parser.parse_args().run, state=tracking.root())
 
 
 if __name__ == "__main__":

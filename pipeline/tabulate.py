@@ -1,6 +1,6 @@
 """Stage `tabulate`: the tables of a dataset's cells into reports/<dataset>."""
 
-import sys
+import argparse
 
 from cbml.config import load_params
 from cbml.errors import run_main
@@ -8,7 +8,9 @@ from cbml.reporting import write_tables
 
 
 def main() -> None:
-    print(write_tables(load_params(), sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dataset")
+    print(write_tables(load_params(), parser.parse_args().dataset))
 
 
 if __name__ == "__main__":

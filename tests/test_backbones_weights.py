@@ -136,7 +136,7 @@ def test_download_fills_the_cache_once(state, hub, tmp_path):
     torch.save(state, source)
     settings = config("imagenet", published(source))
     assert torch.equal(build_trunk(settings, tmp_path).bn1.weight, state["bn1.weight"])
-    assert [path.name for path in hub.iterdir()] == ["resnet18-test.pth"]
+    assert [path.name for path in hub.glob("[!.]*")] == ["resnet18-test.pth"]
     source.unlink()
     assert torch.equal(build_trunk(settings, tmp_path).bn1.weight, state["bn1.weight"])
 
@@ -152,14 +152,14 @@ def test_download_of_another_file(hub, tmp_path):
     settings = config("imagenet", {**published(source), "sha256": "0" * 8})
     fails(settings, tmp_path, source.as_uri(), "wrong hash",
           f"starts with {published(source)['sha256']}, expected 00000000")
-    assert list(hub.iterdir()) == []
+    assert list(hub.glob("[!.]*")) == []
 
 
 def test_download_of_a_web_page(hub, tmp_path):
     source = tmp_path / "w.pth"
     source.write_bytes(HTML)
     fails(config("imagenet", {**published(source), "sha256": "0" * 8}), tmp_path, source.as_uri(), "a web page")
-    assert list(hub.iterdir()) == []
+    assert list(hub.glob("[!.]*")) == []
 
 
 @pytest.mark.parametrize(("content", "pattern"), [(b"cut", "wrong hash, a truncated"), (HTML, "a web page")])

@@ -48,6 +48,10 @@ ORDERED = {"margin", "npair"}
 NEVER_IDLE = {"adversarial", "cbml_center", "center", "crossentropy", "proxynca", "softtriple"}
 
 
+def case_id(value):
+    return getattr(value, "__name__", str(value)[:60])
+
+
 def parse(config):
     return TypeAdapter(config_union()).validate_python(config)
 
@@ -91,13 +95,13 @@ def assert_same(loss, expected, embeddings, labels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("name", "parameters", "expected"), ALONE, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("name", "parameters", "expected"), ALONE, ids=case_id)
 def test_equals_the_formula(name, parameters, expected, dtype):
     embeddings, labels = sample(dtype=dtype)
     assert_same(build(name, **parameters), lambda e, y: expected(e, y, **parameters), embeddings, labels)
 
 
-@pytest.mark.parametrize(("name", "parameters", "tensor", "expected"), TRAINED, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("name", "parameters", "tensor", "expected"), TRAINED, ids=case_id)
 def test_with_parameters_equals_the_formula(name, parameters, tensor, expected):
     embeddings, labels = sample()
     loss = build(name, **parameters).double()

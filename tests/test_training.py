@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from conftest import ROOT, TINY_RECIPE, tiny_params
 
 from cbml.config import load_params
 from cbml.errors import UserError
+from cbml.evaluation.cell import evaluate_cell
 from cbml.losses import Loss
-from cbml.training import loop, run_cell
+from cbml.training import cell, loop, run_cell
 
 CELL = ("glyphs", "resnet18", "cbml_log", 16, 0)
 
@@ -30,6 +32,12 @@ def run(state, **changes):
     return run_cell(params.cell("glyphs", "resnet18", loss, 16, params.seed[0]), state=state)
 
 
+def without_checkpoints(folder):
+    """The same, after `evaluate` would have removed the checkpoints."""
+    shutil.rmtree(".checkpoints")
+    return result(folder)
+
+
 def result(folder):
     """All of a run that must not depend on how often it was interrupted."""
     return (
@@ -39,7 +47,7 @@ def result(folder):
     )
 
 
-def test_a_run_leaves_all_of_its_results_and_no_checkpoint(project):
+def test_a_run_leaves_all_of_its_results_and_its_evaluation_no_checkpoint(project):
     folder = run(project)
     losses, validations = pd.read_csv(folder / "losses.csv"), pd.read_csv(folder / "validations.csv")
     assert losses.iteration.tolist() == [1, 2, 3, 4, 5, 6] and validations.iteration.tolist() == [0, 2, 4, 6]
@@ -49,6 +57,9 @@ def test_a_run_leaves_all_of_its_results_and_no_checkpoint(project):
     trained = validations[validations.iteration > 0]
     assert best == trained.iteration[trained.recall_at_1.idxmax()]
     assert (folder / "best_on_test.pt").is_file() == (best != 6)
+    checkpoint = project / ".checkpoints" / json.loads((folder / "run.json").read_text())["checkpoint"]
+    assert checkpoint.is_file()  # until DVC has recorded the stage
+    evaluate_cell(folder, state=project)
     assert not [path for path in (project / ".checkpoints").iterdir() if path.suffix != ".lock"]
 
 
@@ -56,7 +67,7 @@ def test_a_run_leaves_all_of_its_results_and_no_checkpoint(project):
 def test_broken_off_at_any_iteration_it_ends_with_the_same_bits(project, monkeypatch, loss):
     loss = {loss: yaml.safe_load((ROOT / "conf" / "loss" / f"{loss}.yaml").read_text())[loss]}
     recipe = {"tiny": TINY_RECIPE | {"checkpoint_every": 1}}
-    unbroken = result(run(project, loss=loss, recipe=recipe))
+    unbroken = without_checkpoints(run(project, loss=loss, recipe=recipe))
     validate, calls = loop.evaluate, []
 
     def evaluate_once_more(*args, **kwargs):
@@ -92,7 +103,7 @@ def train_command(*options):
 
 def test_killed_it_continues_to_the_same_bits(project):
     recipe = {"tiny": TINY_RECIPE | {"iterations": 40, "validate_every": 20}}
-    unbroken = result(run(project, recipe=recipe))
+    unbroken = without_checkpoints(run(project, recipe=recipe))
     (project / "runs").rename(project / "unbroken")
     command, environment = train_command(), os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
@@ -107,7 +118,7 @@ def test_killed_it_continues_to_the_same_bits(project):
 
 
 def test_a_changed_parameter_does_not_continue_the_old_run(project, monkeypatch):
-    expected = result(run(project, seed=[3]))
+    expected = without_checkpoints(run(project, seed=[3]))
     monkeypatch.setattr(loop, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(project)
@@ -127,7 +138,7 @@ class Diverging(Loss):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_iteration(project, monkeypatch):
-    monkeypatch.setattr(loop, "build_loss", lambda *_, **__: Diverging(at=3))
+    monkeypatch.setattr(cell, "build_loss", lambda *_, **__: Diverging(at=3))
     with pytest.raises(UserError, match=r"the loss is not finite at iteration 3 .*lower recipe\.tiny\.lr"):
         run(project)
     assert not (project / "runs").exists()
@@ -204,7 +215,7 @@ def test_half_precision_and_memory_format_leave_the_loss_in_float32(project, mon
             assert (embeddings.norm(dim=1) - 1).abs().max() < 1e-5
             return super().terms(embeddings, labels)
 
-    monkeypatch.setattr(loop, "build_loss", lambda *_, **__: Watching(at=None))
+    monkeypatch.setattr(cell, "build_loss", lambda *_, **__: Watching(at=None))
     run(project, recipe={"tiny": TINY_RECIPE | {"precision": "bf16-mixed", "channels_last": True}})
     assert seen == [torch.float32] * 6
 

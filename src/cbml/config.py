@@ -8,17 +8,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from cbml.backbones import BackboneConfig, input_convention
 from cbml.datasets import Dataset
 from cbml.errors import UserError
 from cbml.losses import LossConfig, config_union
-from cbml.schema import Schema, first_error
+from cbml.schema import Count, NonNegative, Positive, Schema, Share, first_error
 
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+
+
+def _distinct(values: list[int]) -> list[int]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{values} holds a value twice")
+    return values
+
+
+
+
+Axis = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class Recipe(Schema):
@@ -47,12 +56,12 @@ class Recipe(Schema):
     lr: NonNegative
     weight_decay: NonNegative
     lr_steps: list[Count] = []
-    lr_gamma: Share = 0.1
+    lr_gamma: PositiveShare = 0.1
     freeze_bn: bool = True
     resize: Count
     crop: Count
-    scale: tuple[Share, Share] = (0.16, 1.0)
-    ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (3 / 4, 4 / 3)
+    scale: tuple[PositiveShare, PositiveShare] = (0.16, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     flip: bool = True
     validate_every: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Count = 100
@@ -74,15 +83,27 @@ class Recipe(Schema):
 class Params(Schema):
     """The whole of params.yaml. Every group maps names to options; a cell is one choice from each axis.
 
-    `embedding_dim` 0 leaves the head out: an embedding is then the backbone's pooled features.
+    `embedding_dim` 0 leaves the head out: an embedding is then the backbone's pooled features. `validation_classes` is
+    the share of the training classes, the last ones, that `build_lists` puts into lists of their own.
     """
 
     dataset: Annotated[dict[str, Dataset], Field(min_length=1)]
     backbone: Annotated[dict[str, BackboneConfig], Field(min_length=1)]
     loss: Annotated[dict[str, config_union()], Field(min_length=1)]
     recipe: Annotated[dict[str, Recipe], Field(min_length=1, max_length=1)]
-    embedding_dim: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    seed: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    embedding_dim: Axis
+    seed: Axis
+    validation_classes: Share = 0.0
+
+    def option(self, group: str, name: str) -> Any:
+        """The option `name` of a group.
+
+        Raises:
+            UserError: params.yaml does not have it.
+        """
+        if name not in (options := getattr(self, group)):
+            raise UserError(f"params.yaml: {group} {name!r} is not there; allowed: {', '.join(options)}")
+        return options[name]
 
     def cell(self, dataset: str, backbone: str, loss: str, embedding_dim: int, seed: int) -> "Cell":
         """The cell of these names.
@@ -90,9 +111,7 @@ class Params(Schema):
         Raises:
             UserError: a name is not in params.yaml, or the backbone's changes to the recipe do not fit it.
         """
-        for group, name in (("dataset", dataset), ("backbone", backbone), ("loss", loss)):
-            if name not in (options := getattr(self, group)):
-                raise UserError(f"params.yaml: {group} {name!r} is not there; allowed: {', '.join(options)}")
+        configs = [self.option(*choice) for choice in (("dataset", dataset), ("backbone", backbone), ("loss", loss))]
         ((recipe_name, recipe),) = self.recipe.items()
         convention = input_convention(self.backbone[backbone])
         own = {"resize": convention.resize, "crop": convention.crop}
@@ -103,19 +122,8 @@ class Params(Schema):
         except ValidationError as error:
             where = f"backbone.{backbone} with recipe.{recipe_name}"
             raise UserError(f"params.yaml: {where}: {first_error(error, changed)}") from None
-        return Cell(
-            dataset,
-            backbone,
-            loss,
-            embedding_dim,
-            seed,
-            self.dataset[dataset],
-            self.backbone[backbone],
-            self.loss[loss],
-            recipe_name,
-            recipe,
-            convention.interpolation,
-        )
+        names = (dataset, backbone, loss, embedding_dim, seed)
+        return Cell(*names, *configs, recipe_name, recipe, convention.interpolation)
 
     def cells(self, dataset: str) -> list["Cell"]:
         """Every cell of a dataset, in the order of params.yaml."""
@@ -154,9 +162,9 @@ class Cell:
             "seed": [self.seed],
         }
 
-    def hash(self, data: str) -> str:
-        """16 hex digits that change with anything that this cell's result depends on; `data` identifies the images."""
-        return hashlib.sha256(json.dumps([self.to_dict(), data], sort_keys=True).encode()).hexdigest()[:16]
+    def hash(self, *contents: str) -> str:
+        """16 hex digits that change with the configuration and with `contents`, what it names but does not hold."""
+        return hashlib.sha256(json.dumps([self.to_dict(), *contents], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
@@ -167,7 +175,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; run from the folder that holds params.yaml and dvc.yaml")
+        raise UserError(f"{path}: no such file; run from the folder that holds params.yaml, stage after stage")
     try:
         data = yaml.safe_load(path.read_text())
         return Params.model_validate(data)

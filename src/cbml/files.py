@@ -1,21 +1,45 @@
 """Files that are either complete or absent."""
 
+import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from cbml.errors import UserError
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` for a file or a folder; rename it to `path` when the block succeeds."""
+    """Yield a temporary path beside `path` for a file or a folder; rename it to `path` when the block succeeds.
+
+    What a killed process left there is removed first, so two processes must not write the same path at once.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
+    folder = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        temporary = folder / path.name
         yield temporary
         if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
+    finally:
+        shutil.rmtree(folder)
+
+
+def read_json(path: Path, stage: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it is missing or is not JSON; `stage` is the one that writes it.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the stage {stage} writes it") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}); the stage {stage} writes it") from None

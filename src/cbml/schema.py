@@ -1,8 +1,13 @@
 """The base of every configuration object: immutable, and strict about names."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class Schema(BaseModel):
@@ -17,6 +22,9 @@ class Schema(BaseModel):
             unknown = [str(name) for name in data if name not in cls.model_fields]
             if unknown:
                 raise ValueError(f"unknown parameter {', '.join(unknown)}; allowed: {', '.join(cls.model_fields)}")
+            for name, value in data.items():
+                if isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
+                    raise ValueError(f"{name} is {str(value).lower()}, but is not a switch")  # Python's True is 1
         return data
 
 
@@ -34,4 +42,4 @@ def first_error(error: ValidationError, data: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
     got = f", got {value!r}" if isinstance(value, str | int | float | list | None) and "got" not in message else ""
-    return f"{'.'.join(path)}: {message}{got}"
+    return ": ".join(filter(None, [".".join(path), message])) + got

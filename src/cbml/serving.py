@@ -9,17 +9,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cbml.backbones import EmbeddingModel, create_model
-from cbml.config import Cell, load_cell
+from cbml.config import load_cell
 from cbml.datasets.images import PackedImages, load_image
+from cbml.evaluation.cell import load_network
 from cbml.evaluation.embedding import embed
-
-
-def load_network(cell: Cell, weights: Path) -> EmbeddingModel:
-    """The trained network of a cell, in eval mode, on the CPU."""
-    network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=Path(), load_weights=False)
-    network.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
-    return network.eval()
 
 
 class Embedder(mlflow.pyfunc.PythonModel):

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from filelock import FileLock
-from mlflow.entities import Metric, RunStatus
+from mlflow.entities import Metric, Param, RunStatus
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema, TensorSpec
@@ -30,7 +30,11 @@ from PIL import Image
 from cbml.config import Cell, load_cell
 
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "pytorch-metric-learning", "numpy", "pillow", "mlflow", "dvc")
-METRICS_A_CALL = 1000  # MLflow's limit
+# What the logged model imports.
+SERVING = ("torch", "torchvision", "pytorch-metric-learning", "pydantic", "safetensors", "matplotlib", "pillow")
+SERVING += ("mlflow", "pandas", "filelock", "requests", "tqdm", "pyyaml", "scikit-learn", "lightning-fabric")
+METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits
+DVC_VARIABLES = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 
 
 def root() -> Path:
@@ -84,9 +88,8 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 class Run:
     """One MLflow run, open for logging."""
 
-    def __init__(self, experiment: str, run_id: str):
-        self.client, self.experiment_id = _client(experiment)
-        self.id = run_id
+    def __init__(self, client: MlflowClient, run_id: str):
+        self.client, self.id = client, run_id
 
     def log(self, rows: Iterable[dict[str, float]]) -> None:
         """Log rows of metrics; `iteration` in each is the step."""
@@ -100,12 +103,9 @@ class Run:
         for start in range(0, len(metrics), METRICS_A_CALL):
             self.client.log_batch(self.id, metrics=metrics[start : start + METRICS_A_CALL])
 
-    def log_file(self, path: Path, folder: str | None = None) -> None:
-        """Keep a file, or what a folder holds, as an artifact."""
-        if path.is_dir():
-            self.client.log_artifacts(self.id, str(path), folder)
-        else:
-            self.client.log_artifact(self.id, str(path), folder)
+    def log_file(self, path: Path) -> None:
+        """Keep a file as an artifact."""
+        self.client.log_artifact(self.id, str(path))
 
     def log_table(self, table: pd.DataFrame, name: str) -> None:
         """Keep a table where MLflow's UI shows and compares tables."""
@@ -118,6 +118,7 @@ class Run:
         Image.new("RGB", (cell.recipe.resize, cell.recipe.resize)).save(picture, "PNG")
         columns = [ColSpec("binary", "image", required=False), ColSpec("string", "path", required=False)]
         signature = ModelSignature(Schema(columns), Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
+        needs = [*SERVING, *(["timm"] if cell.backbone_config.type == "timm" else [])]
         with mlflow.start_run(run_id=self.id):
             mlflow.pyfunc.log_model(
                 name="model",
@@ -126,12 +127,8 @@ class Run:
                 code_paths=[str(Path(__file__).parent)],
                 signature=signature,
                 input_example=pd.DataFrame({"image": [picture.getvalue()]}),
-                pip_requirements=[f"{name}=={version(name)}" for name in PACKAGES],
+                pip_requirements=[f"{name}=={version(name)}" for name in needs],
             )
-
-    def tag(self, **tags: str) -> None:
-        for name, value in tags.items():
-            self.client.set_tag(self.id, name, value)
 
 
 @contextmanager
@@ -148,26 +145,23 @@ def open_run(
     """
     client, experiment_id = _client(experiment)
     if run_id is None or not _exists(client, run_id):
-        dvc = {
-            name.lower(): os.environ[name]
-            for name in ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
-            if name in os.environ
-        }
-        run_id = client.create_run(
-            experiment_id, run_name=name, tags={**tags, "git_revision": _revision(), **dvc}
-        ).info.run_id
-        for key, value in _flat(params).items():
-            client.log_param(run_id, key, value)
+        dvc = {variable.lower(): os.environ[variable] for variable in DVC_VARIABLES if variable in os.environ}
+        tags = {**tags, **dvc, "git_revision": _revision()}
+        run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+        flat = [Param(key, str(value)) for key, value in _flat(params).items()]
+        for start in range(0, len(flat), PARAMS_A_CALL):
+            client.log_batch(run_id, params=flat[start : start + PARAMS_A_CALL])
         client.log_text(run_id, yaml.safe_dump(params, sort_keys=False), "params.yaml")
         client.log_text(run_id, json.dumps(versions(), indent=2), "versions.json")
-    run = Run(experiment, run_id)
     try:
         client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-        yield run
+        yield Run(client, run_id)
     except BaseException as error:
-        run.tag(error=str(error))
         client.set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
+        client.set_tag(run_id, "error", str(error))
         raise
+    if "error" in client.get_run(run_id).data.tags:  # of an earlier attempt
+        client.delete_tag(run_id, "error")
     client.set_terminated(run_id)
 
 

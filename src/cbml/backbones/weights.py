@@ -7,6 +7,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from cbml.backbones.config import PublishedWeights
@@ -23,9 +24,15 @@ def fetch_published(published: PublishedWeights) -> Path:
         UserError: it cannot be downloaded, or what is there or came is a web page or has another SHA-256.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / published.file_name
-    if path.exists():
-        _verify(path, published, f"{path} (delete it to download it again)")
-        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.exists():
+            _download(path, published)
+    _verify(path, published, f"{path} (delete it to download it again)")
+    return path
+
+
+def _download(path: Path, published: PublishedWeights) -> None:
     with atomic_write(path) as download:
         try:
             torch.hub.download_url_to_file(published.url, str(download), progress=sys.stderr.isatty())
@@ -33,7 +40,6 @@ def fetch_published(published: PublishedWeights) -> Path:
             raise UserError(f"weights {published.url} cannot be downloaded ({error}): fetch them elsewhere and put "
                             f"them at {path}") from error
         _verify(download, published, f"what came from {published.url}")
-    return path
 
 
 def _verify(path: Path, published: PublishedWeights, source: str) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import lzma
+import shutil
 import tarfile
 import time
 import zlib
@@ -95,25 +96,23 @@ def unpack(archive: Path, folder: Path, top: str) -> None:
     """Unpack the regular files of `layout.LAYOUT` from a tar archive, where they may lie under a folder `top`.
 
     Raises:
-        UserError: the archive is no tar, is truncated or damaged, or any member, wanted or not, would be written or
-            would link outside of `folder`.
+        UserError: the archive is no tar, is truncated or damaged, or any member, wanted or not, is a link or a device
+            or would be written outside of `folder`.
     """
-    def wanted(member: tarfile.TarInfo, destination: str) -> tarfile.TarInfo | None:
-        if member.name.startswith("/"):  # data_filter would only strip the slash
-            raise tarfile.AbsolutePathError(member)
-        member = tarfile.data_filter(member, destination)
-        parts = PurePosixPath(member.name).parts
-        parts = parts[1:] if parts[:1] == (top,) else parts
-        return member.replace(name="/".join(parts)) if member.isfile() and parts and parts[0] in LAYOUT else None
-
     folder.mkdir()
     try:
         with tarfile.open(archive) as tar:
             for member in progress(tar, f"unpacking {archive.name}", "files"):
-                tar.extract(member, folder, filter=wanted)
-    except tarfile.FilterError as error:
-        raise UserError(f"{archive}: unsafe member {error.tarinfo.name!r} ({type(error).__name__}); "
-                        "nothing was unpacked, expected files under relative paths only") from error
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+                    raise UserError(f"{archive}: unsafe member {member.name!r}; nothing was unpacked, "
+                                    "expected files and folders under relative paths only")
+                parts = path.parts[1:] if path.parts[:1] == (top,) else path.parts
+                if member.isfile() and parts and parts[0] in LAYOUT:
+                    target = folder.joinpath(*parts)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with tar.extractfile(member) as source, target.open("wb") as file:
+                        shutil.copyfileobj(source, file)
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"{archive}: not a complete tar archive ({type(error).__name__}); "
                         "get the archive again") from error

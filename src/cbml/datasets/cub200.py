@@ -41,7 +41,7 @@ class Cub200Config(Schema):
             source = fetch(self.url, fetched / "CUB_200_2011.tgz", size=self.size, md5=self.md5)
         else:
             # an experiment of the DVC queue runs in a temporary copy of the repository
-            source = Path(os.environ.get("DVC_ROOT", "."), self.source).expanduser()
+            source = Path(os.environ.get("DVC_ROOT", "."), Path(self.source).expanduser())
         with atomic_write(folder) as new:
             if source.is_file():
                 unpack(source, new, top="CUB_200_2011")

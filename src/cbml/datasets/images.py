@@ -107,8 +107,9 @@ def load_image(source: Path | BinaryIO, *, resize: int, interpolation: str) -> n
     try:
         with Image.open(source) as file:
             image = file.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{source}: not an image that Pillow can read ({error})") from None
+    except Exception as error:  # Pillow's decoders raise errors of many types
+        name = source if isinstance(source, Path) else "image"
+        raise UserError(f"{name}: not an image that Pillow can read ({error})") from None
     width, height = image.size
     short = min(width, height)
     if short != resize:

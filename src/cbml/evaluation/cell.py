@@ -8,13 +8,13 @@ import torch
 from lightning_fabric import Fabric
 
 from cbml import tracking
-from cbml.backbones import create_model
-from cbml.config import load_cell
+from cbml.backbones import EmbeddingModel, create_model
+from cbml.config import Cell, load_cell
 from cbml.datasets.images import pack_images
 from cbml.datasets.lists import read_list
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
-from cbml.files import atomic_write
+from cbml.files import atomic_write, read_json
 
 PROTOCOLS = ("final", "best_on_test")
 
@@ -30,51 +30,42 @@ def evaluate_cell(run_folder: Path, *, state: Path) -> dict[str, dict[str, float
         state: where decoded images are kept between runs.
     """
     cell = load_cell(run_folder / "cell.yaml")
-    facts = json.loads((run_folder / "run.json").read_text())
-    lists = Path("lists", cell.dataset)
-    fingerprint = json.loads((lists / "summary.json").read_text())["fingerprint"]
-    test_list = read_list(lists / "test.txt", Path("data", cell.dataset))
-    images = pack_images(
-        test_list,
-        Path("data", cell.dataset),
-        state / ".cache",
-        resize=cell.recipe.resize,
-        interpolation=cell.interpolation,
-        fingerprint=fingerprint,
-    )
+    facts = read_json(run_folder / "run.json", "train")
+    data, lists = Path("data", cell.dataset), Path("lists", cell.dataset)
+    fingerprint = read_json(lists / "summary.json", "build_lists")["fingerprint"]
+    size = {"resize": cell.recipe.resize, "interpolation": cell.interpolation}
+    test_list = read_list(lists / "test.txt", data)
+    images = pack_images(test_list, data, state / ".cache", fingerprint=fingerprint, **size)
 
     fabric = Fabric(accelerator="auto", devices=1, precision=cell.recipe.precision)
-    network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=state, load_weights=False)
-    model = fabric.setup_module(network)
-    model.eval()
+    where = {"crop": cell.recipe.crop, "interpolation": cell.interpolation, "device": fabric.device}
     metrics = {}
     for protocol, iteration in zip(PROTOCOLS, (cell.recipe.iterations, facts["best_iteration"]), strict=True):
-        if (file := run_folder / f"{protocol}.pt").is_file():
-            network.load_state_dict(torch.load(file, weights_only=True, map_location=fabric.device))
-            embeddings = embed(
-                model, images, crop=cell.recipe.crop, interpolation=cell.interpolation, device=fabric.device
-            )
-            scores = evaluate(embeddings, images.labels, nmi=True)
+        if (file := run_folder / f"{protocol}.pt").is_file():  # else the model of both is the same
+            model = fabric.setup_module(load_network(cell, file))
+            scores = evaluate(embed(model, images, **where), images.labels, nmi=True)
         metrics[protocol] = {"iteration": iteration, **scores}
     metrics["untrained"] = pd.read_csv(run_folder / "validations.csv").iloc[0].to_dict()
 
     with tracking.cell_run(cell, fingerprint=fingerprint, run_id=facts["run_id"]) as run:
-        run.log(
-            [
-                metrics["final"],
-                *(
-                    {
-                        "iteration": metrics["final"]["iteration"],
-                        **{
-                            f"{protocol}_{name}": value for name, value in metrics[protocol].items() if "recall" in name
-                        },
-                    }
-                    for protocol in ("best_on_test", "untrained")
-                ),
-            ]
-        )
+        row = dict(metrics["final"])
+        for protocol in ("best_on_test", "untrained"):
+            row |= {f"{protocol}_{name}": value for name, value in metrics[protocol].items() if "recall" in name}
+        run.log([row])
         run.log_model(run_folder)
         with atomic_write(Path("evaluations", cell.dataset, cell.name)) as folder:
             folder.mkdir()
             (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    checkpoint = state / ".checkpoints" / facts["checkpoint"]
+    for file in (checkpoint, checkpoint.with_suffix(".run")):
+        file.unlink(missing_ok=True)
     return metrics
+
+
+def load_network(cell: Cell, weights: Path) -> EmbeddingModel:
+    """The trained network of a cell, in eval mode, on the CPU, in the recipe's memory format."""
+    network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=Path(), load_weights=False)
+    network.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
+    if cell.recipe.channels_last:
+        network.to(memory_format=torch.channels_last)
+    return network.eval()

@@ -13,16 +13,13 @@ import torch
 from pydantic import Field, create_model
 from torch import Tensor, nn
 
-from cbml.schema import Schema
+from cbml.schema import NonNegative, Positive, Schema
 
 REGISTRY: dict[str, tuple[type["Loss"], type["LossConfig"]]] = {}
 FILLED_IN = ("embedding_dim", "num_classes")
 
 # The annotation of a parameter that is itself a loss; stands for `config_union()`, known once all are registered.
 AnyLoss = ForwardRef("AnyLoss")
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Loss(nn.Module):

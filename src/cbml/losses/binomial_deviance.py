@@ -3,7 +3,8 @@
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from cbml.losses.base import Loss, Positive, masked_mean, pair_masks, register
+from cbml.losses.base import Loss, masked_mean, pair_masks, register
+from cbml.schema import Positive
 
 
 @register("binomial_deviance")

@@ -7,7 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cbml.losses.base import Loss, NonNegative, Positive, Share, pair_masks, register
+from cbml.losses.base import Loss, pair_masks, register
+from cbml.schema import NonNegative, Positive, Share
 
 # So low an exponent vanishes beside the 1 of F, in float64 too; exp of lower ones is subnormal and 100 times slower.
 FLOOR = -80.0

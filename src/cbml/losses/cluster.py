@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from cbml.losses.base import Loss, Positive, register
+from cbml.losses.base import Loss, register
+from cbml.schema import Positive
 
 
 @register("cluster")

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from cbml.losses.base import Loss, Positive, Share, register
+from cbml.losses.base import Loss, register
+from cbml.schema import Positive, Share
 
 
 @register("crossentropy")

@@ -5,7 +5,8 @@ from pytorch_metric_learning.miners import BatchEasyHardMiner
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from cbml.losses.base import Loss, Positive, register
+from cbml.losses.base import Loss, register
+from cbml.schema import Positive
 
 
 @register("epshn")

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from cbml.losses.base import Loss, Positive, masked_mean, pair_masks, register
+from cbml.losses.base import Loss, masked_mean, pair_masks, register
+from cbml.schema import Positive
 
 
 @register("lifted_structure")

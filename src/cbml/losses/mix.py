@@ -49,9 +49,11 @@ class XBM(Loss):
     def __init__(self, embedding_dim: int, num_classes: int, loss: AnyLoss,
                  memory_size: Annotated[int, Field(gt=0)] = 1024):
         super().__init__()
-        self.loss = build_loss(loss, embedding_dim=embedding_dim, num_classes=num_classes)
         if loss.type not in PAIR_LOSSES:
             raise UserError(f"loss xbm: cannot hold {loss.type}; allowed: {', '.join(PAIR_LOSSES)}")
+        if getattr(loss, "one_sided", False):
+            raise UserError("loss xbm: a triplet inside has no order of images in a batch; allowed: one_sided: false")
+        self.loss = build_loss(loss, embedding_dim=embedding_dim, num_classes=num_classes)
         self.memory = CrossBatchMemory(self.loss.loss, embedding_dim, memory_size, self.loss.miner)
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:

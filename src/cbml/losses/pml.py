@@ -8,7 +8,8 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices
 from torch import Tensor, nn
 
-from cbml.losses.base import Loss, NonNegative, Positive, register
+from cbml.losses.base import Loss, register
+from cbml.schema import NonNegative, Positive
 
 # Embeddings have unit length already; a second normalisation would cost time and take the radial part of gradients.
 COSINE = {"distance": distances.DotProductSimilarity(normalize_embeddings=False)}

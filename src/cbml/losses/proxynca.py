@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
 from cbml.errors import UserError
-from cbml.losses.base import Loss, Positive, register
+from cbml.losses.base import Loss, register
+from cbml.schema import Positive
 
 
 @register("proxynca")

@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cbml.losses.base import Loss, NonNegative, Positive, Share, pair_masks, register
+from cbml.losses.base import Loss, pair_masks, register
+from cbml.schema import NonNegative, Positive, Share
 
 
 @register("ranked_list")

@@ -8,7 +8,8 @@ import pandas as pd
 
 from cbml import tracking
 from cbml.config import Params
-from cbml.files import atomic_write
+from cbml.evaluation.cell import PROTOCOLS as SCORED
+from cbml.files import atomic_write, read_json
 
 KS = (1, 2, 4, 8)
 RECALLS = [f"recall_at_{k}" for k in KS]
@@ -31,8 +32,8 @@ def collect(params: Params, dataset: str) -> pd.DataFrame:
     """A row for each cell and protocol, from evaluations/<dataset>/<cell>/metrics.json; metrics in percent."""
     rows = []
     for cell in params.cells(dataset):
-        metrics = json.loads(Path("evaluations", dataset, cell.name, "metrics.json").read_text())
-        for protocol in ("final", "best_on_test"):
+        metrics = read_json(Path("evaluations", dataset, cell.name, "metrics.json"), "evaluate")
+        for protocol in SCORED:
             rows.append(
                 {
                     "embedding_dim": cell.embedding_dim,
@@ -137,12 +138,11 @@ def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
 
 def write_tables(params: Params, dataset: str) -> str:
     """Write reports/<dataset>/tables.md, tables.csv and metrics.json, log them to MLflow, return the Markdown."""
-    cells = collect(params, dataset)
-    table = summarise(cells, with_published=params.dataset[dataset].type == "cub200")
+    published_too = params.option("dataset", dataset).type == "cub200"
+    table = summarise(collect(params, dataset), with_published=published_too)
     text, figures = to_markdown(table, dataset), headline(table)
     folder = Path("reports", dataset)
     with tracking.open_run(dataset, "tables", params=params.model_dump(mode="json"), tags={"kind": "tables"}) as run:
-        run.log([{"iteration": 0, **{name: value for name, value in figures.items() if name != "best_cell"}}])
         for name, content in (
             ("tables.md", text),
             ("tables.csv", table.round(3).to_csv(index=False)),

@@ -7,7 +7,7 @@ generator states, and on a CPU ends with the very bits of an unbroken one.
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,16 +18,15 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from cbml.backbones import create_model
+from cbml.backbones import EmbeddingModel
 from cbml.config import Cell
 from cbml.datasets.images import PackedImages
-from cbml.datasets.sampler import class_balanced_batches
 from cbml.datasets.transforms import crop_resize, random_boxes
 from cbml.errors import UserError
 from cbml.evaluation import evaluate
 from cbml.evaluation.embedding import embed
 from cbml.files import atomic_write
-from cbml.losses import build_loss
+from cbml.losses import Loss
 from cbml.progress import message, progress
 
 SETTLE_EVERY = 10  # iterations between waits for the device
@@ -56,41 +55,36 @@ class Trained:
 
 def train(
     cell: Cell,
+    network: EmbeddingModel,
+    criterion: Loss,
+    batches: Iterator[np.ndarray],
     train_images: PackedImages,
     test_images: PackedImages,
     *,
-    root: Path,
     checkpoint: Path,
     log: Callable[[list[Row]], None],
 ) -> Trained:
     """Train a cell, from its checkpoint if there is one.
 
     Args:
-        root: the folder that relative paths of weights start from.
+        network, criterion: as built; the checkpoint's state replaces theirs.
+        batches: indices into `train_images`, from the first iteration on.
+        train_images: with labels from 0 to the number of classes - 1.
         checkpoint: file that the run can continue from; the caller names it after the configuration.
         log: called with new rows of losses and validations, before the checkpoint that covers them.
 
     Raises:
-        UserError: the loss is not finite; the list has too few classes; the weights do not fit.
+        UserError: the loss or an embedding is not finite.
     """
     recipe = cell.recipe
     fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
+    torch.backends.cuda.matmul.allow_tf32 = False  # an environment may have set it; the loss needs float32
     if fabric.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-    classes, labels = train_images.labels.unique(return_inverse=True)
-    batches = class_balanced_batches(labels.numpy(), recipe.batch_size, recipe.instances, cell.seed)
-
-    torch.manual_seed(cell.seed)
-    resumed = torch.load(checkpoint, weights_only=True, map_location="cpu") if checkpoint.is_file() else None
-    network = create_model(
-        cell.backbone_config, embedding_dim=cell.embedding_dim, root=root, load_weights=resumed is None
-    )
-    network.freeze_bn = recipe.freeze_bn
     if recipe.channels_last:
         network.to(memory_format=torch.channels_last)
     if recipe.compile and _compiler_works(fabric.device):
         network.trunk.compile()
-    criterion = build_loss(cell.loss_config, embedding_dim=network.embedding_dim, num_classes=len(classes))
     criterion.to(fabric.device)
     groups = [{"params": list(network.parameters()), "lr": recipe.lr}, *criterion.parameter_groups(recipe.lr)]
     base_lrs = [group["lr"] for group in groups]
@@ -101,11 +95,17 @@ def train(
     def validate(iteration: int) -> Row:
         model.eval()
         embeddings = embed(model, test_images, crop=recipe.crop, interpolation=cell.interpolation, device=fabric.device)
-        metrics = evaluate(embeddings, test_images.labels, nmi=False)
+        try:
+            metrics = evaluate(embeddings, test_images.labels)
+        except UserError as error:
+            raise UserError(f"{cell.name}: iteration {iteration}: {error}") from None
         message(f"{cell.name}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1%} on the test list")
         return {"iteration": iteration, **metrics}
 
+    resumed = torch.load(checkpoint, weights_only=True, map_location="cpu") if checkpoint.is_file() else None
     if resumed is None:
+        counts = [sum(p.numel() for p in module.parameters()) for module in (network, criterion)]
+        message(f"{cell.name}: {counts[0]:,} parameters in the network, {counts[1]:,} in the loss")
         done = Trained({}, copy.deepcopy(network.state_dict()))
         done.validations.append(validate(0))
         log(done.validations)
@@ -122,9 +122,10 @@ def train(
     def settle() -> list[Row]:
         """Move pending rows to `done.losses` and return them; stop at the first that is not finite."""
         rows = [{name: float(value) for name, value in row.items()} for row in pending]
-        for row in rows:
+        for position, row in enumerate(rows):
             row["iteration"] = int(row["iteration"])
             if not math.isfinite(row["loss"]):
+                log([*unlogged, *rows[:position]])
                 terms = ", ".join(f"{name} {value}" for name, value in row.items() if name.startswith("loss"))
                 raise UserError(
                     f"{cell.name}: the loss is not finite at iteration {row['iteration']} ({terms}); "
@@ -153,7 +154,7 @@ def train(
         images = train_images.batch(indices).to(fabric.device)
         images = crop_resize(images, boxes, recipe.crop, flip=flip, interpolation=cell.interpolation)
         model.train()
-        terms = criterion.terms(model(images), labels[indices].to(fabric.device))
+        terms = criterion.terms(model(images), train_images.labels[indices].to(fabric.device))
         loss = sum(terms.values())
         optimizer.zero_grad()
         fabric.backward(loss)
@@ -198,7 +199,8 @@ def _compiler_works(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # a missing compiler shows in many types
-        message(f"compile: not possible here, running without ({type(error).__name__}: {str(error).splitlines()[0]})")
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        message(f"compile: not possible here, running without ({reason})")
         return False
     return True
 
