@@ -1,5 +1,8 @@
 """Parameters: what is committed is what composes, and bad ones are refused in one line that says what is allowed."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from dvc.utils.hydra import compose_and_dump
 
 from cbml.config import load_cell, load_params
 from cbml.errors import UserError
+from cbml.reporting.tables import published
 
 
 def test_params_yaml_is_what_conf_composes_to(tmp_path):
@@ -65,7 +69,7 @@ def test_a_bad_parameter_is_one_line(path, value, message, tmp_path):
 
 
 def test_a_missing_and_a_broken_file(tmp_path):
-    with pytest.raises(UserError, match="no such file; run from the folder"):
+    with pytest.raises(UserError, match="no such file; run from the repository"):
         load_params(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("a: [")
     with pytest.raises(UserError, match="not YAML"):
@@ -110,3 +114,54 @@ def test_a_backbone_brings_its_own_pixels_and_changes_to_the_recipe(project):
     Path("params.yaml").write_text(yaml.safe_dump(tiny_params(backbone={"resnet18": entry})))
     with pytest.raises(UserError, match=r"backbone\.resnet18 with recipe\.tiny: .*unknown parameter lr_step"):
         load_params().cell("glyphs", "resnet18", "cbml_log", 16, 0)
+
+
+@pytest.mark.parametrize("size", [512, 64])
+def test_the_presets_are_the_cells_that_the_paper_publishes(size, tmp_path):
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper=cub200_{size}"])
+    cells = load_params(tmp_path / "params.yaml").cells("cub200")
+    paper = published().query("source == 'paper' and embedding_dim == @size")
+    expected = {(row.backbone, row.method.lower().replace("-", "_")) for row in paper.itertuples()}
+    assert {(cell.backbone, cell.loss) for cell in cells} == expected and len(cells) == 3 * len(expected)
+    for cell in cells:
+        assert (cell.backbone_config.weights, cell.recipe.iterations, cell.recipe.batch_size) == ("imagenet", 5000, 120)
+        assert cell.recipe.lr_steps == ([3000] if cell.backbone == "googlenet" else [1200])
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"seed": [0, 0]}, r"seed: \[0, 0\] holds a value twice"),
+        ({"seed": [True]}, r"seed is \[true\], but is not a switch"),
+        (
+            {"recipe": {"tiny": TINY_RECIPE | {"iterations": True}}},
+            r"recipe\.tiny: iterations is true, but is not a switch",
+        ),
+        ({"loss": {}}, "loss: .*at least 1 item"),
+        ({"validation_classes": 2}, "validation_classes: .*less than or equal to 1"),
+    ],
+)
+def test_a_bad_axis(bad, message, tmp_path):
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(**bad)))
+    with pytest.raises(UserError, match=message):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_flat_names_do_not_depend_on_the_option(project):
+    flat = load_params().cell("glyphs", "resnet18", "cbml_log", 16, 0).flat()
+    assert (flat["loss"], flat["loss.margin"], flat["recipe.lr"], flat["seed"]) == ("cbml_log", 0.1, 1e-3, 0)
+
+
+@pytest.mark.parametrize(
+    "stage, message",
+    [
+        ("download birds", "params.yaml: dataset 'birds' is not there; allowed: glyphs"),
+        ("build_lists birds", "params.yaml: dataset 'birds' is not there; allowed: glyphs"),
+        ("evaluate runs/glyphs/none", "runs/glyphs/none/cell.yaml: no such file"),
+        ("tabulate glyphs", "metrics.json: no such file; the stage evaluate writes it"),
+    ],
+)
+def test_a_stage_without_its_input_ends_with_one_line(project, stage, message):
+    command = [sys.executable, "-m", *f"pipeline.{stage}".split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1

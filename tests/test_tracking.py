@@ -31,7 +31,7 @@ def test_a_cell_is_one_run_from_training_to_evaluation(project):
     client = mlflow.MlflowClient(f"sqlite:///{project}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("glyphs").experiment_id])
     assert run.info.run_name == "resnet18-cbml_log-16-0" and run.info.status == "FINISHED"
-    assert run.data.params["loss.cbml_log.margin"] == "0.1" and run.data.params["recipe.tiny.iterations"] == "6"
+    assert run.data.params["loss.margin"] == "0.1" and run.data.params["recipe.iterations"] == "6"
     assert {"backbone", "loss", "embedding_dim", "seed", "dataset_fingerprint", "git_revision"} <= set(run.data.tags)
     for name in ("recall_at_1", "recall_at_8", "r_precision", "map_at_r", "nmi"):
         assert run.data.metrics[name] == pytest.approx(metrics["final"][name])
@@ -82,7 +82,7 @@ def test_a_failed_run_says_so_and_is_continued_by_its_id(project):
 
 
 def test_processes_that_open_a_new_store_at_once_share_it(project):
-    code = "from cbml import tracking\nwith tracking.open_run('glyphs', 'x', params={'a': {'b': 1}}, tags={}): pass"
+    code = "from cbml.tracking import open_run\nwith open_run('glyphs', 'x', config={}, params={}, tags={}): pass"
     processes = [
         subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env=os.environ) for _ in range(2)
     ]

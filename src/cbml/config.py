@@ -162,6 +162,15 @@ class Cell:
             "seed": [self.seed],
         }
 
+    def flat(self) -> dict[str, Any]:
+        """The configuration as `loss`, `loss.margin`, `recipe.lr`, …: the same names whatever option was chosen."""
+        flat: dict[str, Any] = {"embedding_dim": self.embedding_dim, "seed": self.seed}
+        for group in ("dataset", "backbone", "loss", "recipe"):
+            ((name, option),) = self.to_dict()[group].items()
+            flat[group] = name
+            flat |= {f"{group}.{key}": value for key, value in option.items()}
+        return flat
+
     def hash(self, *contents: str) -> str:
         """16 hex digits that change with the configuration and with `contents`, what it names but does not hold."""
         return hashlib.sha256(json.dumps([self.to_dict(), *contents], sort_keys=True).encode()).hexdigest()[:16]
@@ -175,7 +184,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; run from the folder that holds params.yaml, stage after stage")
+        raise UserError(f"{path}: no such file; run from the repository's root, one stage after another")
     try:
         data = yaml.safe_load(path.read_text())
         return Params.model_validate(data)

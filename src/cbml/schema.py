@@ -23,8 +23,9 @@ class Schema(BaseModel):
             if unknown:
                 raise ValueError(f"unknown parameter {', '.join(unknown)}; allowed: {', '.join(cls.model_fields)}")
             for name, value in data.items():
-                if isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
-                    raise ValueError(f"{name} is {str(value).lower()}, but is not a switch")  # Python's True is 1
+                values = value if isinstance(value, list) else [value]
+                if any(isinstance(each, bool) for each in values) and cls.model_fields[name].annotation is not bool:
+                    raise ValueError(f"{name} is {str(value).lower()}, but is not a switch")  # to Python, True is 1
         return data
 
 

@@ -54,17 +54,9 @@ def _client(experiment: str) -> tuple[MlflowClient, str]:
         if found := client.get_experiment_by_name(experiment):
             return client, found.experiment_id
         artifacts = (home / "mlruns" / experiment).as_uri() if uri.startswith("sqlite:") else None
-        return client, client.create_experiment(experiment, artifact_location=artifacts)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        name: value
-        for key, branch in tree.items()
-        for name, value in _flat(branch, f"{prefix}.{key}".lstrip(".")).items()
-    }
+        # Else the UI takes the experiment for one of language models and opens on their pages.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return client, client.create_experiment(experiment, artifact_location=artifacts, tags=kind)
 
 
 def _revision() -> str:
@@ -133,14 +125,20 @@ class Run:
 
 @contextmanager
 def open_run(
-    experiment: str, name: str, *, params: dict[str, Any], tags: dict[str, str], run_id: str | None = None
+    experiment: str,
+    name: str,
+    *,
+    config: dict[str, Any],
+    params: dict[str, Any],
+    tags: dict[str, str],
+    run_id: str | None = None,
 ) -> Iterator[Run]:
     """Open a run, or continue that of `run_id` if the store has it; it ends with the block, failed if that raised.
 
     Args:
         experiment: one a dataset.
         name: of the run.
-        params: nested configuration, logged flat when the run is new, and as `params.yaml`.
+        config, params: when the run is new, logged as the artifact `params.yaml` and as parameters.
         tags: beside the revision and what DVC tells of its experiment, which every run has.
     """
     client, experiment_id = _client(experiment)
@@ -148,10 +146,10 @@ def open_run(
         dvc = {variable.lower(): os.environ[variable] for variable in DVC_VARIABLES if variable in os.environ}
         tags = {**tags, **dvc, "git_revision": _revision()}
         run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
-        flat = [Param(key, str(value)) for key, value in _flat(params).items()]
+        flat = [Param(key, str(value)) for key, value in params.items()]
         for start in range(0, len(flat), PARAMS_A_CALL):
             client.log_batch(run_id, params=flat[start : start + PARAMS_A_CALL])
-        client.log_text(run_id, yaml.safe_dump(params, sort_keys=False), "params.yaml")
+        client.log_text(run_id, yaml.safe_dump(config, sort_keys=False), "params.yaml")
         client.log_text(run_id, json.dumps(versions(), indent=2), "versions.json")
     try:
         client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
@@ -178,7 +176,8 @@ def cell_run(cell: Cell, *, fingerprint: str, run_id: str | None = None):
         cell.dataset,
         cell.name,
         run_id=run_id,
-        params=cell.to_dict(),
+        config=cell.to_dict(),
+        params=cell.flat(),
         tags={
             "backbone": cell.backbone,
             "loss": cell.loss,

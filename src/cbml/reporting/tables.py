@@ -142,7 +142,9 @@ def write_tables(params: Params, dataset: str) -> str:
     table = summarise(collect(params, dataset), with_published=published_too)
     text, figures = to_markdown(table, dataset), headline(table)
     folder = Path("reports", dataset)
-    with tracking.open_run(dataset, "tables", params=params.model_dump(mode="json"), tags={"kind": "tables"}) as run:
+    config = params.model_dump(mode="json")
+    axes = {name: ", ".join(map(str, config[name])) for name in ("backbone", "loss", "embedding_dim", "seed", "recipe")}
+    with tracking.open_run(dataset, "tables", config=config, params=axes, tags={"kind": "tables"}) as run:
         for name, content in (
             ("tables.md", text),
             ("tables.csv", table.round(3).to_csv(index=False)),
