@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 
-def cbml(embeddings: Tensor, labels: Tensor, form: str = "log", margin: float = 0.1, adaptive_neg: bool = True,
-         top_negatives: int = 100, gamma: float = 0.2, variance_weight: float = 1.0,
-         variance_reduction: str = "sum") -> Tensor:
+def cbml(
+    embeddings: Tensor,
+    labels: Tensor,
+    form: str = "log",
+    margin: float = 0.1,
+    adaptive_neg: bool = True,
+    top_negatives: int = 100,
+    gamma: float = 0.2,
+    variance_weight: float = 1.0,
+    variance_reduction: str = "sum",
+) -> Tensor:
     """Kan et al., TPAMI 2023: one anchor after the other, with the published offsets and scales."""
     total = embeddings.sum() * 0
     for i in range(len(labels)):
@@ -74,7 +82,7 @@ def contrastive(embeddings, labels, margin=1, negatives="all"):
             d = distance(embeddings, i, j)
             (positive if labels[i] == labels[j] else negative).append(d)
     if negatives == "closest":
-        negative = sorted(negative, key=Tensor.item)[:len(positive)]
+        negative = sorted(negative, key=Tensor.item)[: len(positive)]
     return mean([d**2 / 2 for d in positive]) + mean([(margin - d).clamp(min=0) ** 2 / 2 for d in negative])
 
 
@@ -98,8 +106,19 @@ def npair(embeddings, labels):
         of_class = [i for i in range(len(labels)) if labels[i] == label]
         if len(of_class) > 1:
             pairs.append(of_class[:2])
-    return mean([torch.log(1 + sum(torch.exp(embeddings[a] @ embeddings[other] - embeddings[a] @ embeddings[p])
-                                   for _, other in pairs if other != p)) for a, p in pairs])
+    return mean(
+        [
+            torch.log(
+                1
+                + sum(
+                    torch.exp(embeddings[a] @ embeddings[other] - embeddings[a] @ embeddings[p])
+                    for _, other in pairs
+                    if other != p
+                )
+            )
+            for a, p in pairs
+        ]
+    )
 
 
 def angular(embeddings, labels, alpha=45):
@@ -148,7 +167,7 @@ def histogram(embeddings, labels, bins=200):
         similarities = [embeddings[i] @ embeddings[j] for i, j in pairs if bool(labels[i] == labels[j]) == kind]
         for r, node in enumerate(nodes):
             shares[kind][r] = mean([(1 - (s - node).abs() / width).clamp(min=0) for s in similarities])
-    return sum(shares[False][r] * sum(shares[True][:r + 1]) for r in range(bins + 1))
+    return sum(shares[False][r] * sum(shares[True][: r + 1]) for r in range(bins + 1))
 
 
 def binomial_deviance(embeddings, labels, alpha=2, beta=0.5, cost=25):
@@ -210,7 +229,7 @@ def proxynca(embeddings, labels, proxies, scale=3, positive_in_denominator=False
 def softtriple(embeddings, labels, centers, per_class=10, scale=20, gamma=0.1, margin=0.01, tau=0.2):
     """`centers`: (classes × per_class, D), those of a class beside each other."""
     centers = [w / w.norm() for w in centers]
-    classes = [centers[c:c + per_class] for c in range(0, len(centers), per_class)]
+    classes = [centers[c : c + per_class] for c in range(0, len(centers), per_class)]
     costs = []
     for x, y in zip(embeddings, labels, strict=True):
         scores = []

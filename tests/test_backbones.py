@@ -14,12 +14,31 @@ from cbml.backbones.trunks import TRUNKS
 from cbml.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-ENTRIES = {name: entry for file in sorted((ROOT / "conf/backbone").glob("*.yaml"))
-           for name, entry in yaml.safe_load(file.read_text()).items()}
-FEATURES = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "resnet152": 2048,
-            "resnet50_caffe": 2048, "googlenet": 1024, "bn_inception": 1024, "timm": 512, "tf_efficientnet_lite0": 1280}
-TORCHVISION = {"resnet18": "ResNet18", "resnet34": "ResNet34", "resnet50": "ResNet50", "resnet101": "ResNet101",
-               "resnet152": "ResNet152", "googlenet": "GoogLeNet"}
+ENTRIES = {
+    name: entry
+    for file in sorted((ROOT / "conf/backbone").glob("*.yaml"))
+    for name, entry in yaml.safe_load(file.read_text()).items()
+}
+FEATURES = {
+    "resnet18": 512,
+    "resnet34": 512,
+    "resnet50": 2048,
+    "resnet101": 2048,
+    "resnet152": 2048,
+    "resnet50_caffe": 2048,
+    "googlenet": 1024,
+    "bn_inception": 1024,
+    "timm": 512,
+    "tf_efficientnet_lite0": 1280,
+}
+TORCHVISION = {
+    "resnet18": "ResNet18",
+    "resnet34": "ResNet34",
+    "resnet50": "ResNet50",
+    "resnet101": "ResNet101",
+    "resnet152": "ResNet152",
+    "googlenet": "GoogLeNet",
+}
 
 
 def config_of(name, **changes):
@@ -106,9 +125,13 @@ def test_stride_in_the_first_1x1():
     strides = {}
     for stride_in in ("conv1", "conv2"):
         trunk = build_trunk(config_of("resnet50", stride_in=stride_in), ROOT)
-        strides[stride_in] = [(trunk.get_submodule(f"layer{layer}.{block}").conv1.stride[0],
-                               trunk.get_submodule(f"layer{layer}.{block}").conv2.stride[0])
-                              for layer, block in itertools.product((1, 2, 3, 4), (0, 1))]
+        strides[stride_in] = [
+            (
+                trunk.get_submodule(f"layer{layer}.{block}").conv1.stride[0],
+                trunk.get_submodule(f"layer{layer}.{block}").conv2.stride[0],
+            )
+            for layer, block in itertools.product((1, 2, 3, 4), (0, 1))
+        ]
     assert strides["conv1"] == [(1, 1), (1, 1)] + 3 * [(2, 1), (1, 1)]
     assert strides["conv2"] == [(1, 1), (1, 1)] + 3 * [(1, 2), (1, 1)]
     assert config_of("resnet50_caffe").stride_in == "conv1"
@@ -122,8 +145,9 @@ def test_bn_trains_when_asked(images):
     assert model.trunk.bn1.running_mean.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("name", "pool"), [("resnet18", lambda x: x.mean((2, 3))),
-                                            ("bn_inception", lambda x: x.amax((2, 3)))])
+@pytest.mark.parametrize(
+    ("name", "pool"), [("resnet18", lambda x: x.mean((2, 3))), ("bn_inception", lambda x: x.amax((2, 3)))]
+)
 def test_without_a_head_embeddings_are_pooled_features(name, pool, images):
     model = create_model(config_of(name), embedding_dim=0, root=ROOT).eval()
     assert model.embedding_dim == FEATURES[name]
@@ -149,15 +173,30 @@ def test_bf16_autocast_of_the_model_gives_float32_unit_embeddings(images):
 PICTURE = [[[0, 255], [51, 102]], [[255, 0], [153, 204]], [[10, 20], [30, 40]]]  # red, green, blue
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("resnet18", [[[(0 - 0.485) / 0.229, (1 - 0.485) / 0.229], [(0.2 - 0.485) / 0.229, (0.4 - 0.485) / 0.229]],
-                  [[(1 - 0.456) / 0.224, (0 - 0.456) / 0.224], [(0.6 - 0.456) / 0.224, (0.8 - 0.456) / 0.224]],
-                  [[(10 / 255 - 0.406) / 0.225, (20 / 255 - 0.406) / 0.225],
-                   [(30 / 255 - 0.406) / 0.225, (40 / 255 - 0.406) / 0.225]]]),
-    ("bn_inception", [[[10 - 104, 20 - 104], [30 - 104, 40 - 104]],
-                      [[255 - 117, 0 - 117], [153 - 117, 204 - 117]],
-                      [[0 - 128, 255 - 128], [51 - 128, 102 - 128]]]),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "resnet18",
+            [
+                [[(0 - 0.485) / 0.229, (1 - 0.485) / 0.229], [(0.2 - 0.485) / 0.229, (0.4 - 0.485) / 0.229]],
+                [[(1 - 0.456) / 0.224, (0 - 0.456) / 0.224], [(0.6 - 0.456) / 0.224, (0.8 - 0.456) / 0.224]],
+                [
+                    [(10 / 255 - 0.406) / 0.225, (20 / 255 - 0.406) / 0.225],
+                    [(30 / 255 - 0.406) / 0.225, (40 / 255 - 0.406) / 0.225],
+                ],
+            ],
+        ),
+        (
+            "bn_inception",
+            [
+                [[10 - 104, 20 - 104], [30 - 104, 40 - 104]],
+                [[255 - 117, 0 - 117], [153 - 117, 204 - 117]],
+                [[0 - 128, 255 - 128], [51 - 128, 102 - 128]],
+            ],
+        ),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_input_convention_by_hand(name, expected, dtype):
     picture = torch.tensor([PICTURE], dtype=dtype)
@@ -168,8 +207,10 @@ def test_input_convention_by_hand(name, expected, dtype):
 def test_the_model_normalises_by_itself(images):
     """The same trunk under another convention gives other embeddings; the caller feeds RGB 0–255 to both."""
     bgr = {**ENTRIES["bn_inception"]["input"]}
-    models = [create_model(config_of("resnet18", **changes), embedding_dim=0, root=ROOT).eval()
-              for changes in ({}, {"input": bgr})]
+    models = [
+        create_model(config_of("resnet18", **changes), embedding_dim=0, root=ROOT).eval()
+        for changes in ({}, {"input": bgr})
+    ]
     models[1].load_state_dict(models[0].state_dict())
     own = images.flip(1).float() - torch.tensor([104.0, 117.0, 128.0]).view(3, 1, 1)
     expected = torch.nn.functional.normalize(models[0].trunk(own).mean((2, 3)), dim=1)
@@ -188,10 +229,13 @@ def test_timm_pools_by_itself(images):
     assert model.trunk(model.input.normalize(images)).shape == (2, 1280)
 
 
-@pytest.mark.parametrize(("model", "message"), [
-    ("resnet18x", r"timm .* has no model 'resnet18x'; near: .*resnet18"),
-    ("resnet50.nonsense", r"timm .* model 'resnet50.nonsense': Invalid pretrained tag"),
-])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("resnet18x", r"timm .* has no model 'resnet18x'; near: .*resnet18"),
+        ("resnet50.nonsense", r"timm .* model 'resnet50.nonsense': Invalid pretrained tag"),
+    ],
+)
 def test_unknown_timm_model(model, message):
     with pytest.raises(UserError, match=message):
         create_model(config_of("timm", model=model), embedding_dim=0, root=ROOT)
@@ -204,27 +248,32 @@ def test_timm_missing(monkeypatch):
         create_model(config, embedding_dim=0, root=ROOT)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"type": "resnet19"}, "Input should be 'resnet18', 'resnet34'"),
-    ({"poling": "avg"}, "unknown parameter poling; allowed: type, .*pooling"),
-    ({"pooling": "mean"}, "pooling\n.*'avg' or 'max'"),
-    ({"pooling": None}, "type resnet18 needs `pooling`"),
-    ({"input": None, "pooling": None}, "type resnet18 needs `pooling` and `input`"),
-    ({"stride_in": "conv1"}, "stride_in 'conv1' is for resnet50, resnet101, resnet152 only, not for resnet18"),
-    ({"model": "resnet18"}, "`model` is for type timm only"),
-    ({"weights": "imagenet", "published": None}, "weights 'imagenet' needs `published`"),
-    ({"weights": 3}, "weights\n.*valid string"),
-    ({"published": {"url": "resnet18.pth", "sha256": "f37072fd"}}, "published.url\n"),
-    ({"published": {"url": "https://example.org/a.pth", "sha256": "f370"}}, "published.sha256\n"),
-    ({"input": {**ENTRIES["resnet18"]["input"], "channels": "GBR"}}, "input.channels\n.*'RGB' or 'BGR'"),
-    ({"input": {**ENTRIES["resnet18"]["input"], "range": 2}}, "input.range\n.*1 or 255"),
-    ({"input": {**ENTRIES["resnet18"]["input"], "std": [1, 0, 1]}}, "input.std.1\n.*greater than 0"),
-    ({"input": {**ENTRIES["resnet18"]["input"], "means": [1, 1, 1]}},
-     "input\n.*unknown parameter means; allowed: .*mean"),
-    ({"input": {**ENTRIES["resnet18"]["input"], "crop": 0}}, "input.crop\n.*greater than 0"),
-    ({"type": "timm", "published": None, "model": "resnet18"}, "brings its own pooling and input"),
-    ({"type": "timm"}, "type timm needs `model`"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"type": "resnet19"}, "Input should be 'resnet18', 'resnet34'"),
+        ({"poling": "avg"}, "unknown parameter poling; allowed: type, .*pooling"),
+        ({"pooling": "mean"}, "pooling\n.*'avg' or 'max'"),
+        ({"pooling": None}, "type resnet18 needs `pooling`"),
+        ({"input": None, "pooling": None}, "type resnet18 needs `pooling` and `input`"),
+        ({"stride_in": "conv1"}, "stride_in 'conv1' is for resnet50, resnet101, resnet152 only, not for resnet18"),
+        ({"model": "resnet18"}, "`model` is for type timm only"),
+        ({"weights": "imagenet", "published": None}, "weights 'imagenet' needs `published`"),
+        ({"weights": 3}, "weights\n.*valid string"),
+        ({"published": {"url": "resnet18.pth", "sha256": "f37072fd"}}, "published.url\n"),
+        ({"published": {"url": "https://example.org/a.pth", "sha256": "f370"}}, "published.sha256\n"),
+        ({"input": {**ENTRIES["resnet18"]["input"], "channels": "GBR"}}, "input.channels\n.*'RGB' or 'BGR'"),
+        ({"input": {**ENTRIES["resnet18"]["input"], "range": 2}}, "input.range\n.*1 or 255"),
+        ({"input": {**ENTRIES["resnet18"]["input"], "std": [1, 0, 1]}}, "input.std.1\n.*greater than 0"),
+        (
+            {"input": {**ENTRIES["resnet18"]["input"], "means": [1, 1, 1]}},
+            "input\n.*unknown parameter means; allowed: .*mean",
+        ),
+        ({"input": {**ENTRIES["resnet18"]["input"], "crop": 0}}, "input.crop\n.*greater than 0"),
+        ({"type": "timm", "published": None, "model": "resnet18"}, "brings its own pooling and input"),
+        ({"type": "timm"}, "type timm needs `model`"),
+    ],
+)
 def test_bad_options_are_found_in_the_configuration(changes, message):
     with pytest.raises(ValidationError, match=message):
         config_of("resnet18", **changes)

@@ -29,9 +29,15 @@ def layers():
         block, *cells = row.replace("-", "0").split()
         inputs, one, reduce, three, double_reduce, double_1, double_2, proj, _ = map(int, cells)
         stride = 1 if one else 2
-        rows = [("1x1", 1, 1, inputs, one), ("3x3_reduce", 1, 1, inputs, reduce), ("3x3", 3, stride, reduce, three),
-                ("double_3x3_reduce", 1, 1, inputs, double_reduce), ("double_3x3_1", 3, 1, double_reduce, double_1),
-                ("double_3x3_2", 3, stride, double_1, double_2), ("pool_proj", 1, 1, inputs, proj)]
+        rows = [
+            ("1x1", 1, 1, inputs, one),
+            ("3x3_reduce", 1, 1, inputs, reduce),
+            ("3x3", 3, stride, reduce, three),
+            ("double_3x3_reduce", 1, 1, inputs, double_reduce),
+            ("double_3x3_1", 3, 1, double_reduce, double_1),
+            ("double_3x3_2", 3, stride, double_1, double_2),
+            ("pool_proj", 1, 1, inputs, proj),
+        ]
         yield from ((f"inception_{block}_{name}", *rest) for name, *rest in rows if rest[-1])
 
 
@@ -51,8 +57,11 @@ def published_shapes():
 
 
 def test_names_and_shapes(trunk):
-    own = {name: tuple(value.shape) for name, value in trunk.state_dict().items()
-           if not name.endswith("num_batches_tracked")}
+    own = {
+        name: tuple(value.shape)
+        for name, value in trunk.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
     assert own == published_shapes()
     assert len(published_shapes()) == 69 * 6
 
@@ -72,9 +81,12 @@ def test_parameters(trunk):
 @pytest.mark.parametrize("size", [224, 227])  # 227 gives the same maps but for the first convolution's
 def test_feature_maps(trunk, size):
     shapes = {}
-    hooks = [trunk.get_submodule(name).register_forward_hook(
-        lambda module, args, out, name=name: shapes.__setitem__(name, (args[0].shape[1], *out.shape[1:])))
-        for name, *_ in layers()]
+    hooks = [
+        trunk.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: shapes.__setitem__(name, (args[0].shape[1], *out.shape[1:]))
+        )
+        for name, *_ in layers()
+    ]
     with torch.no_grad():
         assert trunk(torch.zeros(1, 3, size, size)).shape == (1, 1024, 7, 7)
     for hook in hooks:
@@ -99,6 +111,7 @@ def test_any_image_size(trunk, size):
 
 def test_forward_against_a_literal_one(trunk):
     """Block by block with explicit layers, pooling as published: ceil mode, zeros counted in the averages."""
+
     def layer(x, name):
         return trunk.get_submodule(f"{name}_bn")(trunk.get_submodule(name)(x)).clamp(min=0)
 
@@ -112,7 +125,10 @@ def test_forward_against_a_literal_one(trunk):
         if block in ("3c", "4e"):
             x = torch.cat([three, double, F.max_pool2d(x, 3, 2, ceil_mode=True)], 1)
             continue
-        pooled = (F.max_pool2d(x, 3, 1, 1, ceil_mode=True) if block == "5b"
-                  else F.avg_pool2d(x, 3, 1, 1, ceil_mode=True, count_include_pad=True))
+        pooled = (
+            F.max_pool2d(x, 3, 1, 1, ceil_mode=True)
+            if block == "5b"
+            else F.avg_pool2d(x, 3, 1, 1, ceil_mode=True, count_include_pad=True)
+        )
         x = torch.cat([layer(x, f"{name}_1x1"), three, double, layer(pooled, f"{name}_pool_proj")], 1)
     torch.testing.assert_close(trunk(image), x)

@@ -13,8 +13,9 @@ HTML = b"\n<!DOCTYPE html><html><title>404 Not Found</title></html>"
 
 
 def config(weights, published=None, **changes):
-    return BackboneConfig.model_validate({"type": "resnet18", "pooling": "avg", "input": INPUT, "weights": weights,
-                                          "published": published, **changes})
+    return BackboneConfig.model_validate(
+        {"type": "resnet18", "pooling": "avg", "input": INPUT, "weights": weights, "published": published, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,11 @@ def state():
     """A trunk's entries as an old file has them: with the classifier, without num_batches_tracked."""
     torch.manual_seed(1)
     trunk = build_trunk(config(None), Path())
-    state = {name: torch.randn_like(value) for name, value in trunk.state_dict().items()
-             if not name.endswith("num_batches_tracked")}
+    state = {
+        name: torch.randn_like(value)
+        for name, value in trunk.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
     return state | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
 
 
@@ -71,14 +75,21 @@ def test_classifiers_are_ignored(name, state, tmp_path):
     build_trunk(config("w.pth"), tmp_path)
 
 
-@pytest.mark.parametrize(("change", "patterns"), [
-    (lambda s: s.pop("layer1.0.conv1.weight"), ["1 missing: layer1.0.conv1.weight"]),
-    (lambda s: s.update({"extra.weight": torch.zeros(1)}), ["1 surplus: extra.weight"]),
-    (lambda s: s.update({"conv1.weight": torch.zeros(64, 1, 7, 7)}),
-     ["1 of another shape: conv1.weight (64, 1, 7, 7) for (64, 3, 7, 7)"]),
-    (lambda s: [s.pop(f"layer4.1.bn2.{key}") for key in ("weight", "bias", "running_mean", "running_var")],
-     ["4 missing: layer4.1.bn2.weight, layer4.1.bn2.bias, layer4.1.bn2.running_mean, …"]),
-])
+@pytest.mark.parametrize(
+    ("change", "patterns"),
+    [
+        (lambda s: s.pop("layer1.0.conv1.weight"), ["1 missing: layer1.0.conv1.weight"]),
+        (lambda s: s.update({"extra.weight": torch.zeros(1)}), ["1 surplus: extra.weight"]),
+        (
+            lambda s: s.update({"conv1.weight": torch.zeros(64, 1, 7, 7)}),
+            ["1 of another shape: conv1.weight (64, 1, 7, 7) for (64, 3, 7, 7)"],
+        ),
+        (
+            lambda s: [s.pop(f"layer4.1.bn2.{key}") for key in ("weight", "bias", "running_mean", "running_var")],
+            ["4 missing: layer4.1.bn2.weight, layer4.1.bn2.bias, layer4.1.bn2.running_mean, …"],
+        ),
+    ],
+)
 def test_strictness(change, patterns, state, tmp_path):
     state = dict(state)
     change(state)
@@ -150,8 +161,13 @@ def test_download_of_another_file(hub, tmp_path):
     source = tmp_path / "w.pth"
     source.write_bytes(b"other")
     settings = config("imagenet", {**published(source), "sha256": "0" * 8})
-    fails(settings, tmp_path, source.as_uri(), "wrong hash",
-          f"starts with {published(source)['sha256']}, expected 00000000")
+    fails(
+        settings,
+        tmp_path,
+        source.as_uri(),
+        "wrong hash",
+        f"starts with {published(source)['sha256']}, expected 00000000",
+    )
     assert list(hub.glob("[!.]*")) == []
 
 
@@ -186,5 +202,10 @@ def test_timm_pretrained_offline(monkeypatch):
         raise OSError("no route to host\nand more")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    fails(BackboneConfig(type="timm", model="resnet18", weights="imagenet"), Path(), "timm model 'resnet18'",
-          "no route to host", "can be named as `weights`")
+    fails(
+        BackboneConfig(type="timm", model="resnet18", weights="imagenet"),
+        Path(),
+        "timm model 'resnet18'",
+        "no route to host",
+        "can be named as `weights`",
+    )

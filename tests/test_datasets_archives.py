@@ -53,7 +53,7 @@ def server(monkeypatch):
             body = b"" if state.status or out_of_range else state.content[start:]
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body[:state.breaks.pop(0)] if state.breaks else body)
+            self.wfile.write(body[: state.breaks.pop(0)] if state.breaks else body)
 
         def log_message(self, *args):
             pass
@@ -70,8 +70,11 @@ def server(monkeypatch):
 
 def config(server=None, **changes):
     content = server.content if server else b"x"
-    values = {"url": server.url if server else "http://localhost/", "size": len(content),
-              "md5": hashlib.md5(content).hexdigest()}
+    values = {
+        "url": server.url if server else "http://localhost/",
+        "size": len(content),
+        "md5": hashlib.md5(content).hexdigest(),
+    }
     return Cub200Config(type="cub200", **{**values, **changes})
 
 
@@ -137,9 +140,13 @@ def test_a_file_shorter_than_expected(server, tmp_path, ranges, message):
     assert message in error_of(config(server, size=len(server.content) + 1), tmp_path / "cub200")
 
 
-@pytest.mark.parametrize(("status", "message", "requests"), [
-    (404, "the server answered 404", 1), (503, "503", archives.RETRIES + 1),
-])
+@pytest.mark.parametrize(
+    ("status", "message", "requests"),
+    [
+        (404, "the server answered 404", 1),
+        (503, "503", archives.RETRIES + 1),
+    ],
+)
 def test_a_refusing_server(server, tmp_path, status, message, requests):
     server.status = status
     assert message in error_of(config(server), tmp_path / "cub200")
@@ -159,15 +166,19 @@ def link(name, target, kind=tarfile.SYMTYPE):
     return member
 
 
-@pytest.mark.parametrize("member", [
-    tarfile.TarInfo("../evil"),
-    tarfile.TarInfo("CUB_200_2011/images/../../../evil"),
-    tarfile.TarInfo("/CUB_200_2011/images/evil"),
-    link("CUB_200_2011/images/evil", "../../../evil"),
-    link("CUB_200_2011/images/evil", "/etc/passwd"),
-    link("CUB_200_2011/images/evil", "../evil", tarfile.LNKTYPE),
-    link("CUB_200_2011/images/evil", "", tarfile.FIFOTYPE),
-], ids=["parent", "inner parent", "absolute", "symlink", "absolute symlink", "hard link", "fifo"])
+@pytest.mark.parametrize(
+    "member",
+    [
+        tarfile.TarInfo("../evil"),
+        tarfile.TarInfo("CUB_200_2011/images/../../../evil"),
+        tarfile.TarInfo("/CUB_200_2011/images/evil"),
+        link("CUB_200_2011/images/evil", "../../../evil"),
+        link("CUB_200_2011/images/evil", "/etc/passwd"),
+        link("CUB_200_2011/images/evil", "../evil", tarfile.LNKTYPE),
+        link("CUB_200_2011/images/evil", "", tarfile.FIFOTYPE),
+    ],
+    ids=["parent", "inner parent", "absolute", "symlink", "absolute symlink", "hard link", "fifo"],
+)
 def test_an_unsafe_archive_leaves_nothing(server, tmp_path, member):
     server.content = tar(members=[member])
     (tmp_path / "data").mkdir()
@@ -181,7 +192,7 @@ def test_an_unsafe_archive_leaves_nothing(server, tmp_path, member):
 def test_a_truncated_archive_leaves_nothing(tmp_path, mode):
     content = tar(mode=mode)
     archive = tmp_path / "mine.tar"
-    archive.write_bytes(content[:len(content) // 2 if mode != "w" else 5000])
+    archive.write_bytes(content[: len(content) // 2 if mode != "w" else 5000])
     (tmp_path / "data").mkdir()
     message = error_of(config(source=str(archive)), tmp_path / "data" / "cub200")
     assert f"{archive}: not a complete tar archive" in message

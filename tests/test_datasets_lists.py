@@ -37,9 +37,14 @@ def test_first_half_of_the_classes_trains_in_image_order(dataset, tmp_path):
     out = tmp_path / "lists"
     summary = build_lists(dataset, out)
     assert (out / "train.txt").read_text().splitlines() == [
-        "images/001.Bird/1.png,0", "images/001.Bird/0.png,0",
-        "images/002.Bird/2.png,1", "images/002.Bird/1.png,1", "images/002.Bird/0.png,1",
-        "images/004.Bird/0.png,3", "images/007.Bird/1.png,6", "images/007.Bird/0.png,6",
+        "images/001.Bird/1.png,0",
+        "images/001.Bird/0.png,0",
+        "images/002.Bird/2.png,1",
+        "images/002.Bird/1.png,1",
+        "images/002.Bird/0.png,1",
+        "images/004.Bird/0.png,3",
+        "images/007.Bird/1.png,6",
+        "images/007.Bird/0.png,6",
     ]
     assert summary["train"] == {"images": 8, "classes": 4}
     assert summary["test"] == {"images": 7, "classes": 4}
@@ -90,16 +95,19 @@ def test_an_undecodable_image_is_named_and_nothing_is_written(dataset, tmp_path)
     assert not (tmp_path / "lists").exists()
 
 
-@pytest.mark.parametrize(("file", "line", "replacement", "message"), [
-    ("images.txt", "1 001.Bird/1.png", "1", "images.txt, line 1: '1'; expected"),
-    ("images.txt", "1 001.Bird/1.png", "x 001.Bird/1.png", "images.txt, line 1: 'x 001.Bird/1.png'; expected"),
-    ("images.txt", "2 001.Bird/0.png", "1 001.Bird/0.png", "images.txt, line 2: id 1 is listed twice"),
-    ("images.txt", "2 001.Bird/0.png", "2 001.Bird/9.png", "images/001.Bird/9.png is missing"),
-    ("image_class_labels.txt", "2 1", "2 99", "image 2 has class id '99', which classes.txt does not list"),
-    ("image_class_labels.txt", "2 1", "2 one", "image 2 has class id 'one', which classes.txt does not list"),
-    ("image_class_labels.txt", "2 1\n", "", "image id 2 is in only one of images.txt and image_class_labels.txt"),
-    ("classes.txt", "13 013.Bird", "13 013.Bird\n14 014.Wren", "class 14 (014.Wren) has no images"),
-])
+@pytest.mark.parametrize(
+    ("file", "line", "replacement", "message"),
+    [
+        ("images.txt", "1 001.Bird/1.png", "1", "images.txt, line 1: '1'; expected"),
+        ("images.txt", "1 001.Bird/1.png", "x 001.Bird/1.png", "images.txt, line 1: 'x 001.Bird/1.png'; expected"),
+        ("images.txt", "2 001.Bird/0.png", "1 001.Bird/0.png", "images.txt, line 2: id 1 is listed twice"),
+        ("images.txt", "2 001.Bird/0.png", "2 001.Bird/9.png", "images/001.Bird/9.png is missing"),
+        ("image_class_labels.txt", "2 1", "2 99", "image 2 has class id '99', which classes.txt does not list"),
+        ("image_class_labels.txt", "2 1", "2 one", "image 2 has class id 'one', which classes.txt does not list"),
+        ("image_class_labels.txt", "2 1\n", "", "image id 2 is in only one of images.txt and image_class_labels.txt"),
+        ("classes.txt", "13 013.Bird", "13 013.Bird\n14 014.Wren", "class 14 (014.Wren) has no images"),
+    ],
+)
 def test_a_broken_table_is_named(dataset, tmp_path, file, line, replacement, message):
     text = (dataset / file).read_text()
     assert line in text
@@ -110,16 +118,20 @@ def test_a_broken_table_is_named(dataset, tmp_path, file, line, replacement, mes
 def test_missing_image_file(dataset, tmp_path):
     (dataset / "images/004.Bird/0.png").unlink()
     assert "images/004.Bird/0.png is missing; images.txt lists it as image 6" in error_of(
-        build_lists, dataset, tmp_path / "lists")
+        build_lists, dataset, tmp_path / "lists"
+    )
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("images/001.Bird/0.png,0\nimages/001.Bird/1.png\n", "line 2: 'images/001.Bird/1.png'; expected"),
-    ("images/001.Bird/0.png,-1\n", "line 1: 'images/001.Bird/0.png,-1'; expected"),
-    ("images/001.Bird/0.png,0\n\n", "line 2: ''; expected"),
-    ("images/001.Bird/7.png,0\n", "images/001.Bird/7.png does not exist"),
-    ("", "is empty"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("images/001.Bird/0.png,0\nimages/001.Bird/1.png\n", "line 2: 'images/001.Bird/1.png'; expected"),
+        ("images/001.Bird/0.png,-1\n", "line 1: 'images/001.Bird/0.png,-1'; expected"),
+        ("images/001.Bird/0.png,0\n\n", "line 2: ''; expected"),
+        ("images/001.Bird/7.png,0\n", "images/001.Bird/7.png does not exist"),
+        ("", "is empty"),
+    ],
+)
 def test_a_broken_list_is_named(dataset, tmp_path, text, message):
     (tmp_path / "train.txt").write_text(text)
     error = error_of(read_list, tmp_path / "train.txt", dataset)

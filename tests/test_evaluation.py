@@ -21,8 +21,11 @@ def literal_evaluate(queries, labels, gallery=None, gallery_labels=None, ks=(1, 
     labels, gallery_labels = labels.tolist(), gallery_labels.tolist()
     rows = []
     for i, q in enumerate(unit_q):
-        ranked = sorted((-round(sum(a * b for a, b in zip(q, g, strict=True)), 8), gallery_labels[n] == labels[i])
-                        for n, g in enumerate(unit_g) if not (self_retrieval and n == i))
+        ranked = sorted(
+            (-round(sum(a * b for a, b in zip(q, g, strict=True)), 8), gallery_labels[n] == labels[i])
+            for n, g in enumerate(unit_g)
+            if not (self_retrieval and n == i)
+        )
         relevant = [same for _, same in ranked]
         r = sum(relevant)
         if r:
@@ -30,8 +33,11 @@ def literal_evaluate(queries, labels, gallery=None, gallery_labels=None, ks=(1, 
             average = sum(p for p, same in zip(precisions, relevant, strict=False) if same) / r
             rows.append([float(any(relevant[:k])) for k in ks] + [precisions[-1], average])
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-    return {**dict(zip([f"recall_at_{k}" for k in ks] + ["r_precision", "map_at_r"], means, strict=True)),
-            "queries": len(rows), "queries_without_answer": len(unit_q) - len(rows)}
+    return {
+        **dict(zip([f"recall_at_{k}" for k in ks] + ["r_precision", "map_at_r"], means, strict=True)),
+        "queries": len(rows),
+        "queries_without_answer": len(unit_q) - len(rows),
+    }
 
 
 def make_data(seed, n=90, d=6, classes=11, ties=False):
@@ -64,8 +70,9 @@ def test_hand_computed():
     angles = torch.tensor([10.0, 20.0, 30.0, 40.0]).deg2rad()
     gallery = torch.stack([angles.cos(), angles.sin()], dim=1)
     metrics = evaluate(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), gallery, torch.tensor([0, 1, 0, 0]), ks=(1,))
-    assert metrics == pytest.approx({"recall_at_1": 1, "r_precision": 2 / 3, "map_at_r": (1 + 2 / 3) / 3,
-                                     "queries": 1, "queries_without_answer": 0})
+    assert metrics == pytest.approx(
+        {"recall_at_1": 1, "r_precision": 2 / 3, "map_at_r": (1 + 2 / 3) / 3, "queries": 1, "queries_without_answer": 0}
+    )
 
 
 @pytest.mark.parametrize("self_retrieval", [True, False])
@@ -75,8 +82,11 @@ def test_agrees_with_pytorch_metric_learning(self_retrieval):
     distances = pytest.importorskip("pytorch_metric_learning.distances")
     names = {"recall_at_1": "precision_at_1", "r_precision": "r_precision", "map_at_r": "mean_average_precision_at_r"}
     calculator = accuracy_calculator.AccuracyCalculator(
-        include=tuple(names.values()), k="max_bin_count", device=torch.device("cpu"),
-        knn_func=inference.CustomKNN(distances.CosineSimilarity()))
+        include=tuple(names.values()),
+        k="max_bin_count",
+        device=torch.device("cpu"),
+        knn_func=inference.CustomKNN(distances.CosineSimilarity()),
+    )
     data = make_data(5, n=200)
     if not self_retrieval:
         data += make_data(6, n=150)
@@ -101,8 +111,9 @@ def test_order_of_the_input_does_not_matter(ties):
     assert evaluate(embeddings[order], labels[order]) == pytest.approx(evaluate(embeddings, labels), abs=1e-12)
 
 
-@pytest.mark.parametrize("vector", [torch.zeros(513), torch.ones(513),
-                                    torch.randn(513, generator=torch.Generator().manual_seed(0))])
+@pytest.mark.parametrize(
+    "vector", [torch.zeros(513), torch.ones(513), torch.randn(513, generator=torch.Generator().manual_seed(0))]
+)
 @pytest.mark.parametrize("order", ["sorted", "interleaved"])
 def test_equal_embeddings_score_zero(vector, order):
     labels = torch.arange(60).sort().values // 6 if order == "sorted" else torch.arange(60) % 10
@@ -226,30 +237,37 @@ ONES, LABELS = torch.ones(4, 2), torch.tensor([0, 0, 1, 1])
 def test_not_finite(value, dtype):
     bad = ONES.to(dtype).clone()
     bad[2, 1] = value
-    for call in (lambda: evaluate(bad, LABELS), lambda: evaluate(ONES, LABELS, bad, LABELS),
-                 lambda: retrieve(bad, None, 1), lambda: retrieve(ONES, bad, 1)):
+    for call in (
+        lambda: evaluate(bad, LABELS),
+        lambda: evaluate(ONES, LABELS, bad, LABELS),
+        lambda: retrieve(bad, None, 1),
+        lambda: retrieve(ONES, bad, 1),
+    ):
         with pytest.raises(UserError, match="embedding of image 2 is not finite"):
             call()
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: evaluate(torch.empty(0, 2), torch.empty(0)), r"embeddings: shape \(0, 2\)"),
-    (lambda: evaluate(ONES, LABELS, torch.empty(0, 2), torch.empty(0)), r"gallery: shape \(0, 2\)"),
-    (lambda: evaluate(ONES[0], LABELS), r"embeddings: shape \(2,\)"),
-    (lambda: evaluate(ONES, LABELS[:3]), r"labels: shape \(3,\).* \(4,\)"),
-    (lambda: evaluate(ONES, LABELS, ONES, LABELS[:1]), r"gallery_labels: shape \(1,\).* \(4,\)"),
-    (lambda: evaluate(ONES, LABELS, torch.ones(4, 3), LABELS), "gallery: embeddings have 3 dimensions.* 2;"),
-    (lambda: evaluate(ONES, LABELS, ONES), "gallery: .* only together"),
-    (lambda: evaluate(ONES, LABELS, ONES, LABELS, nmi=True), "nmi: allowed only without a gallery"),
-    (lambda: evaluate(ONES, LABELS, ks=(0, 1)), r"ks: \[0, 1\]"),
-    (lambda: evaluate(ONES, torch.arange(4)), "labels: no query has another image of its class"),
-    (lambda: evaluate(ONES[:1], LABELS[:1]), "labels: no query has another image of its class"),
-    (lambda: retrieve(torch.empty(0, 2), None, 1), r"queries: shape \(0, 2\)"),
-    (lambda: retrieve(ONES, torch.ones(4, 3), 1), "gallery: embeddings have 3 dimensions"),
-    (lambda: retrieve(ONES, None, 4), "k: 4 neighbours asked for, allowed is 1 to 3"),
-    (lambda: retrieve(ONES, ONES, 5), "k: 5 neighbours asked for, allowed is 1 to 4"),
-    (lambda: retrieve(ONES, ONES, 0), "k: 0 neighbours asked for"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: evaluate(torch.empty(0, 2), torch.empty(0)), r"embeddings: shape \(0, 2\)"),
+        (lambda: evaluate(ONES, LABELS, torch.empty(0, 2), torch.empty(0)), r"gallery: shape \(0, 2\)"),
+        (lambda: evaluate(ONES[0], LABELS), r"embeddings: shape \(2,\)"),
+        (lambda: evaluate(ONES, LABELS[:3]), r"labels: shape \(3,\).* \(4,\)"),
+        (lambda: evaluate(ONES, LABELS, ONES, LABELS[:1]), r"gallery_labels: shape \(1,\).* \(4,\)"),
+        (lambda: evaluate(ONES, LABELS, torch.ones(4, 3), LABELS), "gallery: embeddings have 3 dimensions.* 2;"),
+        (lambda: evaluate(ONES, LABELS, ONES), "gallery: .* only together"),
+        (lambda: evaluate(ONES, LABELS, ONES, LABELS, nmi=True), "nmi: allowed only without a gallery"),
+        (lambda: evaluate(ONES, LABELS, ks=(0, 1)), r"ks: \[0, 1\]"),
+        (lambda: evaluate(ONES, torch.arange(4)), "labels: no query has another image of its class"),
+        (lambda: evaluate(ONES[:1], LABELS[:1]), "labels: no query has another image of its class"),
+        (lambda: retrieve(torch.empty(0, 2), None, 1), r"queries: shape \(0, 2\)"),
+        (lambda: retrieve(ONES, torch.ones(4, 3), 1), "gallery: embeddings have 3 dimensions"),
+        (lambda: retrieve(ONES, None, 4), "k: 4 neighbours asked for, allowed is 1 to 3"),
+        (lambda: retrieve(ONES, ONES, 5), "k: 5 neighbours asked for, allowed is 1 to 4"),
+        (lambda: retrieve(ONES, ONES, 0), "k: 0 neighbours asked for"),
+    ],
+)
 def test_bad_input(call, message):
     with pytest.raises(UserError, match=message) as caught:
         call()

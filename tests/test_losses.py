@@ -140,8 +140,11 @@ def test_margin_samples_flat_over_distances():
     miner = build("margin").miner
     drawn = torch.cat([torch.stack(miner(embeddings, labels)) for _ in range(1000)], dim=1)
     of_first = drawn[2, drawn[0] == 0]
-    density = [literal.distance(embeddings, 0, j) ** (DIM - 2)
-               * (1 - literal.distance(embeddings, 0, j) ** 2 / 4) ** ((DIM - 3) / 2) for j in (2, 3)]
+    density = [
+        literal.distance(embeddings, 0, j) ** (DIM - 2)
+        * (1 - literal.distance(embeddings, 0, j) ** 2 / 4) ** ((DIM - 3) / 2)
+        for j in (2, 3)
+    ]
     expected = (1 / density[0]) / (1 / density[0] + 1 / density[1])
     assert (of_first == 2).double().mean().item() == pytest.approx(expected.item(), abs=0.03)
 
@@ -151,12 +154,15 @@ def test_adversarial_equals_the_formula():
     loss = build("adversarial", hidden=5).double()
     value, gradient = value_and_gradient(loss, embeddings, labels)
     expected, expected_gradient = value_and_gradient(
-        lambda e, _: literal.adversarial(e, loss.regressor), embeddings, labels)
+        lambda e, _: literal.adversarial(e, loss.regressor), embeddings, labels
+    )
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(gradient, -expected_gradient)  # reversed for the embeddings …
     regressor = loss.regressor[0].weight
-    torch.testing.assert_close(torch.autograd.grad(loss(embeddings, labels), regressor),  # … and not for the regressor
-                               torch.autograd.grad(literal.adversarial(embeddings, loss.regressor), regressor))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss(embeddings, labels), regressor),  # … and not for the regressor
+        torch.autograd.grad(literal.adversarial(embeddings, loss.regressor), regressor),
+    )
 
 
 @pytest.mark.parametrize("name", sorted({name for name, *_ in ALONE + TRAINED} | {"softtriple"}))
@@ -172,9 +178,17 @@ def test_degenerate_batches_are_finite(name, autocast):
     identical = torch.ones(6, DIM) / DIM**0.5
     orthogonal = torch.eye(DIM)[[0, 0, 0, 1, 1, 1]]
     pairs, one, different = [0, 0, 0, 1, 1, 1], [0] * 6, list(range(6))
-    for embeddings, labels in [(sample(one, torch.float32)[0], one), (sample(different, torch.float32)[0], different),
-                               (identical, pairs), (identical, one), (identical, different), (orthogonal, pairs),
-                               (identical[:1], [0]), (identical[:2], [0, 0]), (identical[:2], [0, 1])]:
+    for embeddings, labels in [
+        (sample(one, torch.float32)[0], one),
+        (sample(different, torch.float32)[0], different),
+        (identical, pairs),
+        (identical, one),
+        (identical, different),
+        (orthogonal, pairs),
+        (identical[:1], [0]),
+        (identical[:2], [0, 0]),
+        (identical[:2], [0, 1]),
+    ]:
         embeddings = embeddings.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             value = option(name)(embeddings, torch.tensor(labels))
@@ -263,7 +277,7 @@ def test_memory_adds_pairs_with_earlier_batches():
     embeddings, _ = sample(labels.tolist())
     loss = build("xbm", memory_size=memory_size, weight=2.0, loss={"type": "contrastive", "weight": 3.0})
     for start in range(0, 16, size):
-        value = loss(embeddings[start:start + size], labels[start:start + size])
+        value = loss(embeddings[start : start + size], labels[start : start + size])
         kept = range(max(0, start + size - memory_size), start + size)
         positive, negative = [], []
         for i in range(start, start + size):
@@ -292,16 +306,22 @@ def test_memory_continues_from_its_state(inner):
     assert torch.equal(*values)
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"type": "sum", "terms": {}}, "terms: Dictionary should have at least 1 item"),
-    ({"type": "sum", "terms": {"a": {"type": "centre"}}}, "'centre'"),
-    ({"type": "sum", "terms": {"a": {"type": "center", "wight": 1}}}, "unknown parameter wight; allowed: type, weight"),
-    ({"type": "sum", "terms": {"a b": {"type": "center"}}}, "String should match pattern"),
-    ({"type": "triplet", "mining": "soft"}, "mining: Input should be 'semihard', 'hard' or 'all', got 'soft'"),
-    ({"type": "softtriple", "centers_per_class": 1}, "centers_per_class: Input should be greater than 1, got 1"),
-    ({"type": "center", "lr_factor": 0}, "lr_factor: Input should be greater than 0, got 0"),
-    ({"type": "proxynca", "num_classes": 5}, "unknown parameter num_classes"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"type": "sum", "terms": {}}, "terms: Dictionary should have at least 1 item"),
+        ({"type": "sum", "terms": {"a": {"type": "centre"}}}, "'centre'"),
+        (
+            {"type": "sum", "terms": {"a": {"type": "center", "wight": 1}}},
+            "unknown parameter wight; allowed: type, weight",
+        ),
+        ({"type": "sum", "terms": {"a b": {"type": "center"}}}, "String should match pattern"),
+        ({"type": "triplet", "mining": "soft"}, "mining: Input should be 'semihard', 'hard' or 'all', got 'soft'"),
+        ({"type": "softtriple", "centers_per_class": 1}, "centers_per_class: Input should be greater than 1, got 1"),
+        ({"type": "center", "lr_factor": 0}, "lr_factor: Input should be greater than 0, got 0"),
+        ({"type": "proxynca", "num_classes": 5}, "unknown parameter num_classes"),
+    ],
+)
 def test_bad_parameters_are_named_in_one_line(config, message):
     with pytest.raises(ValidationError) as raised:
         parse(config)

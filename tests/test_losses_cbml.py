@@ -45,15 +45,23 @@ def value_and_gradient(loss, embeddings, labels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("options", [{}, {"adaptive_neg": False, "top_negatives": 3}, {"adaptive_neg": False},
-                                     {"variance_reduction": "mean"}, {"variance_weight": 0.0},
-                                     {"gamma": 0.7, "margin": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"adaptive_neg": False, "top_negatives": 3},
+        {"adaptive_neg": False},
+        {"variance_reduction": "mean"},
+        {"variance_weight": 0.0},
+        {"gamma": 0.7, "margin": 0.3},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_loop_over_anchors(form, options, labels, dtype):
     embeddings, labels = sample(labels, dtype)
     value, gradient = value_and_gradient(build(form=form, **options), embeddings, labels)
-    expected, expected_gradient = value_and_gradient(
-        lambda e, y: cbml(e, y, form=form, **options), embeddings, labels)
+    expected, expected_gradient = value_and_gradient(lambda e, y: cbml(e, y, form=form, **options), embeddings, labels)
     assert value > 0
     # Exponents of up to 100·s lose two digits of the similarity's seven.
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
@@ -132,16 +140,19 @@ def test_terms_add_up_to_the_loss():
     torch.testing.assert_close(2 * loss(embeddings, labels), build()(embeddings, labels))
 
 
-@pytest.mark.parametrize(("parameters", "message"), [
-    ({"form": "cube"}, "form: Input should be 'log', 'sqrt' or 'const', got 'cube'"),
-    ({"margn": 0.1}, "unknown parameter margn; allowed: type, weight, lr_factor, form, margin"),
-    ({"margin": "wide"}, "margin: Input should be a valid number"),
-    ({"negative_scale": 0}, "negative_scale: Input should be greater than 0, got 0"),
-    ({"gamma": 1.5}, "gamma: Input should be less than or equal to 1, got 1.5"),
-    ({"top_negatives": 0}, "top_negatives: Input should be greater than 0, got 0"),
-    ({"weight": -1}, "weight: Input should be greater than or equal to 0, got -1"),
-    ({"type": "cmbl"}, "cmbl"),
-])
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"form": "cube"}, "form: Input should be 'log', 'sqrt' or 'const', got 'cube'"),
+        ({"margn": 0.1}, "unknown parameter margn; allowed: type, weight, lr_factor, form, margin"),
+        ({"margin": "wide"}, "margin: Input should be a valid number"),
+        ({"negative_scale": 0}, "negative_scale: Input should be greater than 0, got 0"),
+        ({"gamma": 1.5}, "gamma: Input should be less than or equal to 1, got 1.5"),
+        ({"top_negatives": 0}, "top_negatives: Input should be greater than 0, got 0"),
+        ({"weight": -1}, "weight: Input should be greater than or equal to 0, got -1"),
+        ({"type": "cmbl"}, "cmbl"),
+    ],
+)
 def test_bad_parameters_are_named_in_one_line(parameters, message):
     with pytest.raises(ValidationError) as raised:
         parse(**parameters)

@@ -25,8 +25,6 @@ def _distinct(values: list[int]) -> list[int]:
     return values
 
 
-
-
 Axis = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)]
 
 

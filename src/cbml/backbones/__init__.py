@@ -4,5 +4,12 @@ from cbml.backbones.config import BackboneConfig, InputConvention, PublishedWeig
 from cbml.backbones.model import EmbeddingModel, create_model
 from cbml.backbones.trunks import build_trunk, input_convention
 
-__all__ = ["BackboneConfig", "EmbeddingModel", "InputConvention", "PublishedWeights", "build_trunk", "create_model",
-           "input_convention"]
+__all__ = [
+    "BackboneConfig",
+    "EmbeddingModel",
+    "InputConvention",
+    "PublishedWeights",
+    "build_trunk",
+    "create_model",
+    "input_convention",
+]

@@ -23,8 +23,9 @@ class EmbeddingModel(nn.Module):
             takes effect at the next `train()`.
     """
 
-    def __init__(self, trunk: nn.Module, input: InputConvention, pooling: str | None, embedding_dim: int,
-                 freeze_bn: bool = True):
+    def __init__(
+        self, trunk: nn.Module, input: InputConvention, pooling: str | None, embedding_dim: int, freeze_bn: bool = True
+    ):
         super().__init__()
         self.trunk = trunk
         self.input = input
@@ -54,8 +55,9 @@ class EmbeddingModel(nn.Module):
         return self
 
 
-def create_model(config: BackboneConfig, *, embedding_dim: int, root: Path,
-                 load_weights: bool = True) -> EmbeddingModel:
+def create_model(
+    config: BackboneConfig, *, embedding_dim: int, root: Path, load_weights: bool = True
+) -> EmbeddingModel:
     """Build a backbone with its weights (unless `load_weights` is off: for a checkpoint to follow) and a new head.
 
     Raises:

@@ -53,8 +53,13 @@ def input_convention(config: BackboneConfig) -> InputConvention:
     pretrained = timm.get_pretrained_cfg(config.model)
     data = timm.data.resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
     crop = data["input_size"][1]
-    return InputConvention(mean=data["mean"], std=data["std"], resize=int(crop / data["crop_pct"]), crop=crop,
-                           interpolation=data["interpolation"])
+    return InputConvention(
+        mean=data["mean"],
+        std=data["std"],
+        resize=int(crop / data["crop_pct"]),
+        crop=crop,
+        interpolation=data["interpolation"],
+    )
 
 
 def _resnet(config: BackboneConfig) -> nn.Module:
@@ -81,12 +86,15 @@ def _timm(config: BackboneConfig) -> nn.Module:
         trunk = timm.create_model(config.model, pretrained=config.weights == "imagenet", num_classes=0)
     except Exception as error:  # timm, its hub client and their transports each have their own types
         reason = f"{error}".strip().partition("\n")[0]
-        raise UserError(f"timm model '{config.model}' cannot be had ({type(error).__name__}: {reason}); a file of "
-                        "weights can be named as `weights`") from error
+        raise UserError(
+            f"timm model '{config.model}' cannot be had ({type(error).__name__}: {reason}); a file of "
+            "weights can be named as `weights`"
+        ) from error
     trunk.num_features = trunk.head_hidden_size  # differs where a layer follows the pooling, as in MobileNetV3
     classifiers = trunk.pretrained_cfg.get("classifier") or ()
-    trunk.classifier_names = tuple(f"{name}." for name in
-                                   ((classifiers,) if isinstance(classifiers, str) else classifiers))
+    trunk.classifier_names = tuple(
+        f"{name}." for name in ((classifiers,) if isinstance(classifiers, str) else classifiers)
+    )
     return trunk
 
 
@@ -123,8 +131,10 @@ def _timm_with(model: str) -> ModuleType:
         raise UserError(f"backbone timm model '{model}' needs timm: pip install -r requirements-extra.txt") from error
     if not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models(), 3)
-        raise UserError(f"timm {timm.__version__} has no model '{model}'; "
-                        + (f"near: {', '.join(near)}" if near else "timm.list_models() names those it has"))
+        raise UserError(
+            f"timm {timm.__version__} has no model '{model}'; "
+            + (f"near: {', '.join(near)}" if near else "timm.list_models() names those it has")
+        )
     try:
         timm.get_pretrained_cfg(model)
     except RuntimeError as error:  # a good name with a wrong tag, as in resnet50.imagenet

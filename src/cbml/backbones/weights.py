@@ -37,8 +37,9 @@ def _download(path: Path, published: PublishedWeights) -> None:
         try:
             torch.hub.download_url_to_file(published.url, str(download), progress=sys.stderr.isatty())
         except (OSError, HTTPException) as error:
-            raise UserError(f"weights {published.url} cannot be downloaded ({error}): fetch them elsewhere and put "
-                            f"them at {path}") from error
+            raise UserError(
+                f"weights {published.url} cannot be downloaded ({error}): fetch them elsewhere and put them at {path}"
+            ) from error
         _verify(download, published, f"what came from {published.url}")
 
 
@@ -47,8 +48,10 @@ def _verify(path: Path, published: PublishedWeights, source: str) -> None:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(published.sha256):
-        raise UserError(f"weights {source}: wrong hash, a truncated or another file: its SHA-256 starts with "
-                        f"{digest[:len(published.sha256)]}, expected {published.sha256}")
+        raise UserError(
+            f"weights {source}: wrong hash, a truncated or another file: its SHA-256 starts with "
+            f"{digest[: len(published.sha256)]}, expected {published.sha256}"
+        )
 
 
 def _reject_web_page(path: Path, source: str) -> None:
@@ -65,23 +68,28 @@ def read_state(path: Path) -> dict[str, Tensor]:
         UserError: no such file, a web page, truncated or otherwise unreadable, or not names → tensors.
     """
     if not path.is_file():
-        raise UserError(f"weights {path}: no such file (allowed: 'imagenet', null for none, or a path, relative to the "
-                        "repository's root)")
+        raise UserError(
+            f"weights {path}: no such file (allowed: 'imagenet', null for none, or a path, relative to the "
+            "repository's root)"
+        )
     _reject_web_page(path, str(path))
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the two readers raise at least six types on damaged files
-        raise UserError(f"weights {path}: unreadable: truncated, or neither safetensors nor tensors saved by "
-                        f"torch.save ({type(error).__name__})") from error
+        raise UserError(
+            f"weights {path}: unreadable: truncated, or neither safetensors nor tensors saved by "
+            f"torch.save ({type(error).__name__})"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"weights {path}: holds no state dict (names → tensors)")
     return state
 
 
-def load_state(trunk: nn.Module, state: dict[str, Tensor], source: Path,
-               classifiers: tuple[str, ...] = CLASSIFIERS) -> None:
+def load_state(
+    trunk: nn.Module, state: dict[str, Tensor], source: Path, classifiers: tuple[str, ...] = CLASSIFIERS
+) -> None:
     """Load `state` into `trunk` strictly, whatever its precision; entries of a classifier are ignored.
 
     Args:
@@ -99,10 +107,16 @@ def load_state(trunk: nn.Module, state: dict[str, Tensor], source: Path,
     # num_batches_tracked is younger than most published files and unused
     missing = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]
     surplus = [name for name in state if name not in own]
-    misshapen = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in own
-                 if name in state and state[name].shape != own[name].shape]
-    problems = [f"{len(names)} {problem}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}" for problem, names
-                in (("missing", missing), ("surplus", surplus), ("of another shape", misshapen)) if names]
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{len(names)} {problem}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for problem, names in (("missing", missing), ("surplus", surplus), ("of another shape", misshapen))
+        if names
+    ]
     if problems:
         raise UserError(f"weights {source} do not fit the backbone: {'; '.join(problems)}")
     trunk.load_state_dict(state, strict=False)

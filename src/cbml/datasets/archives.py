@@ -43,8 +43,10 @@ def fetch(url: str, path: Path, *, size: int, md5: str) -> Path:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         failures = 0 if _size(part) > best else failures + 1
         if failures > RETRIES:
-            raise UserError(f"{url}: {_size(part)} of {size} bytes arrived in {part} ({problem}); "
-                            f"run again to continue, or {INSTEAD}")
+            raise UserError(
+                f"{url}: {_size(part)} of {size} bytes arrived in {part} ({problem}); "
+                f"run again to continue, or {INSTEAD}"
+            )
         if failures:
             time.sleep(BACKOFF * 2 ** (failures - 1))
     if have > size:
@@ -64,15 +66,24 @@ def _transfer(url: str, part: Path, size: int) -> str:
     with requests.get(url, headers=headers, stream=True, timeout=60) as response:
         if response.status_code == 416:
             part.unlink(missing_ok=True)
-            raise UserError(f"{url}: the server's file ends at or before byte {have}, expected {size} bytes; what had "
-                            f"arrived is deleted: run again, or {INSTEAD}")
+            raise UserError(
+                f"{url}: the server's file ends at or before byte {have}, expected {size} bytes; what had "
+                f"arrived is deleted: run again, or {INSTEAD}"
+            )
         if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
-            raise UserError(f"{url}: the server answered {response.status_code} {response.reason}; "
-                            f"check the url, or {INSTEAD}")
+            raise UserError(
+                f"{url}: the server answered {response.status_code} {response.reason}; check the url, or {INSTEAD}"
+            )
         response.raise_for_status()
         resumed = response.status_code == 206  # otherwise Range was ignored, and the file starts over
-        chunks = progress(response.iter_content(CHUNK), f"fetching {part.stem}", "B", total=-(-size // CHUNK),
-                          initial=have // CHUNK if resumed else 0, scale=CHUNK)
+        chunks = progress(
+            response.iter_content(CHUNK),
+            f"fetching {part.stem}",
+            "B",
+            total=-(-size // CHUNK),
+            initial=have // CHUNK if resumed else 0,
+            scale=CHUNK,
+        )
         with part.open("ab" if resumed else "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
@@ -105,8 +116,10 @@ def unpack(archive: Path, folder: Path, top: str) -> None:
             for member in progress(tar, f"unpacking {archive.name}", "files"):
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
-                    raise UserError(f"{archive}: unsafe member {member.name!r}; nothing was unpacked, "
-                                    "expected files and folders under relative paths only")
+                    raise UserError(
+                        f"{archive}: unsafe member {member.name!r}; nothing was unpacked, "
+                        "expected files and folders under relative paths only"
+                    )
                 parts = path.parts[1:] if path.parts[:1] == (top,) else path.parts
                 if member.isfile() and parts and parts[0] in LAYOUT:
                     target = folder.joinpath(*parts)
@@ -114,5 +127,6 @@ def unpack(archive: Path, folder: Path, top: str) -> None:
                     with tar.extractfile(member) as source, target.open("wb") as file:
                         shutil.copyfileobj(source, file)
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"{archive}: not a complete tar archive ({type(error).__name__}); "
-                        "get the archive again") from error
+        raise UserError(
+            f"{archive}: not a complete tar archive ({type(error).__name__}); get the archive again"
+        ) from error

@@ -29,7 +29,7 @@ CHARACTERS = (
     "ßÆæŒÞðøŋƈƕƛƪƫƺƾǂɐɕɘɟɠɣɧɮɰɲɳɷɹɻɽʁʂʇʉʊʌʍʎʐʑʒʔʕʖʗʘʚʝʞʤʥʦʧʨɥɭʋɔĲﬁ"
     "ΓΔΞΠΣΦΨΩαβγδεζθλμξπρςσφωϖϙϞϟϠϡϰ"
     "БДЖИЛЦЧШЩЪЫЭЮЯЂЇЉЊЋѢђ"
-    "!#$%&*+/<=>?@~£€¥§©¤¶¿×±‡†∂¬№‰½™«»{}(^;÷␣\""
+    '!#$%&*+/<=>?@~£€¥§©¤¶¿×±‡†∂¬№‰½™«»{}(^;÷␣"'
 )
 
 
@@ -49,7 +49,7 @@ class GlyphsConfig(Schema):
         """
         folder_of_fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
         fonts = [ImageFont.truetype(folder_of_fonts / name, self.size) for name in TYPEFACES]
-        characters = np.random.default_rng(self.seed).permutation(list(CHARACTERS))[:self.classes].tolist()
+        characters = np.random.default_rng(self.seed).permutation(list(CHARACTERS))[: self.classes].tolist()
         names = [f"{i:03}.{unicodedata.name(c).replace(' ', '_')}" for i, c in enumerate(characters, 1)]
         images = [(i, k) for i in range(self.classes) for k in range(self.images_per_class)]
         paths = [f"{names[i]}/{k + 1:04}.png" for i, k in images]
@@ -81,8 +81,9 @@ def draw(character: str, font: ImageFont.FreeTypeFont, size: int, rng: np.random
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = zoom * rotation @ [[1, shear], [0, 1]]
     offset = np.array(glyph.size) / 2 - matrix @ (size * rng.uniform(0.42, 0.58, 2))
-    ink = glyph.transform((size, size), Image.Transform.AFFINE, np.c_[matrix, offset].ravel().tolist(),
-                          Image.Resampling.BICUBIC)
+    ink = glyph.transform(
+        (size, size), Image.Transform.AFFINE, np.c_[matrix, offset].ravel().tolist(), Image.Resampling.BICUBIC
+    )
     ink = np.asarray(ink.filter(ImageFilter.GaussianBlur(size / 48 * rng.uniform(0, 1))))[..., None] / 255
 
     brightness = rng.permutation([rng.uniform(0, 70), rng.uniform(185, 255)])  # dark on light or light on dark

@@ -31,26 +31,33 @@ def read_layout(folder: Path, origin: Path | None = None) -> list[tuple[str, int
     """
     origin = origin or folder
     if missing := [name for name in LAYOUT if not (folder / name).exists()]:
-        raise UserError(f"{origin} is not in the layout of CUB-200-2011: {', '.join(missing)} not found; "
-                        f"expected {', '.join(LAYOUT)}")
+        raise UserError(
+            f"{origin} is not in the layout of CUB-200-2011: {', '.join(missing)} not found; "
+            f"expected {', '.join(LAYOUT)}"
+        )
     paths = _read_table(folder, "images.txt", origin)
     classes = _read_table(folder, "classes.txt", origin)
     labels = _read_table(folder, "image_class_labels.txt", origin)
     if unpaired := sorted(paths.keys() ^ labels.keys()):
-        raise UserError(f"{origin}: image id {unpaired[0]} is in only one of images.txt and image_class_labels.txt; "
-                        "every image needs a line in both")
+        raise UserError(
+            f"{origin}: image id {unpaired[0]} is in only one of images.txt and image_class_labels.txt; "
+            "every image needs a line in both"
+        )
     images = []
     for image, path in sorted(paths.items()):
         label = labels[image]
         if not label.isdecimal() or int(label) not in classes:
-            raise UserError(f"{origin}/image_class_labels.txt: image {image} has class id {label!r}, "
-                            "which classes.txt does not list")
+            raise UserError(
+                f"{origin}/image_class_labels.txt: image {image} has class id {label!r}, "
+                "which classes.txt does not list"
+            )
         if not (folder / "images" / path).is_file():
             raise UserError(f"{origin}/images/{path} is missing; images.txt lists it as image {image}")
         images.append((f"images/{path}", int(label)))
     if empty := sorted(classes.keys() - {label for _, label in images}):
-        raise UserError(f"{origin}: class {empty[0]} ({classes[empty[0]]}) has no images; "
-                        "every class of classes.txt needs some")
+        raise UserError(
+            f"{origin}: class {empty[0]} ({classes[empty[0]]}) has no images; every class of classes.txt needs some"
+        )
     return images
 
 

@@ -50,13 +50,15 @@ def build_lists(dataset: Path, out: Path, *, validation_classes: float = 0.0) ->
     classes = sorted({label for _, label in images})
     if len(classes) < 4:
         raise UserError(f"{dataset} has {len(classes)} classes; at least 4 are needed, two to train and two to test")
-    train, test = classes[:len(classes) // 2], classes[len(classes) // 2:]
+    train, test = classes[: len(classes) // 2], classes[len(classes) // 2 :]
     lists = {"train": train, "test": test}
     if validation_classes:
         held_out = round(validation_classes * len(train))
         if not 2 <= held_out <= len(train) - 2:
-            raise UserError(f"validation_classes={validation_classes} holds out {held_out} of {len(train)} training "
-                            "classes; at least 2 must be held out and 2 remain")
+            raise UserError(
+                f"validation_classes={validation_classes} holds out {held_out} of {len(train)} training "
+                "classes; at least 2 must be held out and 2 remain"
+            )
         lists |= {"train_without_validation": train[:-held_out], "validation": train[-held_out:]}
 
     def digest(image: tuple[str, int]) -> str:
@@ -65,8 +67,9 @@ def build_lists(dataset: Path, out: Path, *, validation_classes: float = 0.0) ->
         try:
             Image.open(io.BytesIO(content)).load()
         except Exception as error:  # Pillow's decoders raise errors of many types
-            raise UserError(f"{dataset / path} cannot be decoded ({type(error).__name__}); "
-                            "expected a complete JPEG or PNG file") from error
+            raise UserError(
+                f"{dataset / path} cannot be decoded ({type(error).__name__}); expected a complete JPEG or PNG file"
+            ) from error
         return f"{path},{label},{hashlib.sha256(content).hexdigest()}\n"
 
     fingerprint = hashlib.sha256()
@@ -112,5 +115,7 @@ def check_disjoint(train: ImageList, test: ImageList) -> None:
     shared = np.intersect1d(train.labels, test.labels)
     if len(shared):
         examples = ", ".join(map(str, shared[:3]))
-        raise UserError(f"{len(shared)} classes are in both the training and the test list, e.g. labels {examples}; "
-                        "the lists must have no class in common")
+        raise UserError(
+            f"{len(shared)} classes are in both the training and the test list, e.g. labels {examples}; "
+            "the lists must have no class in common"
+        )

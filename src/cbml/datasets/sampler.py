@@ -24,8 +24,10 @@ def class_balanced_batches(labels: np.ndarray, batch_size: int, instances: int, 
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     classes = batch_size // instances
     if classes > len(members):
-        raise UserError(f"recipe: batch_size {batch_size} / instances {instances} = {classes} classes a batch, "
-                        f"but the training list has {len(members)}")
+        raise UserError(
+            f"recipe: batch_size {batch_size} / instances {instances} = {classes} classes a batch, "
+            f"but the training list has {len(members)}"
+        )
     return _passes(members, classes, instances, seed)
 
 
@@ -41,4 +43,4 @@ def _groups(indices: np.ndarray, size: int, rng: np.random.Generator) -> list[np
     if len(indices) < size:
         indices = np.concatenate([indices, rng.choice(indices, size - len(indices))])
     indices = rng.permutation(indices)
-    return [indices[i:i + size] for i in range(0, len(indices) - size + 1, size)]
+    return [indices[i : i + size] for i in range(0, len(indices) - size + 1, size)]

@@ -12,8 +12,16 @@ from cbml.evaluation.retrieval import BLOCK, RESOLUTION, check_width, similarity
 
 
 @torch.no_grad()
-def evaluate(embeddings: Tensor, labels: Tensor, gallery: Tensor | None = None, gallery_labels: Tensor | None = None, *,
-             ks: Sequence[int] = (1, 2, 4, 8), nmi: bool = False, block: int = BLOCK) -> dict[str, float]:
+def evaluate(
+    embeddings: Tensor,
+    labels: Tensor,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    *,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    nmi: bool = False,
+    block: int = BLOCK,
+) -> dict[str, float]:
     """Score embeddings by exact cosine retrieval.
 
     With R the number of gallery items of a query's class and rank_j the rank of the j-th nearest of them:

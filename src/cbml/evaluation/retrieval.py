@@ -25,8 +25,10 @@ def unit_vectors(embeddings: Tensor, name: str) -> Tensor:
         raise UserError(f"{name}: shape {tuple(embeddings.shape)}, allowed is (N, D) with N and D at least 1")
     finite = embeddings.isfinite().all(dim=1)
     if not finite.all():
-        raise UserError(f"{name}: embedding of image {finite.int().argmin().item()} is not finite (NaN or infinite; "
-                        f"{(~finite).sum().item()} of {len(finite)}), only finite numbers are allowed")
+        raise UserError(
+            f"{name}: embedding of image {finite.int().argmin().item()} is not finite (NaN or infinite; "
+            f"{(~finite).sum().item()} of {len(finite)}), only finite numbers are allowed"
+        )
     return F.normalize(embeddings.double(), dim=1)
 
 
@@ -81,5 +83,7 @@ def retrieve(queries: Tensor, gallery: Tensor | None, k: int, *, block: int = BL
 
 def check_width(queries: Tensor, gallery: Tensor) -> None:
     if queries.shape[1] != gallery.shape[1]:
-        raise UserError(f"gallery: embeddings have {gallery.shape[1]} dimensions, those of the queries "
-                        f"{queries.shape[1]}; allowed is the same number")
+        raise UserError(
+            f"gallery: embeddings have {gallery.shape[1]} dimensions, those of the queries "
+            f"{queries.shape[1]}; allowed is the same number"
+        )

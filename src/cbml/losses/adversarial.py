@@ -35,15 +35,21 @@ class Adversarial(Loss):
         activation: after the hidden layer.
     """
 
-    def __init__(self, embedding_dim: int, hidden: Annotated[int, Field(gt=0)] = 512,
-                 activation: Literal["relu", "none"] = "relu"):
+    def __init__(
+        self,
+        embedding_dim: int,
+        hidden: Annotated[int, Field(gt=0)] = 512,
+        activation: Literal["relu", "none"] = "relu",
+    ):
         super().__init__()
         if embedding_dim < 2:
             raise UserError(f"loss adversarial: embedding_dim {embedding_dim} has no two parts; allowed: 2 or more")
         self.first = embedding_dim // 2
-        self.regressor = nn.Sequential(nn.Linear(embedding_dim - self.first, hidden),
-                                       nn.ReLU() if activation == "relu" else nn.Identity(),
-                                       nn.Linear(hidden, self.first))
+        self.regressor = nn.Sequential(
+            nn.Linear(embedding_dim - self.first, hidden),
+            nn.ReLU() if activation == "relu" else nn.Identity(),
+            nn.Linear(hidden, self.first),
+        )
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         parts = ReverseGradient.apply(embeddings).split([self.first, embeddings.shape[1] - self.first], dim=1)

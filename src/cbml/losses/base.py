@@ -86,8 +86,11 @@ def register(name: str) -> Callable[[type[Loss]], type[Loss]]:
 
     def add(cls: type[Loss]) -> type[Loss]:
         parameters = inspect.signature(cls).parameters.values()
-        fields: dict[str, Any] = {p.name: (p.annotation, ... if p.default is p.empty else p.default)
-                                  for p in parameters if p.name not in FILLED_IN}
+        fields: dict[str, Any] = {
+            p.name: (p.annotation, ... if p.default is p.empty else p.default)
+            for p in parameters
+            if p.name not in FILLED_IN
+        }
         REGISTRY[name] = cls, create_model(cls.__name__, __base__=LossConfig, type=(Literal[name], ...), **fields)
         return cls
 

@@ -24,5 +24,7 @@ class BinomialDeviance(Loss):
     def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         logits = self.alpha * (embeddings @ embeddings.T - self.beta)
         is_positive, is_negative = pair_masks(labels)
-        return {"positive": masked_mean(softplus(-logits), is_positive),
-                "negative": masked_mean(softplus(self.cost * logits), is_negative)}
+        return {
+            "positive": masked_mean(softplus(-logits), is_positive),
+            "negative": masked_mean(softplus(self.cost * logits), is_negative),
+        }

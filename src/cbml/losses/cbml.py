@@ -89,9 +89,11 @@ class CBML(Loss):
         if self.variance_reduction == "mean":
             variance = variance / negatives
 
-        return {"positive": (positive * counts).mean(),
-                "negative": (negative * counts).mean(),
-                "variance": self.variance_weight * (variance * counts).mean()}
+        return {
+            "positive": (positive * counts).mean(),
+            "negative": (negative * counts).mean(),
+            "variance": self.variance_weight * (variance * counts).mean(),
+        }
 
     def _shape(self, exponents: Tensor, mined: Tensor) -> Tensor:
         """(B,): ln F, √F or F of F = 1 + Σ exp(exponents) over the mined entries of each row."""

@@ -17,8 +17,9 @@ class CrossEntropy(Loss):
         label_smoothing: share of the target spread evenly over all classes.
     """
 
-    def __init__(self, embedding_dim: int, num_classes: int, temperature: Positive = 0.05,
-                 label_smoothing: Share = 0.0):
+    def __init__(
+        self, embedding_dim: int, num_classes: int, temperature: Positive = 0.05, label_smoothing: Share = 0.0
+    ):
         super().__init__()
         self.temperature, self.label_smoothing = temperature, label_smoothing
         self.classifier = nn.Parameter(torch.randn(num_classes, embedding_dim))

@@ -21,12 +21,14 @@ class Sum(Loss):
         terms: the losses by name, each with its `type` and parameters.
     """
 
-    def __init__(self, embedding_dim: int, num_classes: int,
-                 terms: Annotated[dict[Name, AnyLoss], Field(min_length=1)]):
+    def __init__(
+        self, embedding_dim: int, num_classes: int, terms: Annotated[dict[Name, AnyLoss], Field(min_length=1)]
+    ):
         super().__init__()
         self.names = list(terms)
-        self.losses = nn.ModuleList(build_loss(config, embedding_dim=embedding_dim, num_classes=num_classes)
-                                    for config in terms.values())
+        self.losses = nn.ModuleList(
+            build_loss(config, embedding_dim=embedding_dim, num_classes=num_classes) for config in terms.values()
+        )
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {name: loss(embeddings, labels) for name, loss in zip(self.names, self.losses, strict=True)}
@@ -46,8 +48,9 @@ class XBM(Loss):
         memory_size: embeddings kept, at least a batch.
     """
 
-    def __init__(self, embedding_dim: int, num_classes: int, loss: AnyLoss,
-                 memory_size: Annotated[int, Field(gt=0)] = 1024):
+    def __init__(
+        self, embedding_dim: int, num_classes: int, loss: AnyLoss, memory_size: Annotated[int, Field(gt=0)] = 1024
+    ):
         super().__init__()
         if loss.type not in PAIR_LOSSES:
             raise UserError(f"loss xbm: cannot hold {loss.type}; allowed: {', '.join(PAIR_LOSSES)}")

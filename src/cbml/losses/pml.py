@@ -40,8 +40,9 @@ class MultiSimilarity(LibraryLoss):
     """
 
     def __init__(self, alpha: Positive = 2.0, beta: Positive = 50.0, base: float = 1.0, epsilon: float = 0.1):
-        super().__init__(losses.MultiSimilarityLoss(alpha, beta, base, **COSINE),
-                         miners.MultiSimilarityMiner(epsilon, **COSINE))
+        super().__init__(
+            losses.MultiSimilarityLoss(alpha, beta, base, **COSINE), miners.MultiSimilarityMiner(epsilon, **COSINE)
+        )
 
 
 class ContrastiveLoss(losses.ContrastiveLoss):
@@ -77,8 +78,10 @@ class Contrastive(LibraryLoss):
     """
 
     def __init__(self, margin: Positive = 1.0, negatives: Literal["all", "closest"] = "all"):
-        super().__init__(ContrastiveLoss(neg_margin=margin, reducer=reducers.MeanReducer(), **EUCLIDEAN),
-                         ClosestNegativesMiner(**EUCLIDEAN) if negatives == "closest" else None)
+        super().__init__(
+            ContrastiveLoss(neg_margin=margin, reducer=reducers.MeanReducer(), **EUCLIDEAN),
+            ClosestNegativesMiner(**EUCLIDEAN) if negatives == "closest" else None,
+        )
 
 
 class TripletMiner(miners.TripletMarginMiner):
@@ -109,13 +112,20 @@ class Triplet(LibraryLoss):
         one_sided: anchor each positive pair by the image that comes first in the batch, instead of by both.
     """
 
-    def __init__(self, margin: Positive = 0.2, mining: Literal["semihard", "hard", "all"] = "semihard",
-                 average: Literal["violating", "all"] = "violating", one_sided: bool = False):
+    def __init__(
+        self,
+        margin: Positive = 0.2,
+        mining: Literal["semihard", "hard", "all"] = "semihard",
+        average: Literal["violating", "all"] = "violating",
+        one_sided: bool = False,
+    ):
         keep = math.inf if average == "all" and mining == "all" else margin
         super().__init__(
             losses.TripletMarginLoss(
-                margin, reducer=reducers.MeanReducer() if average == "all" else None, **SQUARED_EUCLIDEAN),
-            TripletMiner(one_sided, margin=keep, type_of_triplets=mining, **SQUARED_EUCLIDEAN))
+                margin, reducer=reducers.MeanReducer() if average == "all" else None, **SQUARED_EUCLIDEAN
+            ),
+            TripletMiner(one_sided, margin=keep, type_of_triplets=mining, **SQUARED_EUCLIDEAN),
+        )
 
 
 @register("margin")
@@ -131,11 +141,20 @@ class Margin(LibraryLoss):
         nonzero_loss_cutoff: negatives beyond this distance are not sampled.
     """
 
-    def __init__(self, num_classes: int, margin: Positive = 0.2, beta: Positive = 1.2, nu: NonNegative = 0.0,
-                 learn_beta: bool = True, cutoff: Positive = 0.5, nonzero_loss_cutoff: Positive = 1.4):
+    def __init__(
+        self,
+        num_classes: int,
+        margin: Positive = 0.2,
+        beta: Positive = 1.2,
+        nu: NonNegative = 0.0,
+        learn_beta: bool = True,
+        cutoff: Positive = 0.5,
+        nonzero_loss_cutoff: Positive = 1.4,
+    ):
         super().__init__(
             losses.MarginLoss(margin, nu, beta, learn_beta=learn_beta, num_classes=num_classes, **EUCLIDEAN),
-            miners.DistanceWeightedMiner(cutoff, nonzero_loss_cutoff))
+            miners.DistanceWeightedMiner(cutoff, nonzero_loss_cutoff),
+        )
 
 
 @register("npair")
@@ -173,9 +192,25 @@ class SoftTriple(LibraryLoss):
         tau: weight of the regulariser that merges the centres of a class.
     """
 
-    def __init__(self, embedding_dim: int, num_classes: int, centers_per_class: Annotated[int, Field(gt=1)] = 10,
-                 scale: Positive = 20.0, gamma: Positive = 0.1, margin: NonNegative = 0.01, tau: NonNegative = 0.2):
-        super().__init__(losses.SoftTripleLoss(
-            num_classes, embedding_dim, centers_per_class, la=scale, gamma=gamma, margin=margin,
-            weight_regularizer=regularizers.SparseCentersRegularizer(num_classes, centers_per_class),
-            weight_reg_weight=tau))
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        centers_per_class: Annotated[int, Field(gt=1)] = 10,
+        scale: Positive = 20.0,
+        gamma: Positive = 0.1,
+        margin: NonNegative = 0.01,
+        tau: NonNegative = 0.2,
+    ):
+        super().__init__(
+            losses.SoftTripleLoss(
+                num_classes,
+                embedding_dim,
+                centers_per_class,
+                la=scale,
+                gamma=gamma,
+                margin=margin,
+                weight_regularizer=regularizers.SparseCentersRegularizer(num_classes, centers_per_class),
+                weight_reg_weight=tau,
+            )
+        )

@@ -25,8 +25,14 @@ class ProxyNCA(Loss):
         label_smoothing: share of the target spread evenly over the other classes.
     """
 
-    def __init__(self, embedding_dim: int, num_classes: int, scale: Positive = 3.0,
-                 positive_in_denominator: bool = False, label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0):
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        scale: Positive = 3.0,
+        positive_in_denominator: bool = False,
+        label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    ):
         super().__init__()
         if num_classes < 2:
             raise UserError(f"loss proxynca: {num_classes} class in the training list; allowed: 2 or more")

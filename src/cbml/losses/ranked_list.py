@@ -24,8 +24,14 @@ class RankedList(Loss):
         positives: average over the `violating` ones, as published, or over `all`.
     """
 
-    def __init__(self, margin: Positive = 0.4, alpha: Positive = 1.2, temperature: NonNegative = 10.0,
-                 balance: Share = 0.5, positives: Literal["violating", "all"] = "violating"):
+    def __init__(
+        self,
+        margin: Positive = 0.4,
+        alpha: Positive = 1.2,
+        temperature: NonNegative = 10.0,
+        balance: Share = 0.5,
+        positives: Literal["violating", "all"] = "violating",
+    ):
         super().__init__()
         self.margin, self.alpha, self.temperature = margin, alpha, temperature
         self.balance, self.positives = balance, positives
