@@ -14,6 +14,7 @@ from cbml.files import atomic_write, read_json
 KS = (1, 2, 4, 8)
 RECALLS = [f"recall_at_{k}" for k in KS]
 METRICS = [*RECALLS, "r_precision", "map_at_r", "nmi"]
+PUBLISHED_TEST = {"images": 5924, "classes": 100}
 PROTOCOLS = {
     "final": "the model after the last iteration: the headline",
     "best_on_test": "the model whose Recall@1 on the test list was highest, as the published figures were selected: "
@@ -91,9 +92,13 @@ def _pipe_table(shown: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def to_markdown(table: pd.DataFrame, dataset: str) -> str:
-    """The tables of `summarise` for reading, one an embedding size."""
+def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int]) -> str:
+    """The tables of `summarise` for reading, one an embedding size; `test` counts the `images` and `classes`."""
     parts = [f"# Recall@K on {dataset}, in percent\n"]
+    parts.append(f"Test list: {test['images']:,} images of {test['classes']:,} classes.")
+    if "paper_recall_at_1" in table and test != PUBLISHED_TEST:
+        parts.append("The published figures are on 5,924 images of 100 classes: **not comparable with this part**.")
+    parts.append("")
     for size, rows in table.groupby("embedding_dim", sort=False):
         shown = pd.DataFrame(
             {
@@ -140,7 +145,8 @@ def write_tables(params: Params, dataset: str) -> str:
     """Write reports/<dataset>/tables.md, tables.csv and metrics.json, log them to MLflow, return the Markdown."""
     published_too = params.option("dataset", dataset).type == "cub200"
     table = summarise(collect(params, dataset), with_published=published_too)
-    text, figures = to_markdown(table, dataset), headline(table)
+    test = read_json(Path("lists", dataset, "summary.json"), "build_lists")["test"]
+    text, figures = to_markdown(table, dataset, test), headline(table)
     folder = Path("reports", dataset)
     config = params.model_dump(mode="json")
     axes = {name: ", ".join(map(str, config[name])) for name in ("backbone", "loss", "embedding_dim", "seed", "recipe")}
