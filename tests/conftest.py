@@ -1,6 +1,7 @@
 """A tiny dataset and a parameter file that trains on it in a second."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,13 @@ TINY_RECIPE = {
     "validate_every": 2,
     "checkpoint_every": 4,
 }
+
+
+def environment():
+    """For a stage as a process of its own: this source, one thread, and nobody's tracking store."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("DVC_ROOT", "MLFLOW_TRACKING_URI")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": path}
 
 
 def tiny_params(**changes):

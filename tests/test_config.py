@@ -1,13 +1,12 @@
 """Parameters: what is committed is what composes, and bad ones are refused in one line that says what is allowed."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, TINY_RECIPE, tiny_params
+from conftest import ROOT, TINY_RECIPE, environment, tiny_params
 from dvc.utils.hydra import compose_and_dump
 
 from cbml.config import load_cell, load_params
@@ -163,5 +162,5 @@ def test_flat_names_do_not_depend_on_the_option(project):
 )
 def test_a_stage_without_its_input_ends_with_one_line(project, stage, message):
     command = [sys.executable, "-m", *f"pipeline.{stage}".split()]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1

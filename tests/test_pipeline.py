@@ -1,19 +1,14 @@
 """The whole pipeline through DVC, on very little data: what runs, what is taken from the cache, what it leaves."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import mlflow
 import pytest
 import yaml
-from conftest import ROOT, TINY_GLYPHS, TINY_RECIPE
-
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+from conftest import ROOT, TINY_GLYPHS, TINY_RECIPE, environment
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,9 @@ def repository(tmp_path_factory):
 
 def ran(repository, command):
     """Run a command; the stages that it ran."""
-    done = subprocess.run(command, cwd=repository, shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=repository, shell=True, env=environment() | {"PYTHONPATH": ""}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return re.findall(r"Running stage '(.*)'", done.stdout)
 
@@ -87,7 +84,11 @@ def test_from_nothing_to_the_table_and_only_what_changed_afterwards(repository):
 def test_an_unknown_option_is_refused_before_anything_runs(repository):
     for override in ("loss=cmbl", "backbone=vgg16", "dataset=birds", "loss.cbml_log.margn=1"):
         done = subprocess.run(
-            ["dvc", "exp", "run", "-S", override], cwd=repository, env=ENVIRONMENT, capture_output=True, text=True
+            ["dvc", "exp", "run", "-S", override],
+            cwd=repository,
+            env=environment() | {"PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode != 0 and "Running stage" not in done.stdout
         assert override.partition("=")[2 if "." not in override else 0] in done.stderr

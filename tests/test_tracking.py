@@ -1,6 +1,5 @@
 """MLflow: where the store is, what a run holds, and that it goes on where it stopped."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import environment
 
 from cbml import tracking
 from cbml.config import load_cell, load_params
@@ -84,7 +84,7 @@ def test_a_failed_run_says_so_and_is_continued_by_its_id(project):
 def test_processes_that_open_a_new_store_at_once_share_it(project):
     code = "from cbml.tracking import open_run\nwith open_run('glyphs', 'x', config={}, params={}, tags={}): pass"
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env=os.environ) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env=environment()) for _ in range(2)
     ]
     assert [(process.wait(), process.stderr.read()[-500:] if process.returncode else b"") for process in processes] == [
         (0, b"")

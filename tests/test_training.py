@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_RECIPE, tiny_params
+from conftest import ROOT, TINY_RECIPE, environment, tiny_params
 
 from cbml.config import load_params
 from cbml.errors import UserError
@@ -105,14 +104,14 @@ def test_killed_it_continues_to_the_same_bits(project):
     recipe = {"tiny": TINY_RECIPE | {"iterations": 40, "validate_every": 20}}
     unbroken = without_checkpoints(run(project, recipe=recipe))
     (project / "runs").rename(project / "unbroken")
-    command, environment = train_command(), os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    command = train_command()
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list((project / ".checkpoints").glob("*.pt")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (project / "runs").exists()
-    again = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=True)
+    again = subprocess.run(command, env=environment(), stderr=subprocess.PIPE, text=True, check=True)
     assert "continues after iteration" in again.stderr
     assert result(project / "runs" / "glyphs" / "resnet18-cbml_log-16-0") == unbroken
 
@@ -201,8 +200,7 @@ def test_weights_that_do_not_fit_or_exist(project):
     ],
 )
 def test_the_script_ends_with_one_line(project, options, message):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(train_command(*options), capture_output=True, text=True, env=environment)
+    done = subprocess.run(train_command(*options), capture_output=True, text=True, env=environment())
     assert done.returncode == 1 and done.stderr.strip() == message
 
 
