@@ -122,7 +122,8 @@ def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int]) -> str:
             "" if pd.isna(row.untrained_recall_at_1) else f"{row.untrained_recall_at_1:.1f}"
             for _, row in rows.iterrows()
         ]
-        parts += [f"## Embeddings of {size}\n", _pipe_table(shown), ""]
+        title = f"Embeddings of {size}" if size else "Pooled features, without a head"
+        parts += [f"## {title}\n", _pipe_table(shown), ""]
     parts.append("Mean ± standard deviation over seeds. Protocols:\n")
     parts += [f"- `{name}`: {text}" for name, text in PROTOCOLS.items() if name in set(table.protocol)]
     return "\n".join(parts) + "\n"
