@@ -149,6 +149,7 @@ def test_a_bad_axis(bad, message, tmp_path):
 def test_flat_names_do_not_depend_on_the_option(project):
     flat = load_params().cell("glyphs", "resnet18", "cbml_log", 16, 0).flat()
     assert (flat["loss"], flat["loss.margin"], flat["recipe.lr"], flat["seed"]) == ("cbml_log", 0.1, 1e-3, 0)
+    assert flat["backbone.input.channels"] == "RGB"
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,13 @@ class Params(Schema):
         return [self.cell(dataset, *axis) for axis in axes]
 
 
+def _flatten(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(f"{prefix}.{key}", value) if isinstance(value, dict) else {f"{prefix}.{key}": value}
+    return flat
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training run: a point of the matrix with everything that determines it."""
@@ -165,8 +172,7 @@ class Cell:
         flat: dict[str, Any] = {"embedding_dim": self.embedding_dim, "seed": self.seed}
         for group in ("dataset", "backbone", "loss", "recipe"):
             ((name, option),) = self.to_dict()[group].items()
-            flat[group] = name
-            flat |= {f"{group}.{key}": value for key, value in option.items()}
+            flat |= {group: name, **_flatten(group, option)}
         return flat
 
     def hash(self, *contents: str) -> str:
