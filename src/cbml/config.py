@@ -37,8 +37,8 @@ class Recipe(Schema):
         lr, weight_decay: of Adam.
         lr_steps, lr_gamma: iterations after which the learning rate is multiplied by `lr_gamma`.
         freeze_bn: batch normalisation uses its stored statistics; its affine parameters are trained all the same.
-        resize: images are resized to this short side, in pixels, before any crop. A backbone's own wins.
-        crop: side of the network's input, in pixels. A backbone's own wins.
+        resize: images are resized to this short side, in pixels, before any crop. A backbone's own wins over it.
+        crop: side of the network's input, in pixels. A backbone's own wins over it.
         scale, ratio: of the random crop: share of the image's area, aspect ratio.
         flip: mirror half of the training images.
         validate_every: iterations between evaluations on the test list; 0: only before the first and after the last.
@@ -113,8 +113,8 @@ class Params(Schema):
         ((recipe_name, recipe),) = self.recipe.items()
         convention = input_convention(self.backbone[backbone])
         own = {"resize": convention.resize, "crop": convention.crop}
-        changed = recipe.model_dump() | self.backbone[backbone].recipe.get(recipe_name, {})
-        changed |= {name: value for name, value in own.items() if value is not None}
+        changed = recipe.model_dump() | {name: value for name, value in own.items() if value is not None}
+        changed |= self.backbone[backbone].recipe.get(recipe_name, {})
         try:
             recipe = Recipe.model_validate(changed)
         except ValidationError as error:
