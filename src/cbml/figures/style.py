@@ -1,0 +1,62 @@
+"""How every chart looks, and how it is written so that a page in light or dark can show it."""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from cbml.files import atomic_write
+
+# Okabe and Ito's colours: distinct for the colour-blind, and on light and dark grounds.
+COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c"]
+RIGHT, WRONG = "#0072b2", "#d55e00"
+INK = "#123456"  # stands for the page's text colour until `to_svg` replaces it
+
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cbml",  # else the ids in a file differ from run to run
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+@contextmanager
+def chart(width: float = 6.0, height: float = 3.5, **subplots) -> Iterator[tuple[Figure, object]]:
+    """Yield a figure of that size in inches and its axes (as `Figure.subplots` returns them), in the project's style.
+
+    The figure belongs to no global state, so nothing needs closing and threads do not meet.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(**subplots)
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element whose text and axes take the colour of the page that it is put into.
+
+    Call it inside the `chart` block: the style holds for drawing too.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return re.sub(INK, "currentColor", text[text.index("<svg") :])
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    """Write `to_svg` to a file, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(to_svg(figure))
