@@ -10,7 +10,11 @@ from cbml.reporting import write_tables
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset")
-    print(write_tables(load_params(), parser.parse_args().dataset))
+    parser.add_argument(
+        "--all", action="store_true", help="tabulate every cell in evaluations/<dataset>, not only those of params.yaml"
+    )
+    options = parser.parse_args()
+    print(write_tables(load_params(), options.dataset, all_cells=options.all))
 
 
 if __name__ == "__main__":

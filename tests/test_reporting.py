@@ -1,21 +1,24 @@
 """Tables: means over seeds, the published figures beside them, and the same metric names whatever ran."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import tiny_params
+from conftest import ROOT, tiny_params
+from dvc.utils.hydra import compose_and_dump
 
-from cbml.config import load_params
-from cbml.reporting import tables
+from cbml.config import Params, load_params
+from cbml.errors import UserError
+from cbml.reporting import commands, tables
 
 SEEDS = [0, 1, 2]
 
 
-def score(cell, params, recall, best):
+def score(cell, recall, best):
     """Write the evaluation of a cell as the stage does; recalls in [0, 1]."""
 
     def metrics(value):
@@ -26,6 +29,9 @@ def score(cell, params, recall, best):
     folder.mkdir(parents=True)
     content = {"final": metrics(recall), "best_on_test": metrics(best), "untrained": metrics(0.1)}
     (folder / "metrics.json").write_text(json.dumps(content))
+    (folder / "cell.yaml").write_text(yaml.safe_dump(cell.to_dict()))
+    facts = {"finished": "2026-01-01T00:00:00+00:00", "device": "abacus", "versions": {"torch": "2.11"}}
+    (folder / "run.json").write_text(json.dumps(facts | {"train_seconds": 90}))
 
 
 @pytest.fixture
@@ -48,12 +54,14 @@ def params(project):
         Path("lists", dataset, "summary.json").write_text(json.dumps({"test": {"images": 1140, "classes": 20}}))
         for cell in params.cells(dataset):
             recall = 0.60 + 0.01 * cell.seed + (0.05 if cell.loss == "cbml_sqrt" else 0)
-            score(cell, params, recall, best=recall + 0.03)
+            score(cell, recall, best=recall + 0.03)
     return params
 
 
 def test_mean_and_standard_deviation_over_seeds(params):
-    table = tables.summarise(tables.collect(params, "glyphs"), with_published=False).set_index(["method", "protocol"])
+    table = tables.summarise(tables.collect(params.cells("glyphs")), with_published=False).set_index(
+        ["method", "protocol"]
+    )
     row = table.loc["cbml_log", "final"]
     assert (row.n, row.recall_at_1, row.recall_at_1_sd) == (
         3,
@@ -77,6 +85,85 @@ def test_the_papers_figures_stand_beside_ours_for_cub_alone(params):
 
     assert "paper" not in tables.write_tables(params, "glyphs")
     assert Path("reports/cub200/tables.md").read_text() == text
+
+
+def cells_with(recalls):
+    """What `collect` returns for one backbone: {method: Recall@1 of seed 0, 1, …}."""
+    rows = [
+        {
+            "embedding_dim": 64,
+            "backbone": "b",
+            "method": method,
+            "protocol": "final",
+            "seed": seed,
+            "recall_at_1": value,
+        }
+        for method, values in recalls.items()
+        for seed, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_a_difference_is_paired_by_seed_and_has_an_interval():
+    recalls = {"good": [60, 65, 70], "close": [59, 63, 69], "erratic": [40, 80, 61]}
+    table = tables.versus_best(cells_with(recalls))
+    row = table.set_index("method").loc["close"]
+    # d = -1, -2, -1: mean -4/3, standard error 1/3, t(0.975, 2) = 4.3027
+    assert row.versus_best == pytest.approx(-4 / 3)
+    assert row.versus_best_low == pytest.approx(-4 / 3 - 4.302653 / 3, abs=1e-5)
+    assert row.versus_best_high == pytest.approx(-4 / 3 + 4.302653 / 3, abs=1e-5)
+    assert row.within_noise
+    # The seeds spread over ten points, but both methods in the same way: the difference is certain.
+    table = tables.versus_best(cells_with({"good": [60, 65, 70], "worse": [55, 59, 65.5]}))
+    assert table.method.tolist() == ["worse"] and not table.within_noise[0]
+
+
+def test_fewer_than_three_seeds_make_no_claim(params):
+    assert tables.versus_best(cells_with({"good": [60, 65], "worse": [10, 11]})).empty
+    two = params.model_copy(update={"seed": [0, 1]})
+    text = tables.write_tables(two, "glyphs")
+    assert "against the best" not in text and "rank nothing" in text
+    text = tables.write_tables(params, "glyphs")
+    assert "-5.0 [-5.0, -5.0]" in text and "rank nothing" not in text
+
+
+def test_all_cells_are_those_of_the_folder(params):
+    one = params.model_copy(update={"loss": {"cbml_log": params.loss["cbml_log"]}})
+    assert "cbml_sqrt" not in tables.write_tables(one, "glyphs")
+    assert "cbml_sqrt" in tables.write_tables(one, "glyphs", all_cells=True)
+    file = Path("evaluations/glyphs/resnet18-cbml_log-64-2/cell.yaml")
+    file.write_text(file.read_text().replace("margin: 0.1", "margin: 0.2"))
+    with pytest.raises(UserError, match="resnet18-cbml_log-64-2 and resnet18-cbml_log-64-0 differ in more than"):
+        tables.write_tables(one, "glyphs", all_cells=True)
+
+
+def test_the_command_of_a_row_names_what_differs_from_the_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "params.yaml").read_text()
+    changed = yaml.safe_load(text)
+    changed["loss"]["cbml_log"]["margin"] = 0.2
+    changed["backbone"]["resnet18"] |= {"weights": "my weights.pth", "recipe": {"quick": {"lr": 0.01}}}
+    changed["recipe"]["quick"] |= {"lr_steps": [50, 80], "select_by": "map_at_r"}
+    cell = Params.model_validate(changed).cell("glyphs", "resnet18", "cbml_log", 512, 0)
+    words = shlex.split(commands.command(cell, [0, 1]))
+    assert words[:3] == ["dvc", "exp", "run"] and set(words[3::2]) == {"-S"}
+    assert words[4::2] == [
+        "dataset=glyphs",
+        "recipe=quick",
+        "backbone=[resnet18]",
+        "loss=[cbml_log]",
+        "embedding_dim=[512]",
+        "seed=[0,1]",
+        'backbone.resnet18.weights="my weights.pth"',
+        "++backbone.resnet18.recipe.quick.lr=0.01",
+        "loss.cbml_log.margin=0.2",
+        "recipe.quick.lr_steps=[50,80]",
+        "recipe.quick.select_by=map_at_r",
+    ]
+    # Hydra, as DVC calls it, makes the same cell of it.
+    compose_and_dump(tmp_path / "p.yaml", str(ROOT / "conf"), None, "config", None, words[4::2])
+    again = load_params(tmp_path / "p.yaml")
+    assert again.cell("glyphs", "resnet18", "cbml_log", 512, 0) == cell and again.seed == [0, 1]
 
 
 def test_the_metrics_have_the_same_names_whatever_cells_ran(params):

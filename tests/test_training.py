@@ -16,6 +16,7 @@ import yaml
 from conftest import ROOT, TINY_RECIPE, environment, tiny_params
 
 from cbml.config import load_params
+from cbml.datasets.lists import build_lists
 from cbml.errors import UserError
 from cbml.evaluation.cell import evaluate_cell
 from cbml.losses import Loss
@@ -52,7 +53,7 @@ def test_a_run_leaves_all_of_its_results_and_its_evaluation_no_checkpoint(projec
     assert losses.iteration.tolist() == [1, 2, 3, 4, 5, 6] and validations.iteration.tolist() == [0, 2, 4, 6]
     terms = losses[["loss_positive", "loss_negative", "loss_variance"]].sum(1)
     assert torch.allclose(torch.tensor(terms), torch.tensor(losses.loss), rtol=1e-5)
-    best = json.loads((folder / "run.json").read_text())["best_iteration"]
+    best = json.loads((folder / "run.json").read_text())["iterations"]["best_on_test"]
     trained = validations[validations.iteration > 0]
     assert best == trained.iteration[trained.recall_at_1.idxmax()]
     assert (folder / "best_on_test.pt").is_file() == (best != 6)
@@ -81,6 +82,56 @@ def test_broken_off_at_any_iteration_it_ends_with_the_same_bits(project, monkeyp
             run(project, loss=loss, recipe=recipe)
     assert result(run(project, loss=loss, recipe=recipe)) == unbroken
     assert len(calls) == 6  # 0, 2 (broken) — 2, 4 (broken) — 4, 6: nothing was done twice
+
+
+@pytest.fixture
+def validating(project):
+    """The project, with two of its six training classes for validation; changes to its recipe that use them."""
+    (project / "lists").unlink()
+    build_lists(Path("data/glyphs"), Path("lists/glyphs"), validation_classes=1 / 3)
+    return TINY_RECIPE | {"select_by": "map_at_r", "checkpoint_every": 1}
+
+
+def test_validated_is_the_run_on_all_classes_as_long_as_held_out_classes_say(project, validating):
+    folder = run(project, recipe={"tiny": validating})
+    facts = json.loads((folder / "run.json").read_text())
+    selection = pd.read_csv(folder / "selection.csv")
+    assert selection.iteration.tolist() == [0, 2, 4, 6] and set(selection.queries) == {2 * 6}
+    trained = selection[selection.iteration > 0]
+    chosen = facts["iterations"]["validated"]
+    assert chosen == trained.iteration[trained.map_at_r.idxmax()]
+    metrics = evaluate_cell(folder, state=project)
+    assert metrics["validated"]["iteration"] == chosen and metrics["validated"]["queries"] == 6 * 6
+    assert not [path for path in (project / ".checkpoints").iterdir() if path.suffix != ".lock"]
+
+    kept = folder / ("final.pt" if chosen == 6 else "validated.pt")
+    digest = cell.weights_sha256(torch.load(kept, weights_only=True))
+    short = run(project, recipe={"tiny": TINY_RECIPE | {"iterations": chosen}})
+    assert digest == json.loads((short / "run.json").read_text())["final_weights_sha256"]
+    assert not (short / "selection.csv").exists()
+
+
+def test_selection_does_not_touch_the_other_protocols_and_survives_interruptions(project, validating, monkeypatch):
+    plain = without_checkpoints(run(project, recipe={"tiny": TINY_RECIPE}))
+    validate, calls = loop.evaluate, []
+
+    def evaluate_but_break(*args, **kwargs):
+        calls.append(None)
+        if len(calls) in (3, 7):  # once in each half
+            raise KeyboardInterrupt
+        return validate(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate_but_break)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(project, recipe={"tiny": validating})
+    assert result(run(project, recipe={"tiny": validating})) == plain
+    assert len(calls) == 4 + 4 + 2  # nothing was done twice but what broke
+
+
+def test_selection_needs_the_lists_that_it_is_made_on(project):
+    with pytest.raises(UserError, match="train_without_validation.txt does not exist"):
+        run(project, recipe={"tiny": TINY_RECIPE | {"select_by": "recall_at_1"}})
 
 
 def train_command(*options):

@@ -42,6 +42,8 @@ class Recipe(Schema):
         scale, ratio: of the random crop: share of the image's area, aspect ratio.
         flip: mirror half of the training images.
         validate_every: iterations between evaluations on the test list; 0: only before the first and after the last.
+        select_by: also report the protocol `validated`: train without the validation classes first, find the validated
+            iteration where this metric is highest on them, and score that iteration of the run on all training classes.
         checkpoint_every: iterations between checkpoints.
         precision: of the backbone, in Lightning Fabric's words; embeddings and loss are float32 always.
         channels_last: keep the backbone's weights and feature maps in that memory format.
@@ -62,6 +64,7 @@ class Recipe(Schema):
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     flip: bool = True
     validate_every: Annotated[int, Field(ge=0)] = 0
+    select_by: Literal["recall_at_1", "map_at_r"] | None = None
     checkpoint_every: Count = 100
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     channels_last: bool = False
@@ -73,6 +76,8 @@ class Recipe(Schema):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of instances {self.instances}")
         if self.crop > self.resize:
             raise ValueError(f"crop {self.crop} is larger than resize {self.resize}")
+        if self.select_by and not (self.validate_every and self.iterations):
+            raise ValueError(f"select_by {self.select_by} needs iterations and validate_every of at least 1")
         if self.scale[0] > self.scale[1] or self.ratio[0] > self.ratio[1]:
             raise ValueError(f"scale {self.scale} and ratio {self.ratio} must each be (smallest, largest)")
         return self
@@ -82,7 +87,7 @@ class Params(Schema):
     """The whole of params.yaml. Every group maps names to options; a cell is one choice from each axis.
 
     `embedding_dim` 0 leaves the head out: an embedding is then the backbone's pooled features. `validation_classes` is
-    the share of the training classes, the last ones, that `build_lists` puts into lists of their own.
+    the share of the training classes, the last ones, that `build_lists` puts into a list of their own.
     """
 
     dataset: Annotated[dict[str, Dataset], Field(min_length=1)]
@@ -129,10 +134,12 @@ class Params(Schema):
         return [self.cell(dataset, *axis) for axis in axes]
 
 
-def _flatten(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
+def flatten(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one, with keys like `prefix.outer.inner`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(f"{prefix}.{key}", value) if isinstance(value, dict) else {f"{prefix}.{key}": value}
+        name = f"{prefix}.{key}".lstrip(".")
+        flat |= flatten(name, value) if isinstance(value, dict) else {name: value}
     return flat
 
 
@@ -172,7 +179,7 @@ class Cell:
         flat: dict[str, Any] = {"embedding_dim": self.embedding_dim, "seed": self.seed}
         for group in ("dataset", "backbone", "loss", "recipe"):
             ((name, option),) = self.to_dict()[group].items()
-            flat |= {group: name, **_flatten(group, option)}
+            flat |= {group: name, **flatten(group, option)}
         return flat
 
     def hash(self, *contents: str) -> str:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
+import torch
 import yaml
 from filelock import FileLock
 from mlflow.entities import Metric, Param, RunStatus
@@ -65,16 +67,35 @@ def _revision() -> str:
 
 
 def versions() -> dict[str, str]:
-    """What computed a result: interpreter, platform and the packages that matter."""
+    """What computed a result: interpreter, platform, this source and the packages that matter."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cbml": _revision(),
         **{name: version(name) for name in PACKAGES},
     }
 
 
+def device_name() -> str:
+    """What trains here: the name of the GPU, or of the CPU with its number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else []
+    return f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
+
+
 # Bars for copying files from one folder to the next.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+def summary(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
+    """A cell's metrics by protocol as one row: those of `final`, and the others' Recall@K under their protocol."""
+    row = dict(metrics["final"])
+    for protocol, scores in metrics.items():
+        if protocol != "final":
+            row |= {f"{protocol}_{name}": value for name, value in scores.items() if "recall" in name}
+    return row
 
 
 class Run:
@@ -98,6 +119,10 @@ class Run:
     def log_file(self, path: Path) -> None:
         """Keep a file as an artifact."""
         self.client.log_artifact(self.id, str(path))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Keep a text as an artifact."""
+        self.client.log_text(self.id, text, name)
 
     def log_table(self, table: pd.DataFrame, name: str) -> None:
         """Keep a table where MLflow's UI shows and compares tables."""
@@ -170,8 +195,8 @@ def _exists(client: MlflowClient, run_id: str) -> bool:
         return False
 
 
-def cell_run(cell: Cell, *, fingerprint: str, run_id: str | None = None):
-    """`open_run` for a cell, under its dataset's experiment."""
+def cell_run(cell: Cell, *, fingerprint: str, run_id: str | None = None, **tags: str):
+    """`open_run` for a cell, under its dataset's experiment; `tags` go with its own."""
     return open_run(
         cell.dataset,
         cell.name,
@@ -185,5 +210,6 @@ def cell_run(cell: Cell, *, fingerprint: str, run_id: str | None = None):
             "seed": str(cell.seed),
             "recipe": cell.recipe_name,
             "dataset_fingerprint": fingerprint,
+            **tags,
         },
     )

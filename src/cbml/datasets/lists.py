@@ -95,7 +95,9 @@ def read_list(path: Path, root: Path) -> ImageList:
         UserError: the list is missing or empty, a line is malformed, or an image is not there.
     """
     if not path.is_file():
-        raise UserError(f"image list {path} does not exist; build_lists writes it")
+        raise UserError(
+            f"image list {path} does not exist; build_lists writes it (those for validation: if validation_classes > 0)"
+        )
     paths, labels = [], []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         image, _, label = line.rpartition(",")

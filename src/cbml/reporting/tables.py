@@ -4,21 +4,29 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from cbml import tracking
-from cbml.config import Params
+from cbml.config import Cell, Params, load_cell
+from cbml.errors import UserError
 from cbml.evaluation.cell import PROTOCOLS as SCORED
 from cbml.files import atomic_write, read_json
+from cbml.reporting.commands import command
 
 KS = (1, 2, 4, 8)
 RECALLS = [f"recall_at_{k}" for k in KS]
 METRICS = [*RECALLS, "r_precision", "map_at_r", "nmi"]
+MIN_SEEDS = 3  # fewer get no interval, and so no claim
+CONFIDENCE = 0.95
 PUBLISHED_TEST = {"images": 5924, "classes": 100}
 PROTOCOLS = {
     "final": "the model after the last iteration: the headline",
     "best_on_test": "the model whose Recall@1 on the test list was highest, as the published figures were selected: "
     "for comparison with them alone",
+    "validated": "the model of the iteration that was best on held-out training classes, trained on all training "
+    "classes: no test image had a say",
     "published": "as the paper prints it",
 }
 
@@ -29,12 +37,33 @@ def published() -> pd.DataFrame:
         return pd.read_csv(file)
 
 
-def collect(params: Params, dataset: str) -> pd.DataFrame:
+def evaluated(dataset: str) -> list[Cell]:
+    """Every cell that evaluations/<dataset> holds, whatever params.yaml says, by name.
+
+    Raises:
+        UserError: there is none, or two differ in more than the seed but would share a row.
+    """
+    cells = [load_cell(file) for file in sorted(Path("evaluations", dataset).glob("*/cell.yaml"))]
+    if not cells:
+        raise UserError(f"evaluations/{dataset}: no evaluated cell; the stage evaluate writes them")
+    first: dict[tuple, Cell] = {}
+    for cell in cells:
+        other = first.setdefault(row_key(cell), cell)
+        if cell.to_dict() | {"seed": None} != other.to_dict() | {"seed": None}:
+            raise UserError(
+                f"evaluations/{dataset}: {cell.name} and {other.name} differ in more than the seed, so their mean "
+                "means nothing; remove the folder of one"
+            )
+    return cells
+
+
+def collect(cells: list[Cell]) -> pd.DataFrame:
     """A row for each cell and protocol, from evaluations/<dataset>/<cell>/metrics.json; metrics in percent."""
     rows = []
-    for cell in params.cells(dataset):
-        metrics = read_json(Path("evaluations", dataset, cell.name, "metrics.json"), "evaluate")
-        for protocol in SCORED:
+    for cell in cells:
+        metrics = read_json(Path("evaluations", cell.dataset, cell.name, "metrics.json"), "evaluate")
+        seeds = [other.seed for other in cells if row_key(other) == row_key(cell)]
+        for protocol in [name for name in SCORED if name in metrics]:
             rows.append(
                 {
                     "embedding_dim": cell.embedding_dim,
@@ -44,9 +73,43 @@ def collect(params: Params, dataset: str) -> pd.DataFrame:
                     "seed": cell.seed,
                     **{name: 100 * metrics[protocol][name] for name in METRICS},
                     "untrained_recall_at_1": 100 * metrics["untrained"]["recall_at_1"],
+                    "command": command(cell, seeds),
                 }
             )
     return pd.DataFrame(rows)
+
+
+def row_key(cell: Cell) -> tuple[int, str, str]:
+    """What the cells of one row have in common: all but the seed."""
+    return cell.embedding_dim, cell.backbone, cell.loss
+
+
+def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
+    """Compare each method with the best of its embedding size, backbone and protocol, seed by seed.
+
+    The same seed gives two losses the same batches, crops and start, so their difference is paired.
+
+    Returns:
+        A row a (embedding_dim, backbone, method, protocol) with at least 3 seeds in common with the best method:
+        `versus_best`, the mean difference of Recall@1, its 95 % interval by Student's t (`versus_best_low` and
+        `_high`; not corrected for the number of comparisons), and `within_noise`: the interval holds zero.
+    """
+    rows = []
+    for key, group in cells.groupby(["embedding_dim", "backbone", "protocol"], sort=False):
+        recalls = group.pivot(index="seed", columns="method", values="recall_at_1")
+        best = recalls.mean().idxmax()
+        for method in recalls.columns.drop(best):
+            differences = (recalls[method] - recalls[best]).dropna()
+            n = len(differences)
+            if n < MIN_SEEDS:
+                continue
+            mean = differences.mean()
+            reach = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std() / np.sqrt(n)
+            low, high = mean - reach, mean + reach
+            rows.append([*key, method, mean, low, high, bool(low <= 0 <= high)])
+    columns = ["embedding_dim", "backbone", "protocol", "method"]
+    columns += ["versus_best", "versus_best_low", "versus_best_high", "within_noise"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def summarise(cells: pd.DataFrame, *, with_published: bool) -> pd.DataFrame:
@@ -59,14 +122,16 @@ def summarise(cells: pd.DataFrame, *, with_published: bool) -> pd.DataFrame:
 
     Returns:
         A row a (embedding_dim, backbone, method, protocol), ordered by that and Recall@1: `n` seeds, and for each
-        metric its mean and, as `<metric>_sd`, its standard deviation (empty for one seed).
+        metric its mean and, as `<metric>_sd`, its standard deviation (empty for one seed); what `versus_best` returns;
+        the `command` that computes the row's cells.
     """
     keys = ["embedding_dim", "backbone", "method", "protocol"]
     columns = [*METRICS, "untrained_recall_at_1"]
     grouped = cells.groupby(keys, sort=False)
     table = grouped[columns].mean().join(grouped[METRICS].std().add_suffix("_sd"))
     table.insert(0, "n", grouped.size())
-    table = table.reset_index()
+    table = table.reset_index().merge(versus_best(cells), how="left", on=keys)
+    table["command"] = table.merge(cells.drop_duplicates(keys), how="left", on=keys).command
     if with_published:
         paper = published()
         key = paper.method.str.lower().str.replace("-", "_")
@@ -92,8 +157,20 @@ def _pipe_table(shown: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int]) -> str:
-    """The tables of `summarise` for reading, one an embedding size; `test` counts the `images` and `classes`."""
+def _versus_best(row: pd.Series) -> str:
+    if pd.isna(row.versus_best):
+        return ""
+    noise = ", within noise" if row.within_noise else ""
+    return f"{row.versus_best:+.1f} [{row.versus_best_low:+.1f}, {row.versus_best_high:+.1f}]{noise}"
+
+
+def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int], runs: list[dict]) -> str:
+    """The tables of `summarise` for reading, one an embedding size.
+
+    Args:
+        test: the number of `images` and `classes` of the test list.
+        runs: the run.json of each cell.
+    """
     parts = [f"# Recall@K on {dataset}, in percent\n"]
     parts.append(f"Test list: {test['images']:,} images of {test['classes']:,} classes.")
     if "paper_recall_at_1" in table and test != PUBLISHED_TEST:
@@ -117,6 +194,8 @@ def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int]) -> str:
                     else f"{row[f'paper_{name}']:.1f} ({row[f'difference_{name}']:+.1f})"
                     for _, row in rows.iterrows()
                 ]
+        if rows.versus_best.notna().any():
+            shown["R@1 against the best [95 %]"] = [_versus_best(row) for _, row in rows.iterrows()]
         shown["MAP@R"] = [_figure(row, "map_at_r") for _, row in rows.iterrows()]
         shown["R@1 untrained"] = [
             "" if pd.isna(row.untrained_recall_at_1) else f"{row.untrained_recall_at_1:.1f}"
@@ -126,7 +205,35 @@ def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int]) -> str:
         parts += [f"## {title}\n", _pipe_table(shown), ""]
     parts.append("Mean ± standard deviation over seeds. Protocols:\n")
     parts += [f"- `{name}`: {text}" for name, text in PROTOCOLS.items() if name in set(table.protocol)]
+    if table.versus_best.notna().any():
+        parts.append(
+            "\nAgainst the best: mean difference of Recall@1, seed by seed, to the best method of the same backbone, "
+            "size and protocol, and its 95 % interval (Student's t, not corrected for the number of comparisons)."
+        )
+    if (table.n < MIN_SEEDS).any():
+        parts.append(f"\nRows of fewer than {MIN_SEEDS} seeds rank nothing: the spread between seeds is unknown.")
+    parts.append("\n## Every row again, by one command\n\n```")
+    parts += list(dict.fromkeys(table.command.dropna()))
+    parts.append("```\n\n## Measured with\n")
+    parts += [f"- {line}" for line in provenance(runs)]
     return "\n".join(parts) + "\n"
+
+
+def provenance(runs: list[dict]) -> list[str]:
+    """When, on what and with what the cells were computed, from their run.json; a line each."""
+
+    def listed(values: list[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    dates = sorted(run["finished"][:10] for run in runs)
+    seconds = [run["train_seconds"] for run in runs]
+    lines = [
+        f"{len(runs)} runs, finished {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else ""),
+        f"device: {listed([run['device'] for run in runs])}",
+        f"a run's iterations took {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} minutes",
+    ]
+    names = runs[0]["versions"]
+    return lines + [f"{name}: {listed([run['versions'][name] for run in runs])}" for name in names]
 
 
 def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
@@ -142,15 +249,31 @@ def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
     }
 
 
-def write_tables(params: Params, dataset: str) -> str:
-    """Write reports/<dataset>/tables.md, tables.csv and metrics.json, log them to MLflow, return the Markdown."""
-    published_too = params.option("dataset", dataset).type == "cub200"
-    table = summarise(collect(params, dataset), with_published=published_too)
+def write_tables(params: Params, dataset: str, *, all_cells: bool = False) -> str:
+    """Write reports/<dataset>/tables.md, tables.csv and metrics.json, log them to MLflow, return the Markdown.
+
+    Args:
+        params: whose cells are tabulated.
+        all_cells: tabulate every cell that evaluations/<dataset> holds instead.
+
+    Raises:
+        UserError: a cell has not been evaluated; see `evaluated`.
+    """
+    cells = evaluated(dataset) if all_cells else params.cells(dataset)
+    table = summarise(collect(cells), with_published=cells[0].dataset_config.type == "cub200")
     test = read_json(Path("lists", dataset, "summary.json"), "build_lists")["test"]
-    text, figures = to_markdown(table, dataset, test), headline(table)
+    runs = [read_json(Path("evaluations", dataset, cell.name, "run.json"), "evaluate") for cell in cells]
+    text, figures = to_markdown(table, dataset, test, runs), headline(table)
     folder = Path("reports", dataset)
-    config = params.model_dump(mode="json")
-    axes = {name: ", ".join(map(str, config[name])) for name in ("backbone", "loss", "embedding_dim", "seed", "recipe")}
+    axes = {
+        "backbone": [cell.backbone for cell in cells],
+        "loss": [cell.loss for cell in cells],
+        "embedding_dim": [cell.embedding_dim for cell in cells],
+        "seed": [cell.seed for cell in cells],
+        "recipe": [cell.recipe_name for cell in cells],
+    }
+    axes = {name: ", ".join(map(str, dict.fromkeys(values))) for name, values in axes.items()}
+    config = {"cells": [cell.to_dict() for cell in cells]}
     with tracking.open_run(dataset, "tables", config=config, params=axes, tags={"kind": "tables"}) as run:
         for name, content in (
             ("tables.md", text),

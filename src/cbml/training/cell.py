@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,12 @@ from torch import Tensor
 from cbml import tracking
 from cbml.backbones import EmbeddingModel, create_model
 from cbml.config import Cell
-from cbml.datasets.images import pack_images
-from cbml.datasets.lists import check_disjoint, read_list
+from cbml.datasets.lists import check_disjoint
 from cbml.datasets.sampler import class_balanced_batches
-from cbml.files import atomic_write, read_json
+from cbml.files import atomic_write
+from cbml.inputs import fingerprint, images_of, list_file, list_of
 from cbml.losses import Loss, build_loss
-from cbml.training.loop import train
+from cbml.training.loop import Row, Trained, train
 
 
 def weights_sha256(state: dict[str, Tensor]) -> str:
@@ -36,9 +37,10 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
 def run_cell(cell: Cell, *, state: Path) -> Path:
     """Train a cell and write runs/<dataset>/<cell>, a complete folder or none.
 
-    It holds `final.pt` and, if another iteration was best, `best_on_test.pt` (state dicts), `losses.csv` and
-    `validations.csv` by iteration, `cell.yaml` (the configuration) and `run.json` (MLflow's run id, the best iteration,
-    a hash of the final weights, the checkpoint).
+    It holds `final.pt` and, where they are of another iteration, `best_on_test.pt` and `validated.pt` (state dicts);
+    `losses.csv` and `validations.csv` by iteration, and `selection.csv`, the evaluations on the validation classes, if
+    the recipe has `select_by`; `cell.yaml` (the configuration) and `run.json` (MLflow's run id, each protocol's
+    iteration, seconds, device, versions, a hash of the final weights, the checkpoint).
 
     Args:
         state: where decoded images and checkpoints are kept between runs, and what a path of weights is relative to.
@@ -47,17 +49,14 @@ def run_cell(cell: Cell, *, state: Path) -> Path:
         UserError: a list, an image, the weights or the loss's parameters are bad, before any image is decoded; the
             loss is not finite.
     """
-    data, lists = Path("data", cell.dataset), Path("lists", cell.dataset)
-    train_list, test_list = read_list(lists / "train.txt", data), read_list(lists / "test.txt", data)
-    check_disjoint(train_list, test_list)
-    fingerprint = read_json(lists / "summary.json", "build_lists")["fingerprint"]
-    labels = np.unique(train_list.labels, return_inverse=True)[1]
-    batches = class_balanced_batches(labels, cell.recipe.batch_size, cell.recipe.instances, cell.seed)
-    torch.manual_seed(cell.seed)
-    network, criterion = build(cell, num_classes=train_list.num_classes, root=state)
+    select_by = cell.recipe.select_by
+    ready = _prepare(cell, "train", "test", state)
+    ready_to_select = _prepare(cell, "train_without_validation", "validation", state) if select_by else None
 
     # Named after everything that determines the run: a changed parameter never continues an old one.
-    contents = [fingerprint, *((lists / name).read_text() for name in ("train.txt", "test.txt"))]
+    names = ["train", "test"] + (["train_without_validation", "validation"] if select_by else [])
+    dataset_fingerprint = fingerprint(cell.dataset)
+    contents = [dataset_fingerprint, *(list_file(cell.dataset, name).read_text() for name in names)]
     if cell.backbone_config.weights not in (None, "imagenet"):
         contents.append(hashlib.sha256((state / cell.backbone_config.weights).read_bytes()).hexdigest())
     checkpoint = state / ".checkpoints" / f"{cell.dataset}-{cell.name}-{cell.hash(*contents)}.pt"
@@ -65,37 +64,74 @@ def run_cell(cell: Cell, *, state: Path) -> Path:
     checkpoint.parent.mkdir(exist_ok=True)
 
     with FileLock(checkpoint.with_suffix(".lock")):  # two queued experiments may hold the same cell
-        pack = partial(
-            pack_images,
-            root=data,
-            cache=state / ".cache",
-            resize=cell.recipe.resize,
-            interpolation=cell.interpolation,
-            fingerprint=fingerprint,
-        )
-        images, test_images = replace(pack(train_list), labels=torch.from_numpy(labels)), pack(test_list)
         run_id = run_id_file.read_text() if run_id_file.is_file() else None
-        with tracking.cell_run(cell, fingerprint=fingerprint, run_id=run_id) as run:
+        with tracking.cell_run(cell, fingerprint=dataset_fingerprint, run_id=run_id) as run:
             run_id_file.write_text(run.id)
-            trained = train(cell, network, criterion, batches, images, test_images, checkpoint=checkpoint, log=run.log)
+            selected = None
+            if ready_to_select:
+                # Its checkpoint stays until `evaluate` too: a run that continues finds there what was selected.
+                selected = ready_to_select(
+                    name=f"{cell.name} without the validation classes",
+                    checkpoint=checkpoint.with_suffix(".selection.pt"),
+                    log=lambda rows: run.log([_prefixed(row, "selection_") for row in rows]),
+                    select_by=select_by,
+                )
+            trained = ready(
+                name=cell.name,
+                checkpoint=checkpoint,
+                log=run.log,
+                keep=selected and selected.best_iteration,
+            )
+            weights = {"final": (cell.recipe.iterations, trained.final)}
+            weights["best_on_test"] = (trained.best_iteration, trained.best)
+            if selected:
+                weights["validated"] = (selected.best_iteration, trained.kept)
+            phases = [phase for phase in (selected, trained) if phase]
             facts = {
                 "run_id": run.id,
-                "best_iteration": trained.best_iteration,
+                "iterations": {protocol: iteration for protocol, (iteration, _) in weights.items()},
                 "final_weights_sha256": weights_sha256(trained.final),
                 "checkpoint": checkpoint.name,
+                "train_seconds": round(sum(phase.train_seconds for phase in phases), 1),
+                "validation_seconds": round(sum(phase.validation_seconds for phase in phases), 1),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "device": tracking.device_name(),
+                "versions": tracking.versions(),
             }
             out = Path("runs", cell.dataset, cell.name)
             with atomic_write(out) as folder:
                 folder.mkdir()
-                torch.save(trained.final, folder / "final.pt")
-                if trained.best_iteration != cell.recipe.iterations:
-                    torch.save(trained.best_on_test, folder / "best_on_test.pt")
+                for protocol, (iteration, state_dict) in weights.items():
+                    if protocol == "final" or iteration != cell.recipe.iterations:
+                        torch.save(state_dict, folder / f"{protocol}.pt")
                 pd.DataFrame(trained.losses).to_csv(folder / "losses.csv", index=False)
                 pd.DataFrame(trained.validations).to_csv(folder / "validations.csv", index=False)
+                if selected:
+                    pd.DataFrame(selected.validations).to_csv(folder / "selection.csv", index=False)
                 (folder / "cell.yaml").write_text(yaml.safe_dump(cell.to_dict(), sort_keys=False))
                 (folder / "run.json").write_text(json.dumps(facts, indent=2))
-    # The checkpoint stays until `evaluate`: DVC has recorded this stage by then.
+    # The checkpoints stay until `evaluate`: DVC has recorded this stage by then.
     return out
+
+
+def _prepare(cell: Cell, train_name: str, scored_name: str, state: Path) -> Callable[..., Trained]:
+    """Check what training on one list and scoring on another needs; return `train` with all of it filled in."""
+    train_list, scored_list = list_of(cell, train_name), list_of(cell, scored_name)
+    check_disjoint(train_list, scored_list)
+    labels = np.unique(train_list.labels, return_inverse=True)[1]
+    batches = class_balanced_batches(labels, cell.recipe.batch_size, cell.recipe.instances, cell.seed)
+    torch.manual_seed(cell.seed)
+    network, criterion = build(cell, num_classes=train_list.num_classes, root=state)
+
+    def start(**options) -> Trained:
+        images = replace(images_of(cell, train_list, state=state), labels=torch.from_numpy(labels))
+        return train(cell, network, criterion, batches, images, images_of(cell, scored_list, state=state), **options)
+
+    return start
+
+
+def _prefixed(row: Row, prefix: str) -> Row:
+    return {name if name == "iteration" else prefix + name: value for name, value in row.items()}
 
 
 def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, Loss]:

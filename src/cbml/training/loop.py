@@ -39,18 +39,24 @@ class Trained:
     """What training a cell leaves.
 
     Attributes:
-        final, best_on_test: state dicts after the last iteration, and where Recall@1 on the test list was highest.
-        best_iteration, best_recall_at_1: of `best_on_test`; the untrained network does not count.
+        final: state dict after the last iteration.
+        best: state dict where the metric `select_by` was highest; the untrained network does not count.
+        kept: state dict after the iteration that the caller asked to keep.
+        best_iteration, best_score: of `best`.
         losses: a row an iteration: `iteration`, `loss`, its terms as `loss_<term>`, `lr`.
-        validations: a row an evaluation on the test list: `iteration` and its metrics; the first one is untrained.
+        validations: a row an evaluation: `iteration` and its metrics; the first one is of the untrained network.
+        train_seconds, validation_seconds: spent in iterations and in evaluations, by all processes that took part.
     """
 
-    final: dict[str, Tensor]
-    best_on_test: dict[str, Tensor]
+    final: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
     best_iteration: int = 0
-    best_recall_at_1: float = -1.0
+    best_score: float = -1.0
     losses: list[Row] = field(default_factory=list)
     validations: list[Row] = field(default_factory=list)
+    train_seconds: float = 0.0
+    validation_seconds: float = 0.0
 
 
 def train(
@@ -59,10 +65,13 @@ def train(
     criterion: Loss,
     batches: Iterator[np.ndarray],
     train_images: PackedImages,
-    test_images: PackedImages,
+    validation_images: PackedImages,
     *,
+    name: str,
     checkpoint: Path,
     log: Callable[[list[Row]], None],
+    select_by: str = "recall_at_1",
+    keep: int | None = None,
 ) -> Trained:
     """Train a cell, from its checkpoint if there is one.
 
@@ -70,8 +79,12 @@ def train(
         network, criterion: as built; the checkpoint's state replaces theirs.
         batches: indices into `train_images`, from the first iteration on.
         train_images: with labels from 0 to the number of classes - 1.
+        validation_images: what every evaluation on the way is on.
+        name: of the run, for messages.
         checkpoint: file that the run can continue from; the caller names it after the configuration.
         log: called with new rows of losses and validations, before the checkpoint that covers them.
+        select_by: the metric whose highest value is `Trained.best`.
+        keep: the iteration of `Trained.kept`.
 
     Raises:
         UserError: the loss or an embedding is not finite.
@@ -90,23 +103,27 @@ def train(
     base_lrs = [group["lr"] for group in groups]
     optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
     model, optimizer = fabric.setup(network, optimizer)
-    train_images, test_images = (_move_if_it_fits(images, fabric.device) for images in (train_images, test_images))
+    pair = (train_images, validation_images)
+    train_images, validation_images = (_move_if_it_fits(images, fabric.device) for images in pair)
 
     def validate(iteration: int) -> Row:
+        began = time.monotonic()
         model.eval()
-        embeddings = embed(model, test_images, crop=recipe.crop, interpolation=cell.interpolation, device=fabric.device)
+        where = {"crop": recipe.crop, "interpolation": cell.interpolation, "device": fabric.device}
+        embeddings = embed(model, validation_images, **where)
         try:
-            metrics = evaluate(embeddings, test_images.labels)
+            metrics = evaluate(embeddings, validation_images.labels)
         except UserError as error:
-            raise UserError(f"{cell.name}: iteration {iteration}: {error}") from None
-        message(f"{cell.name}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1%} on the test list")
+            raise UserError(f"{name}: iteration {iteration}: {error}") from None
+        message(f"{name}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1%}")
+        done.validation_seconds += time.monotonic() - began
         return {"iteration": iteration, **metrics}
 
     resumed = torch.load(checkpoint, weights_only=True, map_location="cpu") if checkpoint.is_file() else None
     if resumed is None:
         counts = [sum(p.numel() for p in module.parameters()) for module in (network, criterion)]
-        message(f"{cell.name}: {counts[0]:,} parameters in the network, {counts[1]:,} in the loss")
-        done = Trained({}, copy.deepcopy(network.state_dict()))
+        message(f"{name}: {counts[0]:,} parameters in the network, {counts[1]:,} in the loss")
+        done = Trained(best=copy.deepcopy(network.state_dict()))
         done.validations.append(validate(0))
         log(done.validations)
         start = 0
@@ -115,7 +132,7 @@ def train(
         criterion.load_state_dict(resumed["criterion"])
         optimizer.load_state_dict(resumed["optimizer"])
         done, start = Trained(**resumed["done"]), resumed["iteration"]
-        message(f"{cell.name}: continues after iteration {start}")
+        message(f"{name}: continues after iteration {start}")
 
     pending: list[dict[str, Any]] = []  # rows whose values are still on the device
 
@@ -128,7 +145,7 @@ def train(
                 log([*unlogged, *rows[:position]])
                 terms = ", ".join(f"{name} {value}" for name, value in row.items() if name.startswith("loss"))
                 raise UserError(
-                    f"{cell.name}: the loss is not finite at iteration {row['iteration']} ({terms}); "
+                    f"{name}: the loss is not finite at iteration {row['iteration']} ({terms}); "
                     f"lower recipe.{cell.recipe_name}.lr or change the loss's parameters"
                 )
         pending.clear()
@@ -139,7 +156,7 @@ def train(
     seconds = 0.0
     batches = islice(batches, start, recipe.iterations)
     for iteration, batch in enumerate(
-        progress(batches, cell.name, "images", total=recipe.iterations, initial=start, scale=recipe.batch_size),
+        progress(batches, name, "images", total=recipe.iterations, initial=start, scale=recipe.batch_size),
         start + 1,
     ):
         began = time.monotonic()
@@ -174,12 +191,15 @@ def train(
             row = validate(iteration)
             done.validations.append(row)
             unlogged.append(row)
-            if row["recall_at_1"] > done.best_recall_at_1:
-                done.best_on_test = copy.deepcopy(network.state_dict())
-                done.best_iteration, done.best_recall_at_1 = iteration, row["recall_at_1"]
+            if row[select_by] > done.best_score:
+                done.best = copy.deepcopy(network.state_dict())
+                done.best_iteration, done.best_score = iteration, row[select_by]
+        if iteration == keep:
+            done.kept = copy.deepcopy(network.state_dict())
         if saves:
             trained_on = recipe.batch_size * sum("loss" in row for row in unlogged)
             log([*unlogged, {"iteration": iteration, "images_per_second": trained_on / seconds}])
+            done.train_seconds += seconds
             unlogged, seconds = [], 0.0
             state = {
                 "iteration": iteration,
