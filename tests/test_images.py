@@ -32,13 +32,16 @@ def test_images_are_those_of_torchvisions_resize(folder):
     for i in range(3):
         expected = np.asarray(Resize(24)(Image.open(folder / "images" / f"{i}.png")))
         assert packed.sizes[i].tolist() == list(expected.shape[:2])
-        assert np.array_equal(packed.batch(torch.tensor([i]))[0].permute(1, 2, 0).numpy(), expected)
+        first = 3 * packed.starts[i]
+        assert np.array_equal(packed.data[first : first + expected.size], expected.ravel())
 
 
-def test_a_batch_of_different_sizes_is_padded_with_zeros(folder):
+def test_crops_are_cut_from_the_images_that_the_indices_name(folder):
     packed = pack(folder, ["0.png", "1.png", "2.png"])
-    batch = packed.batch(torch.tensor([1, 2]))
-    assert batch.shape == (2, 3, 36, 24) and batch[1, :, 24:].sum() == 0 and batch[1, :, :24].sum() > 0
+    crops = packed.crops(torch.tensor([2, 1, 1]), torch.tensor([[0, 0, 24, 24], [12, 0, 24, 24], [0, 0, 24, 24]]), 24)
+    square, tall = (np.asarray(Resize(24)(Image.open(folder / "images" / f"{i}.png"))) for i in (2, 1))
+    expected = np.stack([square, tall[12:], tall[:24]]).transpose(0, 3, 1, 2)
+    assert np.array_equal(crops, expected)
 
 
 def test_the_decoded_copy_is_used_until_anything_about_it_changes(folder):

@@ -15,8 +15,10 @@ import torch
 import yaml
 from conftest import ROOT, TINY_RECIPE, environment, tiny_params
 
+from cbml import tracking
 from cbml.config import load_params
 from cbml.datasets.lists import build_lists
+from cbml.datasets.loading import prefetch
 from cbml.errors import UserError
 from cbml.evaluation.cell import evaluate_cell
 from cbml.losses import Loss
@@ -132,6 +134,42 @@ def test_selection_does_not_touch_the_other_protocols_and_survives_interruptions
 def test_selection_needs_the_lists_that_it_is_made_on(project):
     with pytest.raises(UserError, match="train_without_validation.txt does not exist"):
         run(project, recipe={"tiny": TINY_RECIPE | {"select_by": "recall_at_1"}})
+
+
+def test_batches_made_ahead_change_nothing(project, monkeypatch):
+    """What a GPU does that the images are not on: batches of later iterations in other threads, also after a break."""
+    recipe = {"tiny": TINY_RECIPE | {"checkpoint_every": 1}}
+    expected = without_checkpoints(run(project, recipe=recipe))
+    monkeypatch.setattr(loop, "load", lambda make, items, *_: prefetch(make, items, 3))
+    validate, calls = loop.evaluate, []
+
+    def evaluate_unless_second(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return validate(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate_unless_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(project, recipe=recipe)
+    assert result(run(project, recipe=recipe)) == expected
+
+
+def test_the_share_of_time_spent_on_batches_is_logged(project, monkeypatch):
+    rows, load = [], loop.load
+    monkeypatch.setattr(tracking.Run, "log", lambda self, new: rows.extend(new))
+
+    def slow_load(*args):
+        for batch in load(*args):
+            time.sleep(0.5)
+            yield batch
+
+    monkeypatch.setattr(loop, "load", slow_load)
+    run(project, recipe={"tiny": TINY_RECIPE | {"iterations": 2, "checkpoint_every": 2}})
+    (speed,) = [row for row in rows if "data_share" in row]
+    assert speed["iteration"] == 2 and speed["images_per_second"] < 8 / 0.5
+    seconds = 2 * 8 / speed["images_per_second"]
+    assert 1.0 <= speed["data_share"] * seconds < seconds
 
 
 def train_command(*options):

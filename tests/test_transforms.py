@@ -1,4 +1,4 @@
-"""Batched crop and resize against Pillow and torchvision, picture by picture."""
+"""Both ways of cropping against Pillow and torchvision, picture by picture."""
 
 import numpy as np
 import pytest
@@ -6,48 +6,83 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, RandomResizedCrop
 
-from cbml.datasets.transforms import center_boxes, crop_resize, random_boxes
+from cbml.datasets.images import PackedImages
+from cbml.datasets.transforms import center_boxes, crop_each, crop_together, random_boxes
 
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+SIZES = [(60, 80), (90, 60), (60, 60), (61, 97)]
 
 
 @pytest.fixture
 def pictures():
     rng = np.random.default_rng(0)
-    small = rng.integers(
-        0, 256, (4, 9, 12, 3), dtype=np.uint8
-    )  # smooth enough to be a photograph, sharp enough to alias
-    return [Image.fromarray(array).resize((80, 60), Image.Resampling.BICUBIC) for array in small]
+    # smooth enough to be a photograph, sharp enough to alias
+    small = rng.integers(0, 256, (len(SIZES), 9, 12, 3), dtype=np.uint8)
+    return [
+        Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
+        for array, (height, width) in zip(small, SIZES, strict=True)
+    ]
 
 
-def to_batch(pictures):
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+@pytest.fixture(params=[crop_each, crop_together])
+def crop(request, pictures):
+    """One box from each picture, by each function; the batched one runs on any device."""
+    packed = PackedImages.of([np.asarray(picture) for picture in pictures])
+
+    def crop(boxes, size, flip=(False,) * 4, interpolation="bilinear"):
+        boxes, flip = torch.as_tensor(boxes), torch.tensor(flip)
+        widths = packed.sizes[:, 1]
+        return request.param(packed.data, packed.starts, widths, boxes, size, flip=flip, interpolation=interpolation)
+
+    return crop
+
+
+def assert_pillows(crops, pictures, boxes, interpolation, flip=(False,) * 4):
+    size = crops.shape[-1]
+    for picture, (top, left, height, width), mirrored, ours in zip(pictures, boxes, flip, crops, strict=True):
+        box = picture.crop((left, top, left + width, top + height)).resize((size, size), PILLOW[interpolation])
+        expected = np.asarray(box, dtype=np.float32)[:, :: -1 if mirrored else 1]
+        difference = np.abs(ours.permute(1, 2, 0).numpy() - expected)
+        # Pillow rounds after each direction, so a sum of roundings may be 1 or 2 away.
+        assert difference.mean() <= 0.5 and difference.max() <= 2
 
 
 @pytest.mark.parametrize("interpolation", PILLOW)
 @pytest.mark.parametrize("size", [16, 33, 100])
-def test_a_crop_is_the_one_that_pillow_makes(pictures, size, interpolation):
-    boxes = torch.tensor([[0, 0, 60, 80], [7, 11, 31, 44], [20, 3, 17, 5], [59, 79, 1, 1]])
-    ours = crop_resize(to_batch(pictures), boxes, size, interpolation=interpolation)
-    for picture, (top, left, height, width), result in zip(pictures, boxes.tolist(), ours, strict=True):
-        crop = picture.crop((left, top, left + width, top + height)).resize((size, size), PILLOW[interpolation])
-        difference = (result.permute(1, 2, 0).numpy() - np.asarray(crop, dtype=np.float32)).__abs__()
-        assert difference.mean() <= 1.0 and difference.max() <= 2.0  # of 255; Pillow rounds twice
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[0, 0, 60, 80], [7, 11, 31, 44], [20, 3, 17, 5], [60, 96, 1, 1]],  # all of one, one pixel in a corner
+        [[0, 0, 1, 1]] * 4,
+        [[59, 0, 1, 80], [0, 59, 90, 1], [27, 27, 33, 33], [1, 2, 16, 17]],  # a row, a column, a copy
+    ],
+)
+def test_a_crop_is_the_one_that_pillow_makes(crop, pictures, boxes, size, interpolation):
+    crops = crop(boxes, size, interpolation=interpolation)
+    assert crops.shape == (4, 3, size, size) and crops.dtype == torch.uint8 and crops.is_contiguous()
+    assert_pillows(crops, pictures, boxes, interpolation)
 
 
-def test_flip_mirrors_only_the_chosen_images(pictures):
-    boxes = torch.tensor([[3, 5, 40, 50]] * 4)
-    plain = crop_resize(to_batch(pictures), boxes, 20)
-    flipped = crop_resize(to_batch(pictures), boxes, 20, flip=torch.tensor([True, False, True, False]))
-    assert torch.equal(flipped[[0, 2]], plain[[0, 2]].flip(3)) and torch.equal(flipped[[1, 3]], plain[[1, 3]])
+@pytest.mark.parametrize("interpolation", PILLOW)
+def test_random_crops_are_those_that_pillow_makes(crop, pictures, interpolation):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        boxes = random_boxes(torch.tensor(SIZES), (0.16, 1.0), (3 / 4, 4 / 3), generator)
+        flip = (torch.rand(4, generator=generator) < 0.5).tolist()
+        assert_pillows(crop(boxes, 48, flip, interpolation), pictures, boxes.tolist(), interpolation, flip)
+
+
+def test_flip_mirrors_only_the_chosen_images(crop):
+    for size in (20, 40):  # resized, copied
+        plain = crop([[3, 5, 40, 40]] * 4, size)
+        flipped = crop([[3, 5, 40, 40]] * 4, size, [True, False, True, False])
+        assert torch.equal(flipped[[0, 2]], plain[[0, 2]].flip(3)) and torch.equal(flipped[[1, 3]], plain[[1, 3]])
 
 
 @pytest.mark.parametrize("size", [20, 33, 60])
-def test_center_crops_are_exact(pictures, size):
-    sizes = torch.tensor([[60, 80]] * 4)
-    ours = crop_resize(to_batch(pictures), center_boxes(sizes, size), size)
-    theirs = to_batch([CenterCrop(size)(picture) for picture in pictures])
-    assert torch.equal(ours, theirs.float())
+def test_center_crops_are_exact(crop, pictures, size):
+    expected = [np.asarray(CenterCrop(size)(picture)).transpose(2, 0, 1) for picture in pictures]
+    assert np.array_equal(crop(center_boxes(torch.tensor(SIZES), size), size), np.stack(expected))
 
 
 @pytest.mark.parametrize("height, width", [(60, 80), (256, 256), (40, 400), (400, 40)])

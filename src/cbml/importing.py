@@ -31,9 +31,7 @@ def import_cells(source: Path) -> list[str]:
     """
     folders = [file.parent for file in sorted(source.glob("evaluations/*/*/cell.yaml"))]
     if not folders:
-        raise UserError(
-            f"{source}: no evaluations/<dataset>/<cell>/cell.yaml; an evaluated cell has one"
-        )
+        raise UserError(f"{source}: no evaluations/<dataset>/<cell>/cell.yaml; an evaluated cell has one")
     new = []
     for folder in folders:
         dataset, name = folder.parts[-2:]

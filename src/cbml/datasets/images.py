@@ -1,7 +1,7 @@
 """Decoded images: every image of a list, resized once, in one memory-mapped array of bytes.
 
-Decoding JPEGs is most of what an input pipeline does. Doing it once leaves gather, crop and resize, which
-`cbml.datasets.transforms` does for a whole batch at a time on whatever device trains.
+Decoding JPEGs is most of what an input pipeline does. Doing it once leaves crop and resize, which happen where the
+bytes are: in a GPU's memory if they fit, else on the CPU.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from cbml.datasets.lists import ImageList
+from cbml.datasets.transforms import crop_each, crop_together
 from cbml.errors import UserError
 from cbml.files import atomic_write
 from cbml.progress import progress
@@ -53,18 +54,36 @@ class PackedImages:
         )
 
     @cached_property
-    def offsets(self) -> list[int]:
-        """Where each image starts in `data`, and where the last one ends."""
-        return [0, *(self.sizes.prod(1) * 3).cumsum(0).tolist()]
+    def starts(self) -> Tensor:
+        """(N,) int64: where in `data` each image begins, in pixels."""
+        areas = self.sizes.prod(1)
+        return areas.cumsum(0) - areas
 
-    def batch(self, indices: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 where the data is, H and W the batch's largest; images are padded below and right."""
-        sizes = self.sizes[indices]
-        height, width = sizes.amax(0).tolist()
-        images = self.data.new_zeros(len(indices), height, width, 3)
-        for image, index, (h, w) in zip(images, indices.tolist(), sizes.tolist(), strict=True):
-            image[:h, :w] = self.data[self.offsets[index] : self.offsets[index + 1]].view(h, w, 3)
-        return images.permute(0, 3, 1, 2)
+    def crops(
+        self,
+        indices: Tensor,
+        boxes: Tensor,
+        size: int,
+        *,
+        flip: Tensor | None = None,
+        interpolation: str = "bilinear",
+    ) -> Tensor:
+        """Cut a box from each of some images and resize it, as Pillow would (within rounding).
+
+        Args:
+            indices: (B,) int64.
+            boxes: (B, 4) int64: top, left, height, width.
+            size: side of the result.
+            flip: (B,) bool, which results to mirror left to right.
+            interpolation: "bilinear" or "bicubic", antialiased.
+
+        Returns:
+            (B, 3, size, size) uint8, where `data` is.
+        """
+        flip = torch.zeros(len(indices), dtype=torch.bool) if flip is None else flip
+        crop = crop_each if self.data.device.type == "cpu" else crop_together
+        starts, widths = self.starts[indices], self.sizes[indices, 1]
+        return crop(self.data, starts, widths, boxes, size, flip=flip, interpolation=interpolation)
 
     def to(self, device: torch.device) -> "PackedImages":
         """The same images with `data` on `device`."""

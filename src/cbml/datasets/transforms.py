@@ -1,14 +1,11 @@
-"""Crop and resize of whole batches, as matrix products.
-
-Antialiased resampling of a box is linear and separable, so a batch of crops with one box each is two batched matrix
-products: rows by (B, out, H), columns by (B, W, out). The weights are those of Pillow's `Image.resize`: a triangle or a
-cubic of the output pixel's width, cut off at the box and normalised. A mirrored image has its column weights reversed.
-"""
+"""Boxes, and the crops that they cut from images: image by image on a CPU, a whole batch at a time on a GPU."""
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
@@ -25,44 +22,75 @@ def _filter(x: Tensor, interpolation: str) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-def _weights(start: Tensor, length: Tensor, size: int, extent: int, interpolation: str) -> Tensor:
-    """(B, size, extent): what each of `extent` input pixels gives to each output pixel of [start, start + length)."""
+def _weights(length: Tensor, size: int, extent: int, interpolation: str) -> Tensor:
+    """(B, size, extent): what each of `extent` input pixels gives to each output pixel of a box of `length`."""
     scale = length / size
     width = scale.clamp(min=1)[:, None]
-    center = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * scale[:, None]
+    center = (torch.arange(size, device=length.device) + 0.5) * scale[:, None]
     # Pillow's window: whole pixels around the support, inside the box.
     reach = SUPPORT[interpolation] * width
-    first = torch.maximum((center - reach + 0.5).floor(), start[:, None])
-    last = torch.minimum((center + reach + 0.5).floor(), (start + length)[:, None])
-    pixel = torch.arange(extent, device=start.device)
+    first = (center - reach + 0.5).floor().clamp(min=0)
+    last = torch.minimum((center + reach + 0.5).floor(), length[:, None])
+    pixel = torch.arange(extent, device=length.device)
     weights = _filter((pixel + 0.5 - center[..., None]) / width[..., None], interpolation)
     weights = weights * ((pixel >= first[..., None]) & (pixel < last[..., None]))
     return weights / weights.sum(-1, keepdim=True)
 
 
-def crop_resize(
-    images: Tensor, boxes: Tensor, size: int, *, flip: Tensor | None = None, interpolation: str = "bilinear"
+def crop_each(
+    data: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, size: int, *, flip: Tensor, interpolation: str
 ) -> Tensor:
-    """Cut one box from each image and resize it, as Pillow would (within rounding).
+    """Cut one box from each image and resize it, as Pillow would; one image after another, on the CPU.
 
     Args:
-        images: (B, 3, H, W), uint8.
-        boxes: (B, 4) int64: top, left, height, width.
+        data: uint8, images' (H, W, 3) values one after another.
+        starts: (B,) int64, in pixels, where in `data` each image begins.
+        widths: (B,) int64, of the images.
+        boxes: (B, 4) int64: top, left, height, width. A box of the result's size is copied.
         size: side of the result.
         flip: (B,) bool, which results to mirror left to right.
 
     Returns:
-        (B, 3, size, size) float32, 0 to 255, on the device of `images`.
+        (B, 3, size, size) uint8.
     """
-    height, width = images.shape[-2:]
-    top, left, box_height, box_width = boxes.to(images.device, torch.float32).unbind(1)
-    rows = _weights(top, box_height, size, height, interpolation)
-    columns = _weights(left, box_width, size, width, interpolation)
-    if flip is not None:
-        columns = torch.where(flip.to(images.device)[:, None, None], columns.flip(1), columns)
-    batch, channels = images.shape[:2]
-    narrow = torch.bmm(images.float().reshape(batch, channels * height, width), columns.transpose(1, 2))
-    return torch.matmul(rows[:, None], narrow.view(batch, channels, height, size)).clamp(0, 255)
+    crops = np.empty((len(boxes), 3, size, size), dtype=np.uint8)
+    images = zip(starts.tolist(), widths.tolist(), boxes.tolist(), flip.tolist(), strict=True)
+    # NumPy makes the copies: PyTorch's would start a team of threads in every thread that calls this.
+    for crop, (start, stride, (top, left, height, width), mirrored) in zip(crops, images, strict=True):
+        first = start + top * stride + left
+        pixels = data.as_strided((height, width, 3), (3 * stride, 3, 1), 3 * first).numpy()
+        if (height, width) != (size, size):
+            # Channels last and contiguous: what the vectorised kernel for bytes takes.
+            pixels = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+            pixels = F.interpolate(pixels, (size, size), mode=interpolation, antialias=True)
+            pixels = pixels[0].permute(1, 2, 0).numpy()
+        crop[:] = (pixels[:, ::-1] if mirrored else pixels).transpose(2, 0, 1)
+    return torch.from_numpy(crops)
+
+
+def crop_together(
+    data: Tensor, starts: Tensor, widths: Tensor, boxes: Tensor, size: int, *, flip: Tensor, interpolation: str
+) -> Tensor:
+    """`crop_each` (within rounding) for a whole batch at a time, on the device of `data`, without waiting for it.
+
+    Antialiased resampling of a box is linear and separable, so a batch is two batched matrix products: rows by
+    (B, size, h), columns by (B, w, size), h and w the largest of all boxes. The weights are those of Pillow's
+    `Image.resize`: a triangle or a cubic of the output pixel's width, cut off at the box and normalised.
+    """
+    batch, (height, width) = len(boxes), boxes[:, 2:].amax(0).tolist()
+    first = starts + boxes[:, 0] * widths + boxes[:, 1]
+    first, stride, extents, flip = (
+        tensor.to(data.device, non_blocking=True) for tensor in (first, widths, boxes[:, 2:], flip)
+    )
+    # Past a box's end its last row and column are repeated; their weight is 0.
+    row = torch.minimum(torch.arange(height, device=data.device), extents[:, :1] - 1)
+    column = torch.minimum(torch.arange(width, device=data.device), extents[:, 1:] - 1)
+    pixels = data.view(-1, 3)[first[:, None, None] + row[:, :, None] * stride[:, None, None] + column[:, None]]
+    rows = _weights(extents[:, 0].float(), size, height, interpolation)
+    columns = _weights(extents[:, 1].float(), size, width, interpolation)
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    narrow = torch.bmm(pixels.permute(0, 3, 1, 2).reshape(batch, 3 * height, width).float(), columns.transpose(1, 2))
+    return torch.matmul(rows[:, None], narrow.view(batch, 3, height, size)).clamp(0, 255).round().byte()
 
 
 def random_boxes(sizes: Tensor, scale: Sequence[float], ratio: Sequence[float], generator: torch.Generator) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cbml.datasets.images import PackedImages
-from cbml.datasets.transforms import center_boxes, crop_resize
+from cbml.datasets.loading import load
+from cbml.datasets.transforms import center_boxes
 from cbml.progress import progress
 
 
@@ -25,9 +26,13 @@ def embed(
     Args:
         model: an `EmbeddingModel` in eval mode: (B, 3, crop, crop) RGB values of 0 to 255 → (B, D).
     """
-    parts = []
-    batches = torch.arange(len(images)).split(batch_size)
-    for indices in progress(batches, "embed", "images", scale=batch_size):
+
+    def center_crops(indices: Tensor) -> tuple[Tensor]:
         boxes = center_boxes(images.sizes[indices], crop)
-        parts.append(model(crop_resize(images.batch(indices).to(device), boxes, crop, interpolation=interpolation)))
-    return torch.cat(parts)
+        return (images.crops(indices, boxes, crop, interpolation=interpolation),)
+
+    batches = torch.arange(len(images)).split(batch_size)
+    loaded = load(center_crops, batches, images, device)
+    return torch.cat(
+        [model(crops) for (crops,) in progress(loaded, "embed", "images", total=len(batches), scale=batch_size)]
+    )

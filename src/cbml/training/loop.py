@@ -21,7 +21,8 @@ from torch import Tensor
 from cbml.backbones import EmbeddingModel
 from cbml.config import Cell
 from cbml.datasets.images import PackedImages
-from cbml.datasets.transforms import crop_resize, random_boxes
+from cbml.datasets.loading import load
+from cbml.datasets.transforms import random_boxes
 from cbml.errors import UserError
 from cbml.evaluation import evaluate
 from cbml.evaluation.embedding import embed
@@ -82,7 +83,10 @@ def train(
         validation_images: what every evaluation on the way is on.
         name: of the run, for messages.
         checkpoint: file that the run can continue from; the caller names it after the configuration.
-        log: called with new rows of losses and validations, before the checkpoint that covers them.
+        log: called with new rows of losses and validations, before the checkpoint that covers them, and with
+            `images_per_second` and `data_share`, the share of that time that went into getting batches. With a GPU that
+            is the host's time: an upper bound of what the device waits, which has queued iterations to work on, and
+            without its own work on crops.
         select_by: the metric whose highest value is `Trained.best`.
         keep: the iteration of `Trained.kept`.
 
@@ -101,10 +105,22 @@ def train(
     criterion.to(fabric.device)
     groups = [{"params": list(network.parameters()), "lr": recipe.lr}, *criterion.parameter_groups(recipe.lr)]
     base_lrs = [group["lr"] for group in groups]
-    optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.Adam(groups, weight_decay=recipe.weight_decay, fused=fabric.device.type == "cuda" or None)
     model, optimizer = fabric.setup(network, optimizer)
     pair = (train_images, validation_images)
     train_images, validation_images = (_move_if_it_fits(images, fabric.device) for images in pair)
+
+    def seed(iteration: int, stream: int) -> int:
+        """Of the crops of an iteration (stream 0), which may be made ahead of it, and of the rest (stream 1)."""
+        return int(np.random.SeedSequence([cell.seed, iteration]).generate_state(2)[stream])
+
+    def random_crops(numbered: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor]:
+        iteration, indices = numbered[0], torch.from_numpy(numbered[1])
+        generator = torch.Generator().manual_seed(seed(iteration, 0))
+        boxes = random_boxes(train_images.sizes[indices], recipe.scale, recipe.ratio, generator)
+        flip = torch.rand(len(indices), generator=generator) < 0.5 if recipe.flip else None
+        crops = train_images.crops(indices, boxes, recipe.crop, flip=flip, interpolation=cell.interpolation)
+        return crops, train_images.labels[indices]
 
     def validate(iteration: int) -> Row:
         began = time.monotonic()
@@ -153,25 +169,23 @@ def train(
         return rows
 
     unlogged: list[Row] = []
-    seconds = 0.0
-    batches = islice(batches, start, recipe.iterations)
-    for iteration, batch in enumerate(
-        progress(batches, name, "images", total=recipe.iterations, initial=start, scale=recipe.batch_size),
-        start + 1,
+    seconds = waited = 0.0
+    numbered = enumerate(islice(batches, start, recipe.iterations), start + 1)
+    loaded = load(random_crops, numbered, train_images, fabric.device)
+    iterations = range(start + 1, recipe.iterations + 1)
+    for iteration in progress(
+        iterations, name, "images", total=recipe.iterations, initial=start, scale=recipe.batch_size
     ):
         began = time.monotonic()
-        torch.manual_seed(int(np.random.SeedSequence([cell.seed, iteration]).generate_state(1)[0]))
+        images, labels = next(loaded)
+        waited += time.monotonic() - began
+        torch.manual_seed(seed(iteration, 1))
         lr_scale = recipe.lr_gamma ** sum(iteration > step for step in recipe.lr_steps)
         for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
             group["lr"] = base_lr * lr_scale
 
-        indices = torch.from_numpy(batch)
-        boxes = random_boxes(train_images.sizes[indices], recipe.scale, recipe.ratio, torch.default_generator)
-        flip = torch.rand(len(indices)) < 0.5 if recipe.flip else None
-        images = train_images.batch(indices).to(fabric.device)
-        images = crop_resize(images, boxes, recipe.crop, flip=flip, interpolation=cell.interpolation)
         model.train()
-        terms = criterion.terms(model(images), train_images.labels[indices].to(fabric.device))
+        terms = criterion.terms(model(images), labels)
         loss = sum(terms.values())
         optimizer.zero_grad()
         fabric.backward(loss)
@@ -198,9 +212,10 @@ def train(
             done.kept = copy.deepcopy(network.state_dict())
         if saves:
             trained_on = recipe.batch_size * sum("loss" in row for row in unlogged)
-            log([*unlogged, {"iteration": iteration, "images_per_second": trained_on / seconds}])
+            speed = {"images_per_second": trained_on / seconds, "data_share": waited / seconds}
+            log([*unlogged, {"iteration": iteration, **speed}])
             done.train_seconds += seconds
-            unlogged, seconds = [], 0.0
+            unlogged, seconds, waited = [], 0.0, 0.0
             state = {
                 "iteration": iteration,
                 "network": network.state_dict(),
