@@ -51,7 +51,7 @@ def changed(path, value):
         ("loss.cbml_log.form", "exp", r"loss\.cbml_log\.form: .*'log', 'sqrt' or 'const'.*'exp'"),
         ("backbone.resnet18.poolin", "avg", r"backbone\.resnet18.*poolin.*allowed: .*pooling"),
         ("dataset.glyphs.clases", 8, r"dataset\.glyphs.*clases.*allowed: .*classes"),
-        ("recipe.tiny.iteratons", 5, r"recipe\.tiny: unknown parameter iteratons; allowed: iterations, batch_size"),
+        ("recipe.tiny.iteratons", 5, r"recipe\.tiny: unknown parameter iteratons; allowed: weights, iterations"),
         ("recipe.tiny.lr", "fast", r"recipe\.tiny\.lr: .*valid number.*'fast'"),
         ("recipe.tiny.batch_size", 9, r"recipe\.tiny: batch_size 9 is not a multiple of instances 2"),
         ("recipe.tiny.crop", 30, r"recipe\.tiny: crop 30 is larger than resize 24"),
@@ -165,3 +165,16 @@ def test_a_stage_without_its_input_ends_with_one_line(project, stage, message):
     command = [sys.executable, "-m", *f"pipeline.{stage}".split()]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_recipe_says_what_backbones_start_from_that_do_not_say_themselves(tmp_path):
+    def weights(entry, recipe):
+        content = tiny_params()
+        content["backbone"]["resnet18"]["weights"] = entry
+        content["recipe"]["tiny"] = content["recipe"]["tiny"] | {"weights": recipe}
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+        return load_params(tmp_path / "params.yaml").cell("glyphs", "resnet18", "cbml_log", 16, 0)
+
+    assert weights(None, None).backbone_config.weights is None
+    assert weights(None, "imagenet").backbone_config.weights == "imagenet"
+    assert weights("a.pth", "imagenet").backbone_config.weights == "a.pth"

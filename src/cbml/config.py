@@ -32,6 +32,7 @@ class Recipe(Schema):
     """How a cell is trained.
 
     Attributes:
+        weights: what a backbone starts from if its entry does not say: "imagenet" or None, from scratch.
         iterations: batches in all; 0 evaluates the untrained network.
         batch_size, instances: images a batch, and of each class in it; classes a batch = batch_size / instances.
         lr, weight_decay: of Adam.
@@ -50,6 +51,7 @@ class Recipe(Schema):
         compile: run the trunk through `torch.compile`, where a compiler is at hand.
     """
 
+    weights: Literal["imagenet"] | None = None
     iterations: Annotated[int, Field(ge=0)]
     batch_size: Count
     instances: Annotated[int, Field(ge=2)]
@@ -114,19 +116,23 @@ class Params(Schema):
         Raises:
             UserError: a name is not in params.yaml, or the backbone's changes to the recipe do not fit it.
         """
-        configs = [self.option(*choice) for choice in (("dataset", dataset), ("backbone", backbone), ("loss", loss))]
+        dataset_config, network, loss_config = (
+            self.option(*choice) for choice in (("dataset", dataset), ("backbone", backbone), ("loss", loss))
+        )
         ((recipe_name, recipe),) = self.recipe.items()
-        convention = input_convention(self.backbone[backbone])
+        convention = input_convention(network)
         own = {"resize": convention.resize, "crop": convention.crop}
         changed = recipe.model_dump() | {name: value for name, value in own.items() if value is not None}
-        changed |= self.backbone[backbone].recipe.get(recipe_name, {})
+        changed |= network.recipe.get(recipe_name, {})
+        started = network.model_dump() | {"weights": network.weights or changed.get("weights")}
         try:
             recipe = Recipe.model_validate(changed)
+            network = BackboneConfig.model_validate(started)
         except ValidationError as error:
             where = f"backbone.{backbone} with recipe.{recipe_name}"
             raise UserError(f"params.yaml: {where}: {first_error(error, changed)}") from None
         names = (dataset, backbone, loss, embedding_dim, seed)
-        return Cell(*names, *configs, recipe_name, recipe, convention.interpolation)
+        return Cell(*names, dataset_config, network, loss_config, recipe_name, recipe, convention.interpolation)
 
     def cells(self, dataset: str) -> list["Cell"]:
         """Every cell of a dataset, in the order of params.yaml."""

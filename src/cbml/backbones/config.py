@@ -56,7 +56,7 @@ class BackboneConfig(Schema):
         model: the model's name, for `type: timm` only.
         stride_in: the convolution of a bottleneck that holds its stride: the 3×3 (`conv2`, torchvision) or the first
             1×1 (`conv1`, as He et al. published it). ResNet-50, -101 and -152 only.
-        weights: None (from scratch), "imagenet" (the published file; for timm its own), or the path of a file,
+        weights: None (as the recipe says), "imagenet" (the published file; for timm its own), or the path of a file,
             relative to the repository's root.
         published: what "imagenet" stands for.
         pooling: global pooling of the feature map. A timm model has its own: leave it out.

@@ -36,7 +36,8 @@ def command(cell: Cell, seeds: list[int]) -> str:
         known = flatten("", entry)
         defaults = flatten("", type(config).model_validate(entry).model_dump(mode="json")) if entry else {}
         for key, value in flatten("", config.model_dump(mode="json")).items():
-            if defaults.get(key) != value and not (config is cell.recipe and key in _set_by_the_backbone(cell)):
+            follows = _set_by_the_backbone(cell) if group == "recipe" else _set_by_the_recipe(cell, group)
+            if defaults.get(key) != value and key not in follows:
                 settings.append(f"{'' if key in known else '++'}{group}.{name}.{key}={_hydra(value)}")
     return " ".join(["dvc exp run", *(f"-S {shlex.quote(setting)}" for setting in settings)])
 
@@ -45,6 +46,10 @@ def _set_by_the_backbone(cell: Cell) -> set[str]:
     """Parameters of the recipe that follow from the backbone's entry."""
     own = input_convention(cell.backbone_config).model_dump(include=set(Recipe.model_fields), exclude_none=True)
     return own.keys() | cell.backbone_config.recipe.get(cell.recipe_name, {}).keys()
+
+
+def _set_by_the_recipe(cell: Cell, group: str) -> set[str]:
+    return {"weights"} if group == "backbone" and cell.backbone_config.weights == cell.recipe.weights else set()
 
 
 def _hydra(value: Any) -> str:
