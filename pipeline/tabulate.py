@@ -4,7 +4,7 @@ import argparse
 
 from cbml.config import load_params
 from cbml.errors import run_main
-from cbml.reporting import write_tables
+from cbml.reporting.tables import write_tables
 
 
 def main() -> None:

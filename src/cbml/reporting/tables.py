@@ -205,18 +205,25 @@ def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int], runs: l
         parts += [f"## {title}\n", _pipe_table(shown), ""]
     parts.append("Mean ± standard deviation over seeds. Protocols:\n")
     parts += [f"- `{name}`: {text}" for name, text in PROTOCOLS.items() if name in set(table.protocol)]
-    if table.versus_best.notna().any():
-        parts.append(
-            "\nAgainst the best: mean difference of Recall@1, seed by seed, to the best method of the same backbone, "
-            "size and protocol, and its 95 % interval (Student's t, not corrected for the number of comparisons)."
-        )
-    if (table.n < MIN_SEEDS).any():
-        parts.append(f"\nRows of fewer than {MIN_SEEDS} seeds rank nothing: the spread between seeds is unknown.")
+    parts += [f"\n{note}" for note in notes(table)]
     parts.append("\n## Every row again, by one command\n\n```")
     parts += list(dict.fromkeys(table.command.dropna()))
     parts.append("```\n\n## Measured with\n")
     parts += [f"- {line}" for line in provenance(runs)]
     return "\n".join(parts) + "\n"
+
+
+def notes(table: pd.DataFrame) -> list[str]:
+    """What a reader must know before ranking the rows of `summarise`."""
+    texts = []
+    if table.versus_best.notna().any():
+        texts.append(
+            "Against the best: mean difference of Recall@1, seed by seed, to the best method of the same backbone, "
+            "size and protocol, and its 95 % interval (Student's t, not corrected for the number of comparisons)."
+        )
+    if (table.n < MIN_SEEDS).any():
+        texts.append(f"Rows of fewer than {MIN_SEEDS} seeds rank nothing: the spread between seeds is unknown.")
+    return texts
 
 
 def provenance(runs: list[dict]) -> list[str]:

@@ -1,0 +1,135 @@
+"""Charts that put the cells of a table beside one another. Each returns an `<svg>` element, see `to_svg`."""
+
+import math
+from itertools import cycle
+
+import pandas as pd
+
+from cbml.figures.style import COLOURS, INK, RIGHT, WRONG, chart, to_svg
+
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+
+
+def _grid(panels: int, max_columns: int) -> tuple[int, int]:
+    columns = min(panels, max_columns)
+    return math.ceil(panels / columns), columns
+
+
+def _looks(names: list[str]) -> dict[str, dict[str, str]]:
+    """A colour and a marker for each name; eight markers and seven colours make 56 pairs."""
+    return {
+        name: {"color": colour, "marker": marker}
+        for name, colour, marker in zip(names, cycle(COLOURS), cycle(MARKERS), strict=False)
+    }
+
+
+def draw_curves(curves: pd.DataFrame) -> str:
+    """Recall@1 on the test list over iterations: a line a run, a marker where it is highest.
+
+    Up to seven methods share a panel, one panel for each backbone and embedding size. More get a panel each, best
+    first, over every method's mean in grey.
+
+    Args:
+        curves: what `cbml.reporting.curves.curves` returns, with at least one row.
+    """
+    curves = curves.assign(setting=curves.backbone + ", " + curves.embedding_dim.astype(str))
+    last = curves[curves.iteration == curves.groupby("cell").iteration.transform("max")]
+    best_first = last.groupby("method").recall_at_1.mean().sort_values(ascending=False, kind="stable").index
+    crowded = len(best_first) > len(COLOURS)
+    panel_by, line_by = ("method", "setting") if crowded else ("setting", "method")
+    order = {"method": list(best_first), "setting": list(curves.setting.unique())}
+    panels, looks = order[panel_by], _looks(order[line_by])
+    means = curves.pivot_table("recall_at_1", "iteration", ["setting", "method"])
+    rows, columns = _grid(len(panels), 4 if crowded else 3)
+    width, height = (2.0 * columns, 1.5 * rows + 0.6) if crowded else (1.5 + 2.8 * columns, 2.8 * rows)
+    with chart(width, height, nrows=rows, ncols=columns, sharex=True, sharey=True, squeeze=False) as (figure, axes):
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            axis.set_title(panel, fontsize=9)
+            if crowded:
+                axis.plot(means, color=INK, alpha=0.2, linewidth=0.6)
+            for name, runs in curves[curves[panel_by] == panel].groupby(line_by, sort=False):
+                for _, run in runs.groupby("cell"):
+                    axis.plot(run.iteration, run.recall_at_1, color=looks[name]["color"], linewidth=1.1)
+                    trained = run[run.iteration > 0]  # the untrained network is not a candidate
+                    best = trained.loc[trained.recall_at_1.idxmax()] if len(trained) else run.iloc[0]
+                    axis.plot(best.iteration, best.recall_at_1, markersize=4.5, fillstyle="none", **looks[name])
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        for column in axes.T:  # the lowest panel that is drawn
+            column[sum(axis.axison for axis in column) - 1].tick_params(labelbottom=True)
+        figure.supxlabel("iteration", fontsize=9)
+        figure.supylabel("Recall@1, %", fontsize=9)
+        if len(looks) > 1:
+            handles = [
+                axes[0, 0].plot([], [], label=name, linewidth=1.1, markersize=4.5, fillstyle="none", **look)[0]
+                for name, look in looks.items()
+            ]
+            place = {"loc": "outside upper center", "ncols": 3} if crowded else {"loc": "outside right upper"}
+            figure.legend(handles=handles, **place)
+        return to_svg(figure)
+
+
+def draw_similarities(similarities: pd.DataFrame) -> str:
+    """Densities of the cosine similarity of positive and of negative pairs, a panel a cell.
+
+    Args:
+        similarities: columns `cell` (the panel's title), `pair` (`positive`, `negative`), `similarity`, `density`, of
+            one split, with at least one row.
+    """
+    cells = list(similarities.cell.unique())
+    rows, columns = _grid(len(cells), 4)
+    size = (max(2.0 * columns, 4.0), 1.4 * rows + 0.8)
+    with chart(*size, nrows=rows, ncols=columns, sharex=True, squeeze=False) as (figure, axes):
+        for axis, cell in zip(axes.flat, cells, strict=False):
+            axis.set_title(cell, fontsize=9)
+            axis.set_yticks([])
+            axis.spines["left"].set_visible(False)
+            for pair, colour, line in (("positive", RIGHT, "-"), ("negative", WRONG, "--")):
+                shown = similarities[(similarities.cell == cell) & (similarities.pair == pair)]
+                axis.plot(shown.similarity, shown.density, line, color=colour, linewidth=1.2, label=f"{pair} pairs")
+                axis.fill_between(shown.similarity, shown.density, color=colour, alpha=0.2, linewidth=0)
+            axis.set_ylim(bottom=0)
+        for axis in axes.flat[len(cells) :]:
+            axis.set_axis_off()
+        for column in axes.T:
+            column[sum(axis.axison for axis in column) - 1].tick_params(labelbottom=True)
+        figure.supxlabel("cosine similarity", fontsize=9)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+        return to_svg(figure)
+
+
+def draw_against_paper(table: pd.DataFrame) -> str:
+    """Recall@1 of the paper and ours, by protocol, with the standard deviation over seeds.
+
+    Args:
+        table: what `cbml.reporting.tables.summarise` returns with the published figures, with at least one row that has
+            one.
+    """
+    rows = table.dropna(subset="paper_recall_at_1")
+    keys = rows.embedding_dim.astype(str) + " · " + rows.backbone + " · " + rows.method
+    names = list(keys.unique())
+    protocols = sorted(rows.protocol.unique(), key=lambda protocol: protocol != "final")  # the headline first
+    with chart(7.5, 0.32 * len(names) + 1.2) as (figure, axis):
+        paper = rows.groupby(keys).paper_recall_at_1.first()
+        axis.plot(paper[names], range(len(names)), "D", color=INK, fillstyle="none", label="paper")
+        for i, (protocol, look) in enumerate(_looks(protocols).items()):
+            ours = rows[rows.protocol == protocol]
+            # One below the other within a row: their bars overlap otherwise.
+            offset = 0.22 * (i - (len(protocols) - 1) / 2)
+            places = keys[ours.index].map(names.index) + offset
+            axis.errorbar(
+                ours.recall_at_1,
+                places,
+                xerr=ours.recall_at_1_sd.fillna(0),
+                linestyle="none",
+                markersize=5,
+                elinewidth=1.2,
+                label=protocol,
+                **look,
+            )
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.grid(axis="x", alpha=0.2)
+        axis.set_xlabel("Recall@1, %")
+        figure.legend(loc="outside upper right", ncols=len(protocols) + 1)
+        return to_svg(figure)
