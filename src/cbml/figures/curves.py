@@ -1,0 +1,68 @@
+"""Recall@K by K, and training by iteration."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from cbml.figures.style import COLOURS, chart, save_svg
+
+POINTS = 400  # of a curve by iteration: more could not be told apart
+
+
+def draw_recall(path: Path, title: str, recalls: pd.DataFrame) -> None:
+    """Draw Recall@K (column `recall`, a share) by `k`."""
+    with chart(5.0, 3.2) as (figure, ax):
+        ax.plot(recalls.k, recalls.recall, "o-", markersize=4)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(recalls.k, recalls.k.astype(str))
+        ax.set_ylim(0, 1.03)
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        for row in recalls[recalls.k.isin([1, 8])].itertuples():
+            ax.annotate(f"{row.recall:.1%}", (row.k, row.recall), (6, -10), textcoords="offset points")
+        ax.set(xlabel="K", ylabel="Recall@K", title=title)
+        save_svg(figure, path)
+
+
+def draw_training(path: Path, title: str, losses: pd.DataFrame, validations: pd.DataFrame, best_iteration: int) -> None:
+    """Draw Recall@1 on the test list by iteration, and below it the loss and its terms, if there are any.
+
+    Args:
+        losses: `iteration`, `loss` and any `loss_<term>`, a row an iteration; may be empty.
+        validations: `iteration` and `recall_at_1` (a share), the untrained network first, the final one last.
+        best_iteration: the one whose Recall@1 was highest.
+    """
+    panels = 2 if len(losses) else 1
+    with chart(6.4, 0.6 + 2.3 * panels, nrows=panels, sharex=True, squeeze=False) as (figure, axes):
+        ax = axes[0, 0]
+        recall = validations.set_index("iteration").recall_at_1
+        ax.plot(recall, "-", color=COLOURS[6], marker=".", markersize=4, linewidth=1)
+        final = recall.index[-1]
+        marked = {"untrained": (0, "o", COLOURS[6])}
+        if best_iteration:
+            marked["best on test"] = (best_iteration, "*", COLOURS[1])
+        if final:
+            marked["final"] = (final, "s", COLOURS[0])
+        for size, (name, (iteration, marker, colour)) in zip((5, 13, 5), marked.items(), strict=False):
+            label = f"{name}: {recall[iteration]:.1%} at {iteration:,}"
+            ax.plot(iteration, recall[iteration], marker, color=colour, markersize=size, label=label, clip_on=False)
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.set_ylabel("Recall@1, test list")
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3, columnspacing=1.2)
+        if len(losses):
+            window = math.ceil(len(losses) / POINTS)
+            means = losses.groupby(np.arange(len(losses)) // window).mean()
+            ax = axes[1, 0]
+            terms = [name for name in losses if name.startswith("loss_")]
+            for name, style in zip(["loss", *terms], ["-", "--", "-.", ":", "--", "-.", ":"], strict=False):
+                label = name.removeprefix("loss_")
+                ax.plot(means.iteration, means[name], style, linewidth=1.2, label=label)
+            ax.set_ylabel("loss" if window == 1 else f"loss, means of {window} iterations")
+            if terms:
+                ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=len(terms) + 1)
+        ax.set_xlabel("iteration")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.suptitle(title)
+        save_svg(figure, path)
