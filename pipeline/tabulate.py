@@ -4,7 +4,7 @@ import argparse
 
 from cbml.config import load_params
 from cbml.errors import run_main
-from cbml.reporting.tables import write_tables
+from cbml.reporting.tableset import INDEX, write_tables
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     print(write_tables(load_params(), options.dataset, all_cells=options.all))
+    print(f"The page: {INDEX.resolve().as_uri()}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from cbml.config import load_params
 from cbml.errors import UserError
 from cbml.evaluation.cell import evaluate_cell
 from cbml.importing import import_cells
-from cbml.reporting import write_tables
+from cbml.reporting.tableset import write_tables
 from cbml.training import run_cell
 
 CELL = "resnet18-cbml_log-16-0"

@@ -13,7 +13,7 @@ from dvc.utils.hydra import compose_and_dump
 
 from cbml.config import Params, load_params
 from cbml.errors import UserError
-from cbml.reporting import commands, tables
+from cbml.reporting import commands, tables, tableset
 
 SEEDS = [0, 1, 2]
 
@@ -74,7 +74,7 @@ def test_mean_and_standard_deviation_over_seeds(params):
 
 
 def test_the_papers_figures_stand_beside_ours_for_cub_alone(params):
-    text = tables.write_tables(params, "cub200")
+    text = tableset.write_tables(params, "cub200")
     table = pd.read_csv("reports/cub200/tables.csv").set_index(["method", "protocol"])
     row = table.loc["cbml_sqrt", "final"]  # the paper: ResNet18, 64, CBML-sqrt: 59.4
     assert (row.paper_recall_at_1, row.difference_recall_at_1) == (59.4, pytest.approx(66 - 59.4))
@@ -83,7 +83,7 @@ def test_the_papers_figures_stand_beside_ours_for_cub_alone(params):
     assert "Test list: 1,140 images of 20 classes." in text and "not comparable with this part" in text
     assert "googlenet" not in text  # other backbones' rows are not asked for
 
-    assert "paper" not in tables.write_tables(params, "glyphs")
+    assert "paper" not in tableset.write_tables(params, "glyphs")
     assert Path("reports/cub200/tables.md").read_text() == text
 
 
@@ -121,20 +121,20 @@ def test_a_difference_is_paired_by_seed_and_has_an_interval():
 def test_fewer_than_three_seeds_make_no_claim(params):
     assert tables.versus_best(cells_with({"good": [60, 65], "worse": [10, 11]})).empty
     two = params.model_copy(update={"seed": [0, 1]})
-    text = tables.write_tables(two, "glyphs")
+    text = tableset.write_tables(two, "glyphs")
     assert "against the best" not in text and "rank nothing" in text
-    text = tables.write_tables(params, "glyphs")
+    text = tableset.write_tables(params, "glyphs")
     assert "-5.0 [-5.0, -5.0]" in text and "rank nothing" not in text
 
 
 def test_all_cells_are_those_of_the_folder(params):
     one = params.model_copy(update={"loss": {"cbml_log": params.loss["cbml_log"]}})
-    assert "cbml_sqrt" not in tables.write_tables(one, "glyphs")
-    assert "cbml_sqrt" in tables.write_tables(one, "glyphs", all_cells=True)
+    assert "cbml_sqrt" not in tableset.write_tables(one, "glyphs")
+    assert "cbml_sqrt" in tableset.write_tables(one, "glyphs", all_cells=True)
     file = Path("evaluations/glyphs/resnet18-cbml_log-64-2/cell.yaml")
     file.write_text(file.read_text().replace("margin: 0.1", "margin: 0.2"))
     with pytest.raises(UserError, match="resnet18-cbml_log-64-2 and resnet18-cbml_log-64-0 differ in more than"):
-        tables.write_tables(one, "glyphs", all_cells=True)
+        tableset.write_tables(one, "glyphs", all_cells=True)
 
 
 def test_the_command_of_a_row_names_what_differs_from_the_files(tmp_path, monkeypatch):
@@ -167,10 +167,10 @@ def test_the_command_of_a_row_names_what_differs_from_the_files(tmp_path, monkey
 
 
 def test_the_metrics_have_the_same_names_whatever_cells_ran(params):
-    tables.write_tables(params, "glyphs")
+    tableset.write_tables(params, "glyphs")
     all_cells = json.loads(Path("reports/glyphs/metrics.json").read_text())
     one = params.model_copy(update={"loss": {"cbml_log": params.loss["cbml_log"]}, "seed": [2]})
-    tables.write_tables(one, "glyphs")
+    tableset.write_tables(one, "glyphs")
     one_cell = json.loads(Path("reports/glyphs/metrics.json").read_text())
     assert list(all_cells) == list(one_cell)
     assert (all_cells["best_cell"], all_cells["recall_at_1"]) == ("resnet18-cbml_sqrt-64", 66.0)

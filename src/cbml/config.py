@@ -90,6 +90,7 @@ class Params(Schema):
 
     `embedding_dim` 0 leaves the head out: an embedding is then the backbone's pooled features. `validation_classes` is
     the share of the training classes, the last ones, that `build_lists` puts into a list of their own.
+    `register_models` puts each evaluated model into MLflow's registry.
     """
 
     dataset: Annotated[dict[str, Dataset], Field(min_length=1)]
@@ -99,6 +100,7 @@ class Params(Schema):
     embedding_dim: Axis
     seed: Axis
     validation_classes: Share = 0.0
+    register_models: bool = False
 
     def option(self, group: str, name: str) -> Any:
         """The option `name` of a group.

@@ -62,8 +62,7 @@ def import_cells(source: Path) -> list[str]:
                     run.log(pd.read_csv(file).to_dict("records"))
             run.log([tracking.summary(metrics)])
             run.log_text(json.dumps(facts["versions"], indent=2), "versions.json")
-            for file in folder.iterdir():
-                run.log_file(file)
+            run.log_folder(folder)
             for kind in ("runs", "evaluations"):
                 if (source / kind / dataset / name).is_dir():
                     _copy(source / kind / dataset / name, Path(kind, dataset, name))

@@ -27,6 +27,7 @@ from mlflow.entities import Metric, Param, RunStatus
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from PIL import Image
 
 from cbml.config import Cell, load_cell
@@ -120,6 +121,14 @@ class Run:
         """Keep a file as an artifact."""
         self.client.log_artifact(self.id, str(path))
 
+    def log_folder(self, folder: Path) -> None:
+        """Keep the files of a folder as artifacts."""
+        self.client.log_artifacts(self.id, str(folder))
+
+    def note(self, text: str) -> None:
+        """Set the run's description, Markdown that the UI shows above everything else."""
+        self.client.set_tag(self.id, MLFLOW_RUN_NOTE, text)
+
     def log_text(self, text: str, name: str) -> None:
         """Keep a text as an artifact."""
         self.client.log_text(self.id, text, name)
@@ -128,7 +137,7 @@ class Run:
         """Keep a table where MLflow's UI shows and compares tables."""
         self.client.log_table(self.id, table, name)
 
-    def log_model(self, folder: Path) -> None:
+    def log_model(self, folder: Path, *, register_as: str | None = None) -> None:
         """Log what `run_cell` left in `folder` as an MLflow model that turns pictures into embeddings."""
         cell = load_cell(folder / "cell.yaml")
         picture = io.BytesIO()
@@ -139,6 +148,7 @@ class Run:
         with mlflow.start_run(run_id=self.id):
             mlflow.pyfunc.log_model(
                 name="model",
+                registered_model_name=register_as,
                 python_model=str(Path(__file__).with_name("serving.py")),
                 artifacts={"cell": str(folder / "cell.yaml"), "weights": str(folder / "final.pt")},
                 code_paths=[str(Path(__file__).parent)],

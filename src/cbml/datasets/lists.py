@@ -27,6 +27,11 @@ class ImageList:
     def num_classes(self) -> int:
         return len(np.unique(self.labels))
 
+    @property
+    def folders(self) -> list[str]:
+        """The folder of each image, which is named after its class."""
+        return [Path(path).parent.name for path in self.paths]
+
 
 def build_lists(dataset: Path, out: Path, *, validation_classes: float = 0.0) -> dict:
     """Split a dataset by class, decoding every image once, and write the folder `out`.

@@ -1,6 +1,5 @@
 """Recall@K tables: method × backbone × protocol, beside the published figures for CUB-200-2011."""
 
-import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -8,11 +7,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cbml import tracking
-from cbml.config import Cell, Params, load_cell
+from cbml.config import Cell, load_cell
 from cbml.errors import UserError
 from cbml.evaluation.cell import PROTOCOLS as SCORED
-from cbml.files import atomic_write, read_json
+from cbml.files import read_json
 from cbml.reporting.commands import command
 
 KS = (1, 2, 4, 8)
@@ -254,41 +252,3 @@ def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
         "mean_recall_at_1": round(float(final.recall_at_1.mean()), 2),
         "untrained_recall_at_1": round(float(best.untrained_recall_at_1), 2),
     }
-
-
-def write_tables(params: Params, dataset: str, *, all_cells: bool = False) -> str:
-    """Write reports/<dataset>/tables.md, tables.csv and metrics.json, log them to MLflow, return the Markdown.
-
-    Args:
-        params: whose cells are tabulated.
-        all_cells: tabulate every cell that evaluations/<dataset> holds instead.
-
-    Raises:
-        UserError: a cell has not been evaluated; see `evaluated`.
-    """
-    cells = evaluated(dataset) if all_cells else params.cells(dataset)
-    table = summarise(collect(cells), with_published=cells[0].dataset_config.type == "cub200")
-    test = read_json(Path("lists", dataset, "summary.json"), "build_lists")["test"]
-    runs = [read_json(Path("evaluations", dataset, cell.name, "run.json"), "evaluate") for cell in cells]
-    text, figures = to_markdown(table, dataset, test, runs), headline(table)
-    folder = Path("reports", dataset)
-    axes = {
-        "backbone": [cell.backbone for cell in cells],
-        "loss": [cell.loss for cell in cells],
-        "embedding_dim": [cell.embedding_dim for cell in cells],
-        "seed": [cell.seed for cell in cells],
-        "recipe": [cell.recipe_name for cell in cells],
-    }
-    axes = {name: ", ".join(map(str, dict.fromkeys(values))) for name, values in axes.items()}
-    config = {"cells": [cell.to_dict() for cell in cells]}
-    with tracking.open_run(dataset, "tables", config=config, params=axes, tags={"kind": "tables"}) as run:
-        for name, content in (
-            ("tables.md", text),
-            ("tables.csv", table.round(3).to_csv(index=False)),
-            ("metrics.json", json.dumps(figures, indent=2) + "\n"),
-        ):
-            with atomic_write(folder / name) as temporary:
-                temporary.write_text(content)
-            run.log_file(folder / name)
-        run.log_table(table.round(3), "tables.json")
-    return text
