@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image, ImageChops
+from test_evaluation import LargestTensor
 
 from cbml.datasets.images import PackedImages
 from cbml.errors import UserError
@@ -77,6 +78,15 @@ def has_colour(image, colour):
 # Who is right
 
 
+def test_memory_is_bounded():
+    embeddings, labels = clusters(20, 75)
+    unit = unit_vectors(embeddings, "test")
+    with LargestTensor() as largest:
+        neighbours.judge_queries(unit, labels, block=20_000)
+        pair_similarities(unit, labels, block=20_000)
+    assert unit.numel() <= largest.elements <= 40_000  # the positions of a mask's members are two numbers each
+
+
 def test_a_query_is_judged_as_evaluate_does():
     embeddings, labels = clusters(9, 5, noise=1.5)
     embeddings[7] = embeddings[20]  # a tie
@@ -90,6 +100,14 @@ def test_equal_embeddings_are_all_wrong():
     labels = torch.tensor([4, 4, 4, 9, 9, 9])
     assert not neighbours.judge_queries(angles(*[30] * 6), labels).right.any()
     assert neighbours.nearest(angles(*[30] * 6), labels, 0)[0][0] in (3, 4, 5)
+
+
+def test_what_float32_cannot_tell_apart_is_a_tie():
+    labels = torch.tensor([0, 0, 1])
+    for degrees, right in ((10 + 1e-6, False), (10.1, True)):
+        queries = neighbours.judge_queries(angles(0, 10, -degrees), labels)
+        assert queries.right[0] == right
+        assert neighbours.nearest(angles(0, 10, -degrees), labels, 0)[0][0] == (1 if right else 2)
 
 
 def test_the_nearest_image_of_another_class():
@@ -190,9 +208,9 @@ def test_right_and_wrong_frames_differ_in_colour_and_in_shape():
 
 def test_a_page_frames_each_neighbour_by_its_class():
     labels, names = [0, 0, 1], {0: "a", 1: "b"}
-    page = pages.neighbour_page("t", "s", {0: [(1, 0.9), (2, 0.8)]}, pictures(3), labels, names)
+    page = pages.neighbour_page("t", "s", {0: [(2, 0.9), (1, 0.8)]}, pictures(3), labels, names)
     columns = [pages.MARGIN + 8 + column * pages.CELL for column in (1, 2)]
-    for left, colour in zip(columns, (RIGHT, WRONG), strict=True):
+    for left, colour in zip(columns, (WRONG, RIGHT), strict=True):
         cell = page.crop((left, pages.HEADER, left + pages.FRAMED, pages.HEADER + pages.FRAMED))
         assert has_colour(cell, colour)
         assert not has_colour(cell, {RIGHT: WRONG, WRONG: RIGHT}[colour])
@@ -200,7 +218,7 @@ def test_a_page_frames_each_neighbour_by_its_class():
 
 def test_a_thumbnail_is_the_centre_of_its_own_image():
     wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 18:42] = 200  # scaling blends pixels at the edge of the square
+    wide[:, 20:40] = 200
     images = PackedImages.of([np.full((50, 40, 3), 90, np.uint8), wide])
     assert np.unique(np.asarray(pages.thumbnail(images, 0))).tolist() == [90]
     assert np.unique(np.asarray(pages.thumbnail(images, 1))).tolist() == [200]
@@ -256,6 +274,13 @@ def test_equal_and_opposite_pairs_are_counted():
     assert densities.density.iloc[[0, -1]].tolist() == pytest.approx([2 / 3 * 200, 1 / 3 * 200])
     assert moments["negative"] == {"mean": None, "variance": None, "pairs": 0}
     assert set(densities.pair) == {"positive"}
+
+
+def test_rounding_beyond_one_loses_no_pair():
+    unit = unit_vectors(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), "test").repeat(2, 1)
+    assert (unit @ unit.T).max() > 1
+    _, moments = pair_similarities(unit, torch.arange(60).repeat(2))
+    assert moments["positive"]["pairs"] == 60 and moments["negative"]["pairs"] == 120 * 119 // 2 - 60
 
 
 # All of it

@@ -28,7 +28,7 @@ from cbml.files import atomic_write
 
 ROWS = 8  # of a page
 KS = [2**power for power in range(10)]
-NO_FAILURE = "None: every query's nearest neighbour is of its own class"
+NO_FAILURE = ": none, every query's nearest neighbour is of its own class"
 
 
 def draw_cell(
@@ -105,7 +105,7 @@ def draw_cell(
         subtitle += ", and their nearest neighbours with their cosine similarity" if rows else NO_FAILURE
         save_jpeg(neighbour_page(title, subtitle, rows, images, labels, names), folder / file)
     pairs = confusions(queries).head(ROWS)
-    subtitle = "The most frequent confusions, with the surest failure of each" if len(pairs) else NO_FAILURE
+    subtitle = "The most frequent confusions" + (", with the surest failure of each" if len(pairs) else NO_FAILURE)
     save_jpeg(confusion_page(title, subtitle, pairs, images, names), folder / "confusions.jpg")
 
     densities, moments = {}, {}

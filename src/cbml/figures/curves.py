@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from cbml.figures.style import COLOURS, chart, save_svg
 
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "ncols": 6, "columnspacing": 1.2}
 POINTS = 400  # of a curve by iteration: more could not be told apart
 
 
@@ -22,7 +23,8 @@ def draw_recall(path: Path, title: str, recalls: pd.DataFrame) -> None:
         ax.yaxis.set_major_formatter(PercentFormatter(1))
         for row in recalls[recalls.k.isin([1, 8])].itertuples():
             ax.annotate(f"{row.recall:.1%}", (row.k, row.recall), (6, -10), textcoords="offset points")
-        ax.set(xlabel="K", ylabel="Recall@K", title=title)
+        ax.set(xlabel="K", ylabel="Recall@K")
+        figure.suptitle(title, wrap=True)
         save_svg(figure, path)
 
 
@@ -35,7 +37,7 @@ def draw_training(path: Path, title: str, losses: pd.DataFrame, validations: pd.
         best_iteration: the one whose Recall@1 was highest.
     """
     panels = 2 if len(losses) else 1
-    with chart(6.4, 0.6 + 2.3 * panels, nrows=panels, sharex=True, squeeze=False) as (figure, axes):
+    with chart(7.2, 0.6 + 2.3 * panels, nrows=panels, sharex=True, squeeze=False) as (figure, axes):
         ax = axes[0, 0]
         recall = validations.set_index("iteration").recall_at_1
         ax.plot(recall, "-", color=COLOURS[6], marker=".", markersize=4, linewidth=1)
@@ -50,7 +52,7 @@ def draw_training(path: Path, title: str, losses: pd.DataFrame, validations: pd.
             ax.plot(iteration, recall[iteration], marker, color=colour, markersize=size, label=label, clip_on=False)
         ax.yaxis.set_major_formatter(PercentFormatter(1))
         ax.set_ylabel("Recall@1, test list")
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3, columnspacing=1.2)
+        ax.legend(**ABOVE, handletextpad=0.2)
         if len(losses):
             window = math.ceil(len(losses) / POINTS)
             means = losses.groupby(np.arange(len(losses)) // window).mean()
@@ -61,8 +63,8 @@ def draw_training(path: Path, title: str, losses: pd.DataFrame, validations: pd.
                 ax.plot(means.iteration, means[name], style, linewidth=1.2, label=label)
             ax.set_ylabel("loss" if window == 1 else f"loss, means of {window} iterations")
             if terms:
-                ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=len(terms) + 1)
+                ax.legend(**ABOVE)
         ax.set_xlabel("iteration")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.suptitle(title)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]) if final else FixedLocator([0]))
+        figure.suptitle(title, wrap=True)
         save_svg(figure, path)

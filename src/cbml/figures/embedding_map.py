@@ -49,6 +49,6 @@ def draw_map(path: Path, title: str, embeddings: Tensor, labels: np.ndarray, nam
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         ax.set_aspect("equal", adjustable="datalim")
-        figure.suptitle(f"{title}: {method} of {len(classes)} test classes")
+        figure.suptitle(f"{title}: {method} of {len(classes)} test classes", wrap=True)
         figure.legend(loc="outside right center")
         save_svg(figure, path)

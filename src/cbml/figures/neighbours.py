@@ -22,21 +22,22 @@ def judge_queries(embeddings: Tensor, labels: Tensor, *, block: int = BLOCK) -> 
         A row a query: its `label`; `has_answer`, whether its class has another image; `right`; and the nearest image
         of another class: its index `wrong`, its `wrong_label` and its `similarity` (-inf if there is no other class).
     """
-    parts = []
+    # Allocated before the blocks: small tensors kept from between large ones leave holes in memory that add up.
+    positive, negative = embeddings.new_empty(2, len(embeddings))
+    wrong = torch.empty_like(labels, dtype=torch.int64)
     for rows, similarities in similarity_blocks(embeddings, None, block):
         same = labels[rows, None] == labels
-        positive = similarities.masked_fill(~same, -torch.inf).amax(dim=1)
-        negative, wrong = similarities.masked_fill_(same, -torch.inf).max(dim=1)
-        columns = {
-            "label": labels[rows],
-            "has_answer": positive > -torch.inf,
-            "right": negative < positive - RESOLUTION,
-            "wrong": wrong,
-            "wrong_label": labels[wrong],
-            "similarity": negative,
-        }
-        parts.append(pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()}))
-    return pd.concat(parts, ignore_index=True)
+        positive[rows] = similarities.masked_fill(~same, -torch.inf).amax(dim=1)
+        negative[rows], wrong[rows] = similarities.masked_fill_(same, -torch.inf).max(dim=1)
+    columns = {
+        "label": labels,
+        "has_answer": positive > -torch.inf,
+        "right": negative < positive - RESOLUTION,
+        "wrong": wrong,
+        "wrong_label": labels[wrong],
+        "similarity": negative,
+    }
+    return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
 
 def nearest(embeddings: Tensor, labels: Tensor, query: int) -> list[tuple[int, float]]:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cbml.datasets.images import PackedImages
+from cbml.datasets.transforms import center_boxes
 from cbml.figures.style import RIGHT, WRONG
 from cbml.files import atomic_write
 
@@ -77,13 +78,15 @@ def confusion_page(
 
 def save_jpeg(page: Image.Image, path: Path) -> None:
     with atomic_write(path) as temporary:
-        page.save(temporary, quality=85, optimize=True)
+        page.save(temporary, quality=80, optimize=True)
 
 
 def thumbnail(images: PackedImages, index: int) -> Image.Image:
     """The centre square of one image, `THUMBNAIL` pixels wide: nearly what the network sees."""
-    pixels = images.batch(torch.tensor([index]))[0].permute(1, 2, 0)
-    return ImageOps.fit(Image.fromarray(pixels.contiguous().cpu().numpy()), (THUMBNAIL, THUMBNAIL))
+    size = images.sizes[[index]]
+    box = center_boxes(size, size.min().item())
+    pixels = images.crops(torch.tensor([index]), box, THUMBNAIL, interpolation="bicubic")[0].permute(1, 2, 0)
+    return Image.fromarray(pixels.contiguous().cpu().numpy())
 
 
 def framed(image: Image.Image, right: bool) -> Image.Image:

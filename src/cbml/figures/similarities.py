@@ -68,12 +68,12 @@ def draw_similarities(path: Path, title: str, densities: pd.DataFrame, moments: 
             for pair, (colour, dashes) in PAIRS.items():
                 shown = densities[(densities.split == split) & (densities.pair == pair)]
                 if kinds[pair]["pairs"]:
-                    label = f"{pair}: mean {kinds[pair]['mean']:.3f}, variance {kinds[pair]['variance']:.2g}"
+                    label = f"{pair}: mean {kinds[pair]['mean']:.3f}, variance {kinds[pair]['variance']:#.2g}"
                     ax.fill_between(shown.similarity, shown.density, color=colour, alpha=0.2, linewidth=0)
                     ax.plot(shown.similarity, shown.density, dashes, color=colour, linewidth=1.2, label=label)
             ax.set_xlabel(f"cosine similarity of a pair, {split}")
             ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
         axes[0].set_ylim(bottom=0)
         axes[0].set_ylabel("density")
-        figure.suptitle(f"{title}: positive and negative pairs")
+        figure.suptitle(f"{title}: positive and negative pairs", wrap=True)
         save_svg(figure, path)
