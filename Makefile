@@ -3,10 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lint ui clean
+.PHONY: repro paper test lint ui clean
 
 repro: .venv/installed
 	dvc repro
+
+# Both published tables; goes on where it stopped. SET adds settings: make paper SET='-S seed=[0]'
+paper: .venv/installed
+	dvc exp run -S +paper=cub200_512 $(SET)
+	dvc exp run -S +paper=cub200_64 $(SET)
+	PYTHONPATH=src python -m pipeline.tabulate cub200 --all
 
 test: .venv/installed
 	pytest

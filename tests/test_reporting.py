@@ -31,7 +31,7 @@ def score(cell, recall, best):
     (folder / "metrics.json").write_text(json.dumps(content))
     (folder / "cell.yaml").write_text(yaml.safe_dump(cell.to_dict()))
     facts = {"finished": "2026-01-01T00:00:00+00:00", "device": "abacus", "versions": {"torch": "2.11"}}
-    (folder / "run.json").write_text(json.dumps(facts | {"train_seconds": 90}))
+    (folder / "run.json").write_text(json.dumps(facts | {"train_seconds": 90, "data_seconds": 9}))
 
 
 @pytest.fixture
@@ -80,6 +80,7 @@ def test_the_papers_figures_stand_beside_ours_for_cub_alone(params):
     assert (row.paper_recall_at_1, row.difference_recall_at_1) == (59.4, pytest.approx(66 - 59.4))
     assert table.loc["EPSHN", "published"].recall_at_1 == 54.2  # literature, same backbone and size
     assert "| resnet18 | cbml_sqrt | final | 3 | 66.0 ± 1.0 | 59.4 (+6.6) |" in text
+    assert "1.5 to 1.5 minutes, 10.0% of it waiting" in text and "device: abacus" in text
     assert "Test list: 1,140 images of 20 classes." in text and "not comparable with this part" in text
     assert "googlenet" not in text  # other backbones' rows are not asked for
 

@@ -235,7 +235,8 @@ def provenance(runs: list[dict]) -> list[str]:
     lines = [
         f"{len(runs)} runs, finished {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else ""),
         f"device: {listed([run['device'] for run in runs])}",
-        f"a run's iterations took {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} minutes",
+        f"a run's iterations took {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} minutes, "
+        f"{sum(run['data_seconds'] for run in runs) / max(sum(seconds), 1e-9):.1%} of it waiting for batches",
     ]
     names = runs[0]["versions"]
     return lines + [f"{name}: {listed([run['versions'][name] for run in runs])}" for name in names]

@@ -92,8 +92,10 @@ def run_cell(cell: Cell, *, state: Path) -> Path:
                 "iterations": {protocol: iteration for protocol, (iteration, _) in weights.items()},
                 "final_weights_sha256": weights_sha256(trained.final),
                 "checkpoint": checkpoint.name,
-                "train_seconds": round(sum(phase.train_seconds for phase in phases), 1),
-                "validation_seconds": round(sum(phase.validation_seconds for phase in phases), 1),
+                **{
+                    name: round(sum(getattr(phase, name) for phase in phases), 2)
+                    for name in ("train_seconds", "data_seconds", "validation_seconds")
+                },
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                 "device": tracking.device_name(),
                 "versions": tracking.versions(),

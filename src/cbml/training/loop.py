@@ -46,7 +46,8 @@ class Trained:
         best_iteration, best_score: of `best`.
         losses: a row an iteration: `iteration`, `loss`, its terms as `loss_<term>`, `lr`.
         validations: a row an evaluation: `iteration` and its metrics; the first one is of the untrained network.
-        train_seconds, validation_seconds: spent in iterations and in evaluations, by all processes that took part.
+        train_seconds, data_seconds, validation_seconds: spent in iterations, in getting their batches (part of the
+            former; see `train`), and in evaluations, by all processes that took part.
     """
 
     final: dict[str, Tensor] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Trained:
     losses: list[Row] = field(default_factory=list)
     validations: list[Row] = field(default_factory=list)
     train_seconds: float = 0.0
+    data_seconds: float = 0.0
     validation_seconds: float = 0.0
 
 
@@ -215,6 +217,7 @@ def train(
             speed = {"images_per_second": trained_on / seconds, "data_share": waited / seconds}
             log([*unlogged, {"iteration": iteration, **speed}])
             done.train_seconds += seconds
+            done.data_seconds += waited
             unlogged, seconds, waited = [], 0.0, 0.0
             state = {
                 "iteration": iteration,
