@@ -100,7 +100,7 @@ def triplet(embeddings, labels, margin=0.2, mining="semihard", average="violatin
     return mean([cost for cost in costs if cost > 0] if average == "violating" else costs)
 
 
-def npair(embeddings, labels):
+def npair(embeddings, labels, scale=1.0):
     pairs = []
     for label in sorted(set(labels.tolist())):
         of_class = [i for i in range(len(labels)) if labels[i] == label]
@@ -111,7 +111,7 @@ def npair(embeddings, labels):
             torch.log(
                 1
                 + sum(
-                    torch.exp(embeddings[a] @ embeddings[other] - embeddings[a] @ embeddings[p])
+                    torch.exp(scale * (embeddings[a] @ embeddings[other] - embeddings[a] @ embeddings[p]))
                     for _, other in pairs
                     if other != p
                 )

@@ -24,6 +24,7 @@ ALONE = [  # (type, parameters, literal loss of (embeddings, labels))
     ("triplet", {"mining": "all", "margin": 0.5}, literal.triplet),
     ("triplet", {"mining": "all", "margin": 1.0, "average": "all", "one_sided": True}, literal.triplet),
     ("npair", {}, literal.npair),
+    ("npair", {"scale": 16.0}, literal.npair),
     ("angular", {}, literal.angular),
     ("angular", {"alpha": 36.0}, literal.angular),
     ("ranked_list", {}, literal.ranked_list),

@@ -24,7 +24,13 @@ from cbml.reporting.latex import to_latex
 from cbml.reporting.page import write_cell_page
 
 ODD = "cbml_<b>&\"log'"
-RUN = {"finished": "2026-02-03T04:05:06", "device": "a <CPU>", "train_seconds": 90.0, "versions": {"python": "3.11"}}
+RUN = {
+    "finished": "2026-02-03T04:05:06",
+    "device": "a <CPU>",
+    "train_seconds": 90.0,
+    "data_seconds": 0.9,
+    "versions": {"python": "3.11"},
+}
 TEST = {"images": 1140, "classes": 20}
 
 

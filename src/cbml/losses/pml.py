@@ -161,11 +161,19 @@ class Margin(LibraryLoss):
 class NPair(LibraryLoss):
     """Sohn, NIPS 2016, eq. 7: the first two images of each class in the batch are its anchor and its positive.
 
-    Its L2 penalty is left out: embeddings have unit length here, so that it would be a constant.
+    The paper's embeddings have a length of their own, kept short by an L2 penalty. Here they have unit length: the
+    penalty is a constant, left out, and `scale` stands for the length.
+
+    Args:
+        scale: of the similarities, the square of the length.
     """
 
-    def __init__(self):
+    def __init__(self, scale: Positive = 1.0):
         super().__init__(losses.NPairsLoss(**COSINE))
+        self.scale = scale
+
+    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return super().compute(embeddings * self.scale**0.5, labels)
 
 
 @register("angular")
