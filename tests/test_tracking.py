@@ -27,7 +27,7 @@ def cell():
 
 def test_a_cell_is_one_run_from_training_to_evaluation(project):
     folder = run_cell(cell(), state=project)
-    metrics = evaluate_cell(folder, state=project)
+    metrics = evaluate_cell(folder, state=project, register=True)
     client = mlflow.MlflowClient(f"sqlite:///{project}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("glyphs").experiment_id])
     assert run.info.run_name == "resnet18-cbml_log-16-0" and run.info.status == "FINISHED"
@@ -39,7 +39,14 @@ def test_a_cell_is_one_run_from_training_to_evaluation(project):
     assert run.data.metrics["best_on_test_recall_at_1"] >= run.data.metrics["recall_at_1"]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
     assert {m.step for m in client.get_metric_history(run.info.run_id, "recall_at_1")} == {0, 2, 4, 6}
-    assert {"params.yaml", "versions.json"} <= {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"params.yaml", "versions.json", "metrics.json", "index.html", "gallery.jpg", "classes.csv"} <= artifacts
+    note = run.data.tags["mlflow.note.content"]
+    assert f"| final | {100 * metrics['final']['recall_at_1']:.1f} |" in note and "-S 'loss=[cbml_log]'" in note
+    (model,) = client.search_registered_models()
+    assert model.name == "glyphs-resnet18-cbml_log-16-0" and model.latest_versions[0].run_id == run.info.run_id
+    page = (Path("evaluations/glyphs") / folder.name / "index.html").read_text()
+    assert "data:image/jpeg;base64," in page and "<svg" in page and "Most often taken for" in page
 
     # The logged model embeds as `evaluate` does, from paths and from bytes.
     model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")

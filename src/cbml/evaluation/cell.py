@@ -21,7 +21,6 @@ from cbml.inputs import fingerprint, images_of, list_of
 from cbml.reporting.commands import command
 from cbml.reporting.page import write_cell_page
 
-PROTOCOLS = ("final", "best_on_test", "validated")
 # Of the training list, for its distribution of similarities: enough pairs, and seconds even for a large network.
 SAMPLE_CLASSES, SAMPLE_IMAGES = 20, 15
 

@@ -9,7 +9,6 @@ from scipy import stats
 
 from cbml.config import Cell, load_cell
 from cbml.errors import UserError
-from cbml.evaluation.cell import PROTOCOLS as SCORED
 from cbml.files import read_json
 from cbml.reporting.commands import command
 
@@ -61,7 +60,7 @@ def collect(cells: list[Cell]) -> pd.DataFrame:
     for cell in cells:
         metrics = read_json(Path("evaluations", cell.dataset, cell.name, "metrics.json"), "evaluate")
         seeds = [other.seed for other in cells if row_key(other) == row_key(cell)]
-        for protocol in [name for name in SCORED if name in metrics]:
+        for protocol in [name for name in PROTOCOLS if name in metrics]:
             rows.append(
                 {
                     "embedding_dim": cell.embedding_dim,
