@@ -7,6 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 repro: .venv/installed
 	dvc repro
+	@echo "The page: file://$(CURDIR)/reports/index.html"
 
 # Both published tables; goes on where it stopped. SET adds settings: make paper SET='-S seed=[0]'
 paper: .venv/installed
