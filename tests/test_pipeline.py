@@ -27,7 +27,9 @@ def repository(tmp_path_factory):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, folder / file)
     config = (folder / "conf" / "config.yaml").read_text()
-    config = config.replace("[cbml_const, cbml_sqrt, cbml_log]", "[cbml_sqrt, cbml_log]").replace("[512]", "[16]")
+    for old, new in (("[cbml_const, ", "["), ("[512]", "[16]"), ("validation_classes: 0.2", "validation_classes: 0.4")):
+        assert old in config
+        config = config.replace(old, new)
     (folder / "conf" / "config.yaml").write_text(config)
     (folder / "conf" / "dataset" / "glyphs.yaml").write_text(yaml.safe_dump({"glyphs": TINY_GLYPHS}))
     (folder / "conf" / "recipe" / "quick.yaml").write_text(yaml.safe_dump({"quick": TINY_RECIPE}))
