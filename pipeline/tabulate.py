@@ -11,7 +11,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset")
     parser.add_argument(
-        "--all", action="store_true", help="tabulate every cell in evaluations/<dataset>, not only those of params.yaml"
+        "--all", action="store_true", help="tabulate every cell ever evaluated here, not only those of params.yaml"
     )
     options = parser.parse_args()
     print(write_tables(load_params(), options.dataset, all_cells=options.all))

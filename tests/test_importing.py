@@ -74,3 +74,12 @@ def test_what_is_here_already_is_not_overwritten(other):
 def test_a_folder_without_cells_is_refused(tmp_path):
     with pytest.raises(UserError, match="no evaluations/<dataset>/<cell>/cell.yaml"):
         import_cells(tmp_path)
+
+
+def test_all_cells_are_found_also_after_dvc_took_their_folders_away(project):
+    params = load_params()
+    evaluate_cell(run_cell(params.cells("glyphs")[0], state=project), state=project)
+    shutil.rmtree("evaluations")
+    with pytest.raises(UserError, match="no such file; the stage evaluate writes it"):
+        write_tables(params, "glyphs")
+    assert "| resnet18 | cbml_log | final |" in write_tables(params, "glyphs", all_cells=True)

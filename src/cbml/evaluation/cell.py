@@ -37,7 +37,7 @@ def evaluate_cell(run_folder: Path, *, state: Path, register: bool = False) -> d
     of the run all but the weights: what tables and reports are made from.
 
     Args:
-        state: where decoded images are kept between runs.
+        state: where decoded images, and a copy of every evaluated cell, are kept between runs.
         register: put the model into MLflow's registry, as a new version of `<dataset>-<cell>`.
     """
     cell = load_cell(run_folder / "cell.yaml")
@@ -86,6 +86,9 @@ def evaluate_cell(run_folder: Path, *, state: Path, register: bool = False) -> d
             write_cell_page(folder, cell)
             run.log_folder(folder)
         run.note(_note(cell, metrics))
+    # DVC takes evaluations/ away when an experiment has other cells; `tabulate --all` finds them here.
+    with atomic_write(state / ".evaluated" / cell.dataset / cell.name) as copy:
+        shutil.copytree(Path("evaluations", cell.dataset, cell.name), copy)
     checkpoint = state / ".checkpoints" / facts["checkpoint"]
     for suffix in (".pt", ".selection.pt", ".run"):
         checkpoint.with_suffix(suffix).unlink(missing_ok=True)

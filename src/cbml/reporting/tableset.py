@@ -1,6 +1,7 @@
 """A table set: every table, chart and page of a dataset's cells."""
 
 import json
+import shutil
 from pathlib import Path
 
 from cbml import tracking
@@ -21,11 +22,13 @@ def write_tables(params: Params, dataset: str, *, all_cells: bool = False) -> st
 
     Args:
         params: whose cells are tabulated.
-        all_cells: tabulate every cell that evaluations/<dataset> holds instead.
+        all_cells: tabulate every cell that was ever evaluated here or imported instead.
 
     Raises:
         UserError: a cell has not been evaluated; see `tables.evaluated`.
     """
+    if all_cells:
+        _restore(dataset)
     cells = tables.evaluated(dataset) if all_cells else params.cells(dataset)
     table = tables.summarise(tables.collect(cells), with_published=cells[0].dataset_config.type == "cub200")
     test = read_json(Path("lists", dataset, "summary.json"), "build_lists")["test"]
@@ -59,3 +62,12 @@ def write_tables(params: Params, dataset: str, *, all_cells: bool = False) -> st
         run.log_file(INDEX)
         run.note(text)
     return text
+
+
+def _restore(dataset: str) -> None:
+    """Bring back to evaluations/ the cells of other experiments, from the copies that `evaluate_cell` keeps."""
+    for file in (tracking.root() / ".evaluated" / dataset).glob("*/cell.yaml"):
+        here = Path("evaluations", dataset, file.parent.name)
+        if not here.exists():
+            with atomic_write(here) as folder:
+                shutil.copytree(file.parent, folder)
