@@ -184,7 +184,7 @@ def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int], runs: l
         )
         for k, name in zip(KS, RECALLS, strict=True):
             shown[f"R@{k}"] = [_figure(row, name) for _, row in rows.iterrows()]
-            if "paper_recall_at_1" in rows:
+            if "paper_recall_at_1" in rows and rows.paper_recall_at_1.notna().any():
                 shown[f"R@{k} paper (difference)"] = [
                     ""
                     if pd.isna(row[f"paper_{name}"])
