@@ -31,6 +31,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder, whole or not at all, in the place of one that is there."""
+    with atomic_write(target) as temporary:
+        shutil.copytree(source, temporary)
+
+
 def read_json(path: Path, stage: str) -> Any:
     """The content of a JSON file.
 

@@ -1,7 +1,6 @@
 """Cells that were trained and evaluated in another checkout, on another machine."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +8,7 @@ import pandas as pd
 from cbml import tracking
 from cbml.config import load_cell
 from cbml.errors import UserError
-from cbml.files import atomic_write, read_json
+from cbml.files import copy_folder, read_json
 from cbml.progress import message
 
 
@@ -53,7 +52,7 @@ def import_cells(source: Path) -> list[str]:
         metrics = read_json(folder / "metrics.json", "evaluate")
         facts = read_json(folder / "run.json", "train")
         if not Path("lists", dataset).is_dir():
-            _copy(source / "lists" / dataset, Path("lists", dataset))
+            copy_folder(source / "lists" / dataset, Path("lists", dataset))
         fingerprint = read_json(Path("lists", dataset, "summary.json"), "build_lists")["fingerprint"]
         with tracking.cell_run(cell, fingerprint=fingerprint, imported_from=str(source.resolve())) as run:
             for curve in ("losses", "validations"):
@@ -65,11 +64,6 @@ def import_cells(source: Path) -> list[str]:
             run.log_folder(folder)
             for kind in ("runs", "evaluations"):
                 if (source / kind / dataset / name).is_dir():
-                    _copy(source / kind / dataset / name, Path(kind, dataset, name))
+                    copy_folder(source / kind / dataset / name, Path(kind, dataset, name))
         message(f"{dataset}/{name}: imported")
     return ["/".join(folder.parts[-2:]) for folder in new]
-
-
-def _copy(source: Path, target: Path) -> None:
-    with atomic_write(target) as temporary:
-        shutil.copytree(source, temporary)

@@ -16,7 +16,7 @@ from cbml.datasets.lists import ImageList
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
 from cbml.figures.cell import draw_cell
-from cbml.files import atomic_write, read_json
+from cbml.files import atomic_write, copy_folder, read_json
 from cbml.inputs import fingerprint, images_of, list_of
 from cbml.reporting.commands import command
 from cbml.reporting.page import write_cell_page
@@ -87,8 +87,7 @@ def evaluate_cell(run_folder: Path, *, state: Path, register: bool = False) -> d
             run.log_folder(folder)
         run.note(_note(cell, metrics))
     # DVC takes evaluations/ away when an experiment has other cells; `tabulate --all` finds them here.
-    with atomic_write(state / ".evaluated" / cell.dataset / cell.name) as copy:
-        shutil.copytree(Path("evaluations", cell.dataset, cell.name), copy)
+    copy_folder(Path("evaluations", cell.dataset, cell.name), state / ".evaluated" / cell.dataset / cell.name)
     checkpoint = state / ".checkpoints" / facts["checkpoint"]
     for suffix in (".pt", ".selection.pt", ".run"):
         checkpoint.with_suffix(suffix).unlink(missing_ok=True)

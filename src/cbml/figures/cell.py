@@ -24,7 +24,7 @@ from cbml.figures.neighbours import (
 )
 from cbml.figures.pages import confusion_page, neighbour_page, save_jpeg
 from cbml.figures.similarities import draw_similarities, pair_similarities
-from cbml.files import atomic_write
+from cbml.files import write_text
 
 ROWS = 8  # of a page
 KS = [2**power for power in range(10)]
@@ -85,7 +85,7 @@ def draw_cell(
     ks = [k for k in KS if k == 1 or k < len(test)]
     scores = evaluate(test, test_labels, ks=ks)
     recalls = pd.DataFrame({"k": ks, "recall": [scores[f"recall_at_{k}"] for k in ks]})
-    _write(folder / "recall_at_k.csv", recalls.to_csv(index=False))
+    write_text(folder / "recall_at_k.csv", recalls.to_csv(index=False))
     draw_recall(folder / "recall_at_k.svg", title, recalls)
     draw_training(folder / "training.svg", title, losses, validations, best_iteration)
 
@@ -95,7 +95,7 @@ def draw_cell(
 
     queries = judge_queries(test, test_labels)
     failed = failures(queries)
-    _write(folder / "classes.csv", class_table(queries, names).to_csv(index=False))
+    write_text(folder / "classes.csv", class_table(queries, names).to_csv(index=False))
     labels = test_labels.tolist()
     for file, subtitle, chosen in (
         ("gallery.jpg", "Queries picked by chance, one a class", pick_queries(queries, ROWS, seed)),
@@ -112,8 +112,8 @@ def draw_cell(
     for split, embeddings, of in (("train", train, train_labels), ("test", test, test_labels)):
         densities[split], moments[split] = pair_similarities(embeddings, of)
     densities = pd.concat(densities, names=["split"]).reset_index("split")
-    _write(folder / "similarities.csv", densities.to_csv(index=False))
-    _write(folder / "similarities.json", json.dumps(moments, indent=2) + "\n")
+    write_text(folder / "similarities.csv", densities.to_csv(index=False))
+    write_text(folder / "similarities.json", json.dumps(moments, indent=2) + "\n")
     draw_similarities(folder / "similarities.svg", title, densities, moments)
     draw_map(folder / "embedding_map.svg", title, test, test_labels.cpu().numpy(), names, seed)
 
@@ -122,8 +122,3 @@ def display_name(name: str) -> str:
     """A class's folder name for reading: without its number and underscores, capitals alone in lower case."""
     name = re.sub(r"^\d+\.", "", name).replace("_", " ")
     return name.lower() if name.isupper() else name
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)

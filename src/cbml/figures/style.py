@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from cbml.files import atomic_write
+from cbml.files import write_text
 
 # Okabe and Ito's colours: distinct for the colour-blind, and on light and dark grounds.
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c"]
@@ -58,5 +58,4 @@ def to_svg(figure: Figure) -> str:
 
 def save_svg(figure: Figure, path: Path) -> None:
     """Write `to_svg` to a file, whole or not at all."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(to_svg(figure))
+    write_text(path, to_svg(figure))

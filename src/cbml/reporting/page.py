@@ -12,7 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from cbml.config import Cell
-from cbml.files import atomic_write, read_json
+from cbml.files import read_json, write_text
 
 LABELS = {
     "recall_at_1": "R@1",
@@ -91,8 +91,7 @@ def _classes_table(classes: pd.DataFrame) -> str:
 def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
     """Write a page of these pieces of HTML, whole or not at all."""
     skeleton = Template((files("cbml.reporting") / "page.html").read_text())
-    with atomic_write(path) as temporary:
-        temporary.write_text(skeleton.substitute(title=escape(title), body="\n".join(parts)))
+    write_text(path, skeleton.substitute(title=escape(title), body="\n".join(parts)))
 
 
 def html_table(

@@ -1,12 +1,11 @@
 """A table set: every table, chart and page of a dataset's cells."""
 
 import json
-import shutil
 from pathlib import Path
 
 from cbml import tracking
 from cbml.config import Params
-from cbml.files import atomic_write, read_json
+from cbml.files import copy_folder, read_json, write_text
 from cbml.reporting import curves, tables
 from cbml.reporting.index import write_index
 from cbml.reporting.latex import to_latex
@@ -54,8 +53,7 @@ def write_tables(params: Params, dataset: str, *, all_cells: bool = False) -> st
             ("curves.csv", curves.curves(cells).to_csv(index=False)),
             ("similarities.csv", curves.similarities(first_seed).to_csv(index=False)),
         ):
-            with atomic_write(folder / name) as temporary:
-                temporary.write_text(content)
+            write_text(folder / name, content)
             run.log_file(folder / name)
         run.log_table(table.round(3), "tables.json")
         write_index(INDEX, table, cells, dataset=dataset, test=test, runs=runs)
@@ -69,5 +67,4 @@ def _restore(dataset: str) -> None:
     for file in (tracking.root() / ".evaluated" / dataset).glob("*/cell.yaml"):
         here = Path("evaluations", dataset, file.parent.name)
         if not here.exists():
-            with atomic_write(here) as folder:
-                shutil.copytree(file.parent, folder)
+            copy_folder(file.parent, here)
