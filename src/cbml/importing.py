@@ -65,5 +65,6 @@ def import_cells(source: Path) -> list[str]:
             for kind in ("runs", "evaluations"):
                 if (source / kind / dataset / name).is_dir():
                     copy_folder(source / kind / dataset / name, Path(kind, dataset, name))
+            copy_folder(folder, tracking.root() / ".evaluated" / dataset / name)  # as evaluate_cell does
         message(f"{dataset}/{name}: imported")
     return ["/".join(folder.parts[-2:]) for folder in new]
