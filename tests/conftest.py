@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # only a CPU repeats bits; before torch looks for GPUs
+
 import pytest
 import torch
 import yaml
@@ -74,3 +76,11 @@ def project(tiny_dataset, tmp_path, monkeypatch):
     for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def validating(project):
+    """The project, with two of its six training classes for validation; a recipe that uses them."""
+    (project / "lists").unlink()
+    build_lists(Path("data/glyphs"), Path("lists/glyphs"), validation_classes=1 / 3)
+    return TINY_RECIPE | {"select_by": "map_at_r", "checkpoint_every": 1}

@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ def score(cell, recall, best):
     content = {"final": metrics(recall), "best_on_test": metrics(best), "untrained": metrics(0.1)}
     (folder / "metrics.json").write_text(json.dumps(content))
     (folder / "cell.yaml").write_text(yaml.safe_dump(cell.to_dict()))
+    pd.DataFrame({"iteration": [0, 10], "recall_at_1": [0.1, recall]}).to_csv(folder / "validations.csv", index=False)
     facts = {"finished": "2026-01-01T00:00:00+00:00", "device": "abacus", "versions": {"torch": "2.11"}}
     (folder / "run.json").write_text(json.dumps(facts | {"train_seconds": 90, "data_seconds": 9}))
 
@@ -86,6 +88,8 @@ def test_the_papers_figures_stand_beside_ours_for_cub_alone(params):
 
     assert "paper" not in tableset.write_tables(params, "glyphs")
     assert Path("reports/cub200/tables.md").read_text() == text
+    picture = ElementTree.parse("reports/cub200/curves.svg")
+    assert {"cbml_log", "cbml_sqrt"} < {element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")}
 
 
 def cells_with(recalls):

@@ -17,7 +17,6 @@ from conftest import ROOT, TINY_RECIPE, environment, tiny_params
 
 from cbml import tracking
 from cbml.config import load_params
-from cbml.datasets.lists import build_lists
 from cbml.datasets.loading import prefetch
 from cbml.errors import UserError
 from cbml.evaluation.cell import evaluate_cell
@@ -84,14 +83,6 @@ def test_broken_off_at_any_iteration_it_ends_with_the_same_bits(project, monkeyp
             run(project, loss=loss, recipe=recipe)
     assert result(run(project, loss=loss, recipe=recipe)) == unbroken
     assert len(calls) == 6  # 0, 2 (broken) — 2, 4 (broken) — 4, 6: nothing was done twice
-
-
-@pytest.fixture
-def validating(project):
-    """The project, with two of its six training classes for validation; changes to its recipe that use them."""
-    (project / "lists").unlink()
-    build_lists(Path("data/glyphs"), Path("lists/glyphs"), validation_classes=1 / 3)
-    return TINY_RECIPE | {"select_by": "map_at_r", "checkpoint_every": 1}
 
 
 def test_validated_is_the_run_on_all_classes_as_long_as_held_out_classes_say(project, validating):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cbml import tracking
 from cbml.config import Params
+from cbml.figures.comparison import draw_curves
 from cbml.files import copy_folder, read_json, write_text
 from cbml.reporting import curves, tables
 from cbml.reporting.index import write_index
@@ -17,7 +18,7 @@ def write_tables(params: Params, dataset: str, *, all_cells: bool = False) -> st
     """Write reports/<dataset> and reports/index.html, log them to MLflow, return the table in Markdown.
 
     In the folder: `tables.md`, `.csv` and `.tex`; `metrics.json`, the headline; `curves.csv` and, for the first seed,
-    `similarities.csv`, what `dvc plots` draws.
+    `similarities.csv`, what `dvc plots` draws; `curves.svg`, a picture of the curves.
 
     Args:
         params: whose cells are tabulated.
@@ -34,6 +35,7 @@ def write_tables(params: Params, dataset: str, *, all_cells: bool = False) -> st
     runs = [read_json(Path("evaluations", dataset, cell.name, "run.json"), "evaluate") for cell in cells]
     text, figures = tables.to_markdown(table, dataset, test, runs), tables.headline(table)
     folder = Path("reports", dataset)
+    recalls = curves.curves(cells)
     first_seed = [cell for cell in cells if cell.seed == cells[0].seed]
     axes = {
         "backbone": [cell.backbone for cell in cells],
@@ -50,7 +52,9 @@ def write_tables(params: Params, dataset: str, *, all_cells: bool = False) -> st
             ("tables.csv", table.round(3).to_csv(index=False)),
             ("tables.tex", to_latex(table, dataset, test)),
             ("metrics.json", json.dumps(figures, indent=2) + "\n"),
-            ("curves.csv", curves.curves(cells).to_csv(index=False)),
+            ("curves.csv", recalls.to_csv(index=False)),
+            # On white: as a file of its own it cannot take a page's colours.
+            ("curves.svg", draw_curves(recalls).replace("<svg", '<svg style="background: white"', 1)),
             ("similarities.csv", curves.similarities(first_seed).to_csv(index=False)),
         ):
             write_text(folder / name, content)
