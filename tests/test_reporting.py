@@ -82,7 +82,7 @@ def test_the_papers_figures_stand_beside_ours_for_cub_alone(params):
     assert (row.paper_recall_at_1, row.difference_recall_at_1) == (59.4, pytest.approx(66 - 59.4))
     assert table.loc["EPSHN", "published"].recall_at_1 == 54.2  # literature, same backbone and size
     assert "| resnet18 | cbml_sqrt | final | 3 | 66.0 ± 1.0 | 59.4 (+6.6) |" in text
-    assert "1.5 to 1.5 minutes, 10.0% of it waiting" in text and "device: abacus" in text
+    assert "a run: 1.5 minutes, 10.0% of it waiting" in text and "device: abacus" in text
     assert "Test list: 1,140 images of 20 classes." in text and "not comparable with this part" in text
     assert "googlenet" not in text  # other backbones' rows are not asked for
 

@@ -229,13 +229,16 @@ def provenance(runs: list[dict]) -> list[str]:
     def listed(values: list[str]) -> str:
         return ", ".join(dict.fromkeys(values))
 
-    dates = sorted(run["finished"][:10] for run in runs)
-    seconds = [run["train_seconds"] for run in runs]
+    def span(values: list[str]) -> str:
+        return " to ".join(dict.fromkeys([values[0], values[-1]]))
+
+    seconds = sorted(run["train_seconds"] for run in runs)
+    minutes = span([f"{value / 60:.1f}" for value in seconds])
+    waited = sum(run["data_seconds"] for run in runs) / max(sum(seconds), 1e-9)
     lines = [
-        f"{len(runs)} runs, finished {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else ""),
+        f"runs: {len(runs)}, finished {span(sorted(run['finished'][:10] for run in runs))}",
         f"device: {listed([run['device'] for run in runs])}",
-        f"a run's iterations took {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} minutes, "
-        f"{sum(run['data_seconds'] for run in runs) / max(sum(seconds), 1e-9):.1%} of it waiting for batches",
+        f"iterations of a run: {minutes} minutes, {waited:.1%} of it waiting for batches",
     ]
     names = runs[0]["versions"]
     return lines + [f"{name}: {listed([run['versions'][name] for run in runs])}" for name in names]
