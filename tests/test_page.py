@@ -234,9 +234,9 @@ def test_curves_and_similarities_gather_the_cells_files(table_set):
     rows = curves(cells)
     assert list(rows) == CURVES and len(rows) == 4 * 7
     assert list(rows.iloc[2]) == ["resnet18-cbml_log-64-0", "resnet18", "cbml_log", 64, 0, 4, 53.0]
-    densities = similarities(cells)
+    densities = similarities(cells, 0.02)
     assert list(densities) == SIMILARITIES and len(densities) == 40 * 7
-    assert list(curves([])) == CURVES and list(similarities([])) == SIMILARITIES
+    assert list(curves([])) == CURVES and list(similarities([], 0.02)) == SIMILARITIES
 
 
 def test_latex_has_a_tabular_a_size_with_the_papers_figures(table_set):

@@ -4,6 +4,7 @@ import math
 from itertools import cycle
 
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from cbml.figures.style import COLOURS, INK, RIGHT, WRONG, chart, to_svg
 
@@ -70,7 +71,7 @@ def draw_curves(curves: pd.DataFrame) -> str:
 
 
 def draw_similarities(similarities: pd.DataFrame) -> str:
-    """Densities of the cosine similarity of positive and of negative pairs, a panel a cell.
+    """Densities of the cosine similarity of positive and of negative pairs, a panel a cell, each over its own range.
 
     Args:
         similarities: columns `cell` (the panel's title), `pair` (`positive`, `negative`), `similarity`, `density`, of
@@ -78,21 +79,24 @@ def draw_similarities(similarities: pd.DataFrame) -> str:
     """
     cells = list(similarities.cell.unique())
     rows, columns = _grid(len(cells), 4)
-    size = (max(2.0 * columns, 4.0), 1.4 * rows + 0.8)
-    with chart(*size, nrows=rows, ncols=columns, sharex=True, squeeze=False) as (figure, axes):
+    size = (max(2.0 * columns, 4.0), 1.5 * rows + 0.8)
+    with chart(*size, nrows=rows, ncols=columns, squeeze=False) as (figure, axes):
         for axis, cell in zip(axes.flat, cells, strict=False):
             axis.set_title(cell, fontsize=9)
             axis.set_yticks([])
             axis.spines["left"].set_visible(False)
+            axis.xaxis.set_major_locator(MaxNLocator(3))
+            shown = similarities[similarities.cell == cell]
+            # A loss may leave all similarities within a tenth of each other, which an axis from -1 to 1 hides.
+            seen = shown.similarity[shown.density > 0.01 * shown.density.max()]
+            shown = shown[shown.similarity.between(seen.min(), seen.max())]
             for pair, colour, line in (("positive", RIGHT, "-"), ("negative", WRONG, "--")):
-                shown = similarities[(similarities.cell == cell) & (similarities.pair == pair)]
-                axis.plot(shown.similarity, shown.density, line, color=colour, linewidth=1.2, label=f"{pair} pairs")
-                axis.fill_between(shown.similarity, shown.density, color=colour, alpha=0.2, linewidth=0)
+                density = shown[shown.pair == pair].set_index("similarity").density
+                axis.plot(density, line, color=colour, linewidth=1.2, label=f"{pair} pairs")
+                axis.fill_between(density.index, density, color=colour, alpha=0.2, linewidth=0)
             axis.set_ylim(bottom=0)
         for axis in axes.flat[len(cells) :]:
             axis.set_axis_off()
-        for column in axes.T:
-            column[sum(axis.axison for axis in column) - 1].tick_params(labelbottom=True)
         figure.supxlabel("cosine similarity", fontsize=9)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
         return to_svg(figure)

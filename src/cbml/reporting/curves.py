@@ -9,7 +9,6 @@ from cbml.config import Cell
 
 CURVES = ["cell", "backbone", "method", "embedding_dim", "seed", "iteration", "recall_at_1"]
 SIMILARITIES = ["cell", "split", "pair", "similarity", "density"]
-BIN = 0.02
 
 
 def curves(cells: list[Cell]) -> pd.DataFrame:
@@ -30,13 +29,13 @@ def curves(cells: list[Cell]) -> pd.DataFrame:
     return rows.assign(recall_at_1=(100 * rows.recall_at_1).astype(float).round(3))
 
 
-def similarities(cells: list[Cell]) -> pd.DataFrame:
+def similarities(cells: list[Cell], bin_width: float) -> pd.DataFrame:
     """Densities of cosine similarity by cell, split and kind of pair; from evaluations/…/<cell>/similarities.csv.
 
-    In bins of 0.02, enough for a chart. A cell without that file has no rows. Columns: `SIMILARITIES`.
+    Means over bins of that width. A cell without that file has no rows. Columns: `SIMILARITIES`.
     """
     rows = _gather(cells, "similarities.csv", SIMILARITIES, lambda cell: {})
-    bins = (rows.similarity.astype(float) // BIN).rename("bin")
+    bins = (rows.similarity.astype(float) // bin_width).rename("bin")
     means = rows.groupby([*SIMILARITIES[:3], bins], sort=False)[SIMILARITIES[3:]].mean()
     return means.astype(float).round(4).reset_index().drop(columns="bin")
 

@@ -55,9 +55,12 @@ def write_index(
     if len(recalls := curves.curves(cells)):
         caption = "Recall@1 on the test list over iterations, a line a run, with a marker where the run is highest."
         parts += ["<h2>Recall@1 over iterations</h2>", svg_figure(draw_curves(recalls), "curves", caption)]
-    if len(densities := _densities(table, cells)):
-        caption = "Cosine similarity of positive and of negative pairs of the test list, first seed"
-        caption += f", the best {MAX_DISTRIBUTIONS} by Recall@1." if len(cells) > MAX_DISTRIBUTIONS else "."
+    first_seed = [cell for cell in cells if cell.seed == cells[0].seed]
+    if len(densities := _densities(table, first_seed)):
+        caption = (
+            "Cosine similarity of positive and of negative pairs of the test list, first seed, each over its own range"
+        )
+        caption += f", the best {MAX_DISTRIBUTIONS} by Recall@1." if len(first_seed) > MAX_DISTRIBUTIONS else "."
         parts += ["<h2>Similarities</h2>", svg_figure(draw_similarities(densities), "similarities", caption)]
     lines = "".join(f"<li>{escape(line)}</li>" for line in tables.provenance(runs))
     parts.append(f"<h2>Measured with</h2><ul>{lines}</ul>")
@@ -122,15 +125,13 @@ def _command(command: str | float) -> str:
 
 
 def _densities(table: pd.DataFrame, cells: list[Cell]) -> pd.DataFrame:
-    """Of the first seed's best cells, named by what tells them apart."""
+    """Of the best cells, named by what tells them apart."""
     final = table[table.protocol == "final"].sort_values("recall_at_1", ascending=False, kind="stable")
     order = list(final[["embedding_dim", "backbone", "method"]].itertuples(index=False, name=None))
-    first = [cell for cell in cells if cell.seed == cells[0].seed]
-    best = sorted(first, key=lambda cell: order.index(tables.row_key(cell)))
-    best = best[:MAX_DISTRIBUTIONS]
+    best = sorted(cells, key=lambda cell: order.index(tables.row_key(cell)))[:MAX_DISTRIBUTIONS]
     one_setting = len({(cell.backbone, cell.embedding_dim) for cell in best}) == 1
     names = {
         cell.name: cell.loss if one_setting else f"{cell.loss}\n{cell.backbone}, {cell.embedding_dim}" for cell in best
     }
-    densities = curves.similarities(best)
+    densities = curves.similarities(best, 0.005)
     return densities[densities.split == "test"].assign(cell=densities.cell.map(names))

@@ -55,7 +55,7 @@ def write_tables(params: Params, dataset: str, *, all_cells: bool = False) -> st
             ("curves.csv", recalls.to_csv(index=False)),
             # On white: as a file of its own it cannot take a page's colours.
             ("curves.svg", draw_curves(recalls).replace("<svg", '<svg style="background: white"', 1)),
-            ("similarities.csv", curves.similarities(first_seed).to_csv(index=False)),
+            ("similarities.csv", curves.similarities(first_seed, 0.02).to_csv(index=False)),
         ):
             write_text(folder / name, content)
             run.log_file(folder / name)
