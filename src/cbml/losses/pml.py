@@ -35,7 +35,7 @@ class MultiSimilarity(LibraryLoss):
 
     Args:
         alpha, beta: scales of the positive and the negative exponents.
-        base: λ, the similarity at which an exponent is zero.
+        base: λ, the similarity at which an exponent is zero; the paper's text has 1, its authors' code 0.5.
         epsilon: margin of the mining rule.
     """
 
