@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cbml import tracking
+from cbml import kept, tracking
 from cbml.config import load_cell
 from cbml.errors import UserError
 from cbml.files import copy_folder, read_json
@@ -65,6 +65,6 @@ def import_cells(source: Path) -> list[str]:
             for kind in ("runs", "evaluations"):
                 if (source / kind / dataset / name).is_dir():
                     copy_folder(source / kind / dataset / name, Path(kind, dataset, name))
-            copy_folder(folder, tracking.root() / ".evaluated" / dataset / name)  # as evaluate_cell does
+            kept.keep(folder)
         message(f"{dataset}/{name}: imported")
     return ["/".join(folder.parts[-2:]) for folder in new]

@@ -9,14 +9,14 @@ import pandas as pd
 import torch
 from lightning_fabric import Fabric
 
-from cbml import tracking
+from cbml import kept, tracking
 from cbml.backbones import EmbeddingModel, create_model
 from cbml.config import Cell, load_cell
 from cbml.datasets.lists import ImageList
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
 from cbml.figures.cell import draw_cell
-from cbml.files import atomic_write, copy_folder, read_json
+from cbml.files import atomic_write, read_json
 from cbml.inputs import fingerprint, images_of, list_of
 from cbml.reporting.commands import command
 from cbml.reporting.page import write_cell_page
@@ -37,7 +37,7 @@ def evaluate_cell(run_folder: Path, *, state: Path, register: bool = False) -> d
     of the run all but the weights: what tables and reports are made from.
 
     Args:
-        state: where decoded images, and a copy of every evaluated cell, are kept between runs.
+        state: where decoded images are kept between runs.
         register: put the model into MLflow's registry, as a new version of `<dataset>-<cell>`.
     """
     cell = load_cell(run_folder / "cell.yaml")
@@ -86,8 +86,7 @@ def evaluate_cell(run_folder: Path, *, state: Path, register: bool = False) -> d
             write_cell_page(folder, cell)
             run.log_folder(folder)
         run.note(_note(cell, metrics))
-    # DVC takes evaluations/ away when an experiment has other cells; `tabulate --all` finds them here.
-    copy_folder(Path("evaluations", cell.dataset, cell.name), state / ".evaluated" / cell.dataset / cell.name)
+    kept.keep(Path("evaluations", cell.dataset, cell.name))
     checkpoint = state / ".checkpoints" / facts["checkpoint"]
     for suffix in (".pt", ".selection.pt", ".run"):
         checkpoint.with_suffix(suffix).unlink(missing_ok=True)

@@ -6,7 +6,8 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from cbml.figures.style import COLOURS, INK, RIGHT, WRONG, chart, to_svg
+from cbml.figures.similarities import PAIRS
+from cbml.figures.style import COLOURS, INK, chart, to_svg
 
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
@@ -90,7 +91,7 @@ def draw_similarities(similarities: pd.DataFrame) -> str:
             # A loss may leave all similarities within a tenth of each other, which an axis from -1 to 1 hides.
             seen = shown.similarity[shown.density > 0.01 * shown.density.max()]
             shown = shown[shown.similarity.between(seen.min(), seen.max())]
-            for pair, colour, line in (("positive", RIGHT, "-"), ("negative", WRONG, "--")):
+            for pair, (colour, line) in PAIRS.items():
                 density = shown[shown.pair == pair].set_index("similarity").density
                 axis.plot(density, line, color=colour, linewidth=1.2, label=f"{pair} pairs")
                 axis.fill_between(density.index, density, color=colour, alpha=0.2, linewidth=0)

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from cbml import tracking
+from cbml import kept, tracking
 from cbml.config import Params
 from cbml.figures.comparison import draw_curves
-from cbml.files import copy_folder, read_json, write_text
+from cbml.files import read_json, write_text
 from cbml.reporting import curves, tables
 from cbml.reporting.index import write_index
 from cbml.reporting.latex import to_latex
@@ -28,7 +28,7 @@ def write_tables(params: Params, dataset: str, *, all_cells: bool = False) -> st
         UserError: a cell has not been evaluated; see `tables.evaluated`.
     """
     if all_cells:
-        _restore(dataset)
+        kept.restore(dataset)
     cells = tables.evaluated(dataset) if all_cells else params.cells(dataset)
     table = tables.summarise(tables.collect(cells), with_published=cells[0].dataset_config.type == "cub200")
     test = read_json(Path("lists", dataset, "summary.json"), "build_lists")["test"]
@@ -64,11 +64,3 @@ def write_tables(params: Params, dataset: str, *, all_cells: bool = False) -> st
         run.log_file(INDEX)
         run.note(text)
     return text
-
-
-def _restore(dataset: str) -> None:
-    """Bring back to evaluations/ the cells of other experiments, from the copies that `evaluate_cell` keeps."""
-    for file in (tracking.root() / ".evaluated" / dataset).glob("*/cell.yaml"):
-        here = Path("evaluations", dataset, file.parent.name)
-        if not here.exists():
-            copy_folder(file.parent, here)
