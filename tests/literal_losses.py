@@ -60,7 +60,7 @@ def mean(values: list[Tensor]) -> Tensor | float:
     return sum(values) / len(values) if values else 0.0
 
 
-def multi_similarity(embeddings, labels, alpha=2, beta=50, base=1, epsilon=0.1):
+def multi_similarity(embeddings, labels, alpha=2, beta=50, base=0.5, epsilon=0.1):
     total = 0
     for i in range(len(labels)):
         positives, negatives = ([embeddings[i] @ embeddings[j] for j in group] for group in neighbours(labels, i))
@@ -100,7 +100,7 @@ def triplet(embeddings, labels, margin=0.2, mining="semihard", average="violatin
     return mean([cost for cost in costs if cost > 0] if average == "violating" else costs)
 
 
-def npair(embeddings, labels, scale=1.0):
+def npair(embeddings, labels, scale=16.0):
     pairs = []
     for label in sorted(set(labels.tolist())):
         of_class = [i for i in range(len(labels)) if labels[i] == label]

@@ -13,10 +13,11 @@ from cbml.errors import UserError
 from cbml.losses import REGISTRY, build_loss, config_union
 from cbml.schema import first_error
 
+CONF = Path(__file__).parents[1] / "conf" / "loss"
 CLASSES, DIM = 6, 8
 ALONE = [  # (type, parameters, literal loss of (embeddings, labels))
     ("multi_similarity", {}, literal.multi_similarity),
-    ("multi_similarity", {"beta": 40.0, "base": 0.5}, literal.multi_similarity),
+    ("multi_similarity", {"beta": 40.0, "base": 1.0}, literal.multi_similarity),
     ("contrastive", {}, literal.contrastive),
     ("contrastive", {"margin": 1.3, "negatives": "closest"}, literal.contrastive),
     ("triplet", {}, literal.triplet),
@@ -24,7 +25,7 @@ ALONE = [  # (type, parameters, literal loss of (embeddings, labels))
     ("triplet", {"mining": "all", "margin": 0.5}, literal.triplet),
     ("triplet", {"mining": "all", "margin": 1.0, "average": "all", "one_sided": True}, literal.triplet),
     ("npair", {}, literal.npair),
-    ("npair", {"scale": 16.0}, literal.npair),
+    ("npair", {"scale": 1.0}, literal.npair),
     ("angular", {}, literal.angular),
     ("angular", {"alpha": 36.0}, literal.angular),
     ("ranked_list", {}, literal.ranked_list),
@@ -42,7 +43,20 @@ TRAINED = [  # (type, parameters, name of the trained tensor, literal loss of (e
     ("proxynca", {}, "proxies", literal.proxynca),
     ("proxynca", {"positive_in_denominator": True, "label_smoothing": 0.1}, "proxies", literal.proxynca),
 ]
-OPTIONS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "loss").glob("*.yaml"))
+OPTIONS = sorted(path.stem for path in CONF.glob("*.yaml"))
+# The files that are not named after a type, by what they set beyond the defaults.
+VARIANTS = {
+    "adversarial": {"type": "sum", "terms": {"cbml_log": {"type": "cbml"}, "adversarial": {"type": "adversarial"}}},
+    "cbml_center": {
+        "type": "sum",
+        "terms": {"cbml_log": {"type": "cbml"}, "center": {"type": "center", "weight": 0.01}},
+    },
+    "cbml_const": {"type": "cbml", "form": "const"},
+    "cbml_log": {"type": "cbml"},
+    "cbml_log_unconstrained": {"type": "cbml", "variance_weight": 0.0},
+    "cbml_sqrt": {"type": "cbml", "form": "sqrt"},
+    "xbm_contrastive": {"type": "xbm", "memory_size": 128, "loss": {"type": "contrastive"}},
+}
 # Their pairs are drawn at random, or are the first of a class.
 ORDERED = {"margin", "npair"}
 # A class or a target of their own is something to learn from any image.
@@ -61,13 +75,17 @@ def build(type, **parameters):  # noqa: A002
     return build_loss(parse({"type": type} | parameters), embedding_dim=DIM, num_classes=CLASSES)
 
 
+def parse_option(name):
+    """The parameters in `conf/loss/NAME.yaml`."""
+    config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    assert list(config) == [name]
+    return parse(config[name])
+
+
 def option(name):
     """The loss that `conf/loss/NAME.yaml` describes."""
     torch.manual_seed(0)
-    text = (Path(__file__).parents[1] / "conf" / "loss" / f"{name}.yaml").read_text()
-    config = yaml.safe_load(text)
-    assert list(config) == [name]
-    return build_loss(parse(config[name]), embedding_dim=DIM, num_classes=CLASSES)
+    return build_loss(parse_option(name), embedding_dim=DIM, num_classes=CLASSES)
 
 
 def sample(labels=(2, 0, 1, 0, 2, 2, 1, 0, 5), dtype=torch.float64):
@@ -257,8 +275,13 @@ def test_learns_a_toy_set(name):
 def test_learning_rate_of_own_parameters():
     terms = {"a": {"type": "cbml"}, "b": {"type": "center", "lr_factor": 5.0}, "c": {"type": "proxynca"}}
     loss = build("sum", lr_factor=2.0, terms=terms)
-    assert [(len(group["params"]), group["lr"]) for group in loss.parameter_groups(lr=0.1)] == [(1, 1.0), (1, 0.2)]
+    assert [(len(group["params"]), group["lr"]) for group in loss.parameter_groups(lr=0.1)] == [(1, 1.0), (1, 2.0)]
     assert build("cbml").parameter_groups(lr=0.1) == []
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_files_hold_the_defaults(name):
+    assert parse_option(name) == parse(VARIANTS.get(name, {"type": name}))
 
 
 def test_sum_weighs_and_names_its_terms():
@@ -316,7 +339,10 @@ def test_memory_continues_from_its_state(inner):
             {"type": "sum", "terms": {"a": {"type": "center", "wight": 1}}},
             "unknown parameter wight; allowed: type, weight",
         ),
-        ({"type": "sum", "terms": {"a b": {"type": "center"}}}, "String should match pattern"),
+        (
+            {"type": "sum", "terms": {"a b": {"type": "center"}}},
+            "terms.a b: String should match pattern '^\\w+$', got 'a b'",
+        ),
         ({"type": "triplet", "mining": "soft"}, "mining: Input should be 'semihard', 'hard' or 'all', got 'soft'"),
         ({"type": "softtriple", "centers_per_class": 1}, "centers_per_class: Input should be greater than 1, got 1"),
         ({"type": "center", "lr_factor": 0}, "lr_factor: Input should be greater than 0, got 0"),

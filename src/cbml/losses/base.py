@@ -26,6 +26,7 @@ class Loss(nn.Module):
     """Base class: a scalar from a batch, as a sum of named terms."""
 
     weight = 1.0
+    # A subclass sets its own, the default of its option.
     lr_factor = 1.0
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -91,7 +92,8 @@ def register(name: str) -> Callable[[type[Loss]], type[Loss]]:
             for p in parameters
             if p.name not in FILLED_IN
         }
-        REGISTRY[name] = cls, create_model(cls.__name__, __base__=LossConfig, type=(Literal[name], ...), **fields)
+        common = {"type": (Literal[name], ...), "lr_factor": (Positive, cls.lr_factor)}
+        REGISTRY[name] = cls, create_model(cls.__name__, __base__=LossConfig, **common, **fields)
         return cls
 
     return add

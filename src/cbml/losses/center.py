@@ -13,6 +13,8 @@ class Center(Loss):
     The centres follow the optimiser, at `lr_factor`, in place of the paper's own update rule.
     """
 
+    lr_factor = 50.0
+
     def __init__(self, embedding_dim: int, num_classes: int):
         super().__init__()
         self.centers = nn.Parameter(torch.randn(num_classes, embedding_dim))

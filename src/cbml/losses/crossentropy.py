@@ -17,6 +17,8 @@ class CrossEntropy(Loss):
         label_smoothing: share of the target spread evenly over all classes.
     """
 
+    lr_factor = 10.0
+
     def __init__(
         self, embedding_dim: int, num_classes: int, temperature: Positive = 0.05, label_smoothing: Share = 0.0
     ):

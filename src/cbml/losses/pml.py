@@ -39,7 +39,7 @@ class MultiSimilarity(LibraryLoss):
         epsilon: margin of the mining rule.
     """
 
-    def __init__(self, alpha: Positive = 2.0, beta: Positive = 50.0, base: float = 1.0, epsilon: float = 0.1):
+    def __init__(self, alpha: Positive = 2.0, beta: Positive = 50.0, base: float = 0.5, epsilon: float = 0.1):
         super().__init__(
             losses.MultiSimilarityLoss(alpha, beta, base, **COSINE), miners.MultiSimilarityMiner(epsilon, **COSINE)
         )
@@ -141,6 +141,8 @@ class Margin(LibraryLoss):
         nonzero_loss_cutoff: negatives beyond this distance are not sampled.
     """
 
+    lr_factor = 50.0
+
     def __init__(
         self,
         num_classes: int,
@@ -168,7 +170,7 @@ class NPair(LibraryLoss):
         scale: of the similarities, the square of the length.
     """
 
-    def __init__(self, scale: Positive = 1.0):
+    def __init__(self, scale: Positive = 16.0):
         super().__init__(losses.NPairsLoss(**COSINE))
         self.scale = scale
 
@@ -199,6 +201,8 @@ class SoftTriple(LibraryLoss):
         margin: δ.
         tau: weight of the regulariser that merges the centres of a class.
     """
+
+    lr_factor = 100.0
 
     def __init__(
         self,

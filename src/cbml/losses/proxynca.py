@@ -23,7 +23,12 @@ class ProxyNCA(Loss):
         scale: length of embeddings and proxies.
         positive_in_denominator: count p in the denominator, as in a softmax.
         label_smoothing: share of the target spread evenly over the other classes.
+
+    Raises:
+        UserError: fewer than two classes.
     """
+
+    lr_factor = 10.0
 
     def __init__(
         self,
