@@ -360,6 +360,8 @@ def test_bad_parameters_are_named_in_one_line(config, message):
 def test_impossible_combinations_are_named():
     with pytest.raises(UserError, match="xbm: cannot hold center; allowed: angular, contrastive"):
         build("xbm", loss={"type": "center"})
+    with pytest.raises(UserError, match="xbm: a triplet inside .* allowed: one_sided: false"):
+        build("xbm", loss={"type": "triplet", "one_sided": True})
     embeddings, labels = sample()
     with pytest.raises(UserError, match="xbm: memory_size 4 is below the batch of 9"):
         build("xbm", memory_size=4, loss={"type": "contrastive"})(embeddings, labels)
@@ -379,6 +381,6 @@ def test_every_loss_has_an_option():
             for value in config.values():
                 collect(value)
 
-    for path in (Path(__file__).parents[1] / "conf" / "loss").glob("*.yaml"):
+    for path in CONF.glob("*.yaml"):
         collect(yaml.safe_load(path.read_text()))
     assert set(REGISTRY) <= used

@@ -27,12 +27,12 @@ def build(**parameters):
     return build_loss(parse(**parameters), embedding_dim=8, num_classes=10)
 
 
-def sample(labels, dtype=torch.float64, spread=1.0, seed=0):
-    """Unit vectors scattered round one centre a class, near enough to each other for the mining to keep some pairs."""
-    generator = torch.Generator().manual_seed(seed)
+def sample(labels, dtype=torch.float64):
+    """Unit vectors scattered round one centre per class, near enough to each other for mining to keep some pairs."""
+    generator = torch.Generator().manual_seed(0)
     labels = torch.tensor(labels)
     centres = torch.randn(int(labels.max()) + 1, 8, generator=generator, dtype=torch.float64) + 1
-    embeddings = centres[labels] + spread * torch.randn(len(labels), 8, generator=generator, dtype=torch.float64)
+    embeddings = centres[labels] + torch.randn(len(labels), 8, generator=generator, dtype=torch.float64)
     return torch.nn.functional.normalize(embeddings, dim=1).to(dtype), labels
 
 

@@ -33,6 +33,9 @@ class Adversarial(Loss):
     Args:
         hidden: width of the regressor's hidden layer.
         activation: after the hidden layer.
+
+    Raises:
+        UserError: `embedding_dim` below 2.
     """
 
     def __init__(

@@ -105,7 +105,11 @@ def config_union() -> Any:
 
 
 def build_loss(config: LossConfig, *, embedding_dim: int, num_classes: int) -> Loss:
-    """The loss that `config` describes, for embeddings (B, `embedding_dim`) and labels below `num_classes`."""
+    """The loss that `config` describes, for embeddings (B, `embedding_dim`) and labels below `num_classes`.
+
+    Raises:
+        UserError: as the constructor of the loss.
+    """
     cls, _ = REGISTRY[config.type]
     known = {"embedding_dim": embedding_dim, "num_classes": num_classes}
     own = type(config).model_fields.keys() - LossConfig.model_fields.keys()

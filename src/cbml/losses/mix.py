@@ -46,6 +46,9 @@ class XBM(Loss):
     Args:
         loss: a pair loss, with its `type` and parameters.
         memory_size: embeddings kept, at least a batch.
+
+    Raises:
+        UserError: `loss` is none of `PAIR_LOSSES`, or a `one_sided` triplet; `compute`: a batch larger than the memory.
     """
 
     def __init__(
