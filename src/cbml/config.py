@@ -1,22 +1,20 @@
-"""params.yaml as typed, validated objects."""
+"""params.yaml as typed, validated objects, and what makes two cells the same."""
 
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from cbml.backbones import BackboneConfig, input_convention
 from cbml.datasets import Dataset
 from cbml.errors import UserError
 from cbml.losses import LossConfig, config_union
-from cbml.schema import Count, NonNegative, Positive, Schema, Share, first_error
-
-PositiveShare = Annotated[float, Field(gt=0, le=1)]
+from cbml.schema import Count, Name, NonNegative, Positive, PositiveShare, Schema, Seed, first_error
 
 
 def _distinct(values: list[int]) -> list[int]:
@@ -25,7 +23,20 @@ def _distinct(values: list[int]) -> list[int]:
     return values
 
 
-Axis = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)]
+Distinct = (Field(min_length=1), AfterValidator(_distinct))
+Whole = Annotated[int, Field(ge=0)]
+
+
+class Selection(Schema):
+    """How the protocol `validated` finds its iteration.
+
+    Attributes:
+        metric: what is to be highest on the validation classes.
+        validation_classes: share of the training classes, the last ones, that are held out for it.
+    """
+
+    metric: Literal["recall_at_1", "map_at_r"]
+    validation_classes: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
 
 class Recipe(Schema):
@@ -33,26 +44,34 @@ class Recipe(Schema):
 
     Attributes:
         weights: what a backbone starts from if its entry does not say: "imagenet" or None, from scratch.
-        iterations: batches in all; 0 evaluates the untrained network.
-        batch_size, instances: images a batch, and of each class in it; classes a batch = batch_size / instances.
+        iterations: number of batches; 0 evaluates the untrained network.
+        batch_size, instances: images per batch, and of each class in it; classes per batch = batch_size / instances.
         lr, weight_decay: of Adam.
-        lr_steps, lr_gamma: iterations after which the learning rate is multiplied by `lr_gamma`.
-        freeze_bn: batch normalisation uses its stored statistics; its affine parameters are trained all the same.
-        resize: images are resized to this short side, in pixels, before any crop. A backbone's own wins over it.
-        crop: side of the network's input, in pixels. A backbone's own wins over it.
+        lr_steps, lr_gamma: from each of these iterations on, the learning rate is multiplied by `lr_gamma` once more.
+        freeze_bn: the trunk's batch normalisation uses its stored statistics; its affine parameters are trained all
+            the same.
+        resize: images are resized to this short side, in pixels, before any crop.
+        crop: side of the network's input, in pixels.
+        interpolation: of every resize.
         scale, ratio: of the random crop: share of the image's area, aspect ratio.
         flip: mirror half of the training images.
         validate_every: iterations between evaluations on the test list; 0: only before the first and after the last.
         select_by: also report the protocol `validated`: train without the validation classes first, find the validated
-            iteration where this metric is highest on them, and score that iteration of the run on all training classes.
-        checkpoint_every: iterations between checkpoints.
+            iteration where a metric is highest on them, and score that iteration of the run on all training classes.
+            A metric's name alone stands for a `Selection` with its default share.
+        checkpoint_every: iterations between checkpoints, at least.
         precision: of the backbone, in Lightning Fabric's words; embeddings and loss are float32 always.
         channels_last: keep the backbone's weights and feature maps in that memory format.
         compile: run the trunk through `torch.compile`, where a compiler is at hand.
+        deterministic: the same bits on every run of the same machine. On a CPU that is always so; on a GPU it costs
+            speed.
+
+    `resize`, `crop` and `interpolation` of a backbone's own input win over the recipe's file, but not over what is set
+    for a run; so does what a backbone's entry says for this recipe.
     """
 
     weights: Literal["imagenet"] | None = None
-    iterations: Annotated[int, Field(ge=0)]
+    iterations: Whole
     batch_size: Count
     instances: Annotated[int, Field(ge=2)]
     lr: NonNegative
@@ -62,15 +81,19 @@ class Recipe(Schema):
     freeze_bn: bool = True
     resize: Count
     crop: Count
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     scale: tuple[PositiveShare, PositiveShare] = (0.16, 1.0)
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     flip: bool = True
-    validate_every: Annotated[int, Field(ge=0)] = 0
-    select_by: Literal["recall_at_1", "map_at_r"] | None = None
+    validate_every: Whole = 0
+    select_by: Annotated[
+        Selection | None, BeforeValidator(lambda value: {"metric": value} if isinstance(value, str) else value)
+    ] = None
     checkpoint_every: Count = 100
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     channels_last: bool = False
     compile: bool = False
+    deterministic: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -79,7 +102,7 @@ class Recipe(Schema):
         if self.crop > self.resize:
             raise ValueError(f"crop {self.crop} is larger than resize {self.resize}")
         if self.select_by and not (self.validate_every and self.iterations):
-            raise ValueError(f"select_by {self.select_by} needs iterations and validate_every of at least 1")
+            raise ValueError(f"select_by {self.select_by.metric} needs iterations and validate_every of at least 1")
         if self.scale[0] > self.scale[1] or self.ratio[0] > self.ratio[1]:
             raise ValueError(f"scale {self.scale} and ratio {self.ratio} must each be (smallest, largest)")
         return self
@@ -88,19 +111,18 @@ class Recipe(Schema):
 class Params(Schema):
     """The whole of params.yaml. Every group maps names to options; a cell is one choice from each axis.
 
-    `embedding_dim` 0 leaves the head out: an embedding is then the backbone's pooled features. `validation_classes` is
-    the share of the training classes, the last ones, that `build_lists` puts into a list of their own.
-    `register_models` puts each evaluated model into MLflow's registry.
+    `embedding_dim` 0 leaves the head out: an embedding is then the backbone's pooled features. `register_models` puts
+    each evaluated model into MLflow's registry.
     """
 
-    dataset: Annotated[dict[str, Dataset], Field(min_length=1)]
-    backbone: Annotated[dict[str, BackboneConfig], Field(min_length=1)]
-    loss: Annotated[dict[str, config_union()], Field(min_length=1)]
-    recipe: Annotated[dict[str, Recipe], Field(min_length=1, max_length=1)]
-    embedding_dim: Axis
-    seed: Axis
-    validation_classes: Share = 0.0
+    dataset: Annotated[dict[Name, Dataset], Field(min_length=1)]
+    backbone: Annotated[dict[Name, BackboneConfig], Field(min_length=1)]
+    loss: Annotated[dict[Name, config_union()], Field(min_length=1)]
+    recipe: Annotated[dict[Name, Recipe], Field(min_length=1, max_length=1)]
+    embedding_dim: Annotated[list[Annotated[int, Field(ge=0, le=2**16)]], *Distinct]
+    seed: Annotated[list[Seed], *Distinct]
     register_models: bool = False
+    _recipe_file: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     def option(self, group: str, name: str) -> Any:
         """The option `name` of a group.
@@ -116,25 +138,28 @@ class Params(Schema):
         """The cell of these names.
 
         Raises:
-            UserError: a name is not in params.yaml, or the backbone's changes to the recipe do not fit it.
+            UserError: a name is not in params.yaml, or what the backbone changes in the recipe does not fit it.
         """
         dataset_config, network, loss_config = (
             self.option(*choice) for choice in (("dataset", dataset), ("backbone", backbone), ("loss", loss))
         )
         ((recipe_name, recipe),) = self.recipe.items()
-        convention = input_convention(network)
-        own = {"resize": convention.resize, "crop": convention.crop}
-        changed = recipe.model_dump() | {name: value for name, value in own.items() if value is not None}
-        changed |= network.recipe.get(recipe_name, {})
-        started = network.model_dump() | {"weights": network.weights or changed.get("weights")}
+        given, changes = recipe.model_dump(), {}
+        own = input_convention(network).model_dump(include={"resize", "crop", "interpolation"}, exclude_none=True)
+        for name, value in (own | network.recipe.get(recipe_name, {})).items():
+            # What differs from the recipe's file was set for this run, and wins.
+            if given.get(name) == self._recipe_file.get(name, given.get(name)):
+                changes[name] = value
+        started = {"weights": network.weights or (given | changes).get("weights"), "recipe": {}}
         try:
-            recipe = Recipe.model_validate(changed)
-            network = BackboneConfig.model_validate(started)
+            recipe = Recipe.model_validate(given | changes)
+            network = BackboneConfig.model_validate(network.model_dump() | started)
         except ValidationError as error:
             where = f"backbone.{backbone} with recipe.{recipe_name}"
-            raise UserError(f"params.yaml: {where}: {first_error(error, changed)}") from None
+            raise UserError(f"params.yaml: {where}: {first_error(error, given | changes)}") from None
+        changes = {name: (given[name], used) for name in changes if (used := getattr(recipe, name)) != given[name]}
         names = (dataset, backbone, loss, embedding_dim, seed)
-        return Cell(*names, dataset_config, network, loss_config, recipe_name, recipe, convention.interpolation)
+        return Cell(*names, dataset_config, network, loss_config, recipe_name, recipe, changes)
 
     def cells(self, dataset: str) -> list["Cell"]:
         """Every cell of a dataset, in the order of params.yaml."""
@@ -153,7 +178,10 @@ def flatten(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run: a point of the matrix with everything that determines it."""
+    """One training run: a point of the matrix with everything that determines it.
+
+    `changes` is what the backbone's entry changed in the recipe: the recipe's value and the one in use, by name.
+    """
 
     dataset: str
     backbone: str
@@ -165,11 +193,28 @@ class Cell:
     loss_config: LossConfig
     recipe_name: str
     recipe: Recipe
-    interpolation: str
+    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:
+        """For people, and for DVC's paths; see `key`."""
         return f"{self.backbone}-{self.loss}-{self.embedding_dim}-{self.seed}"
+
+    def key(self, fingerprint: str, weights: str | None) -> str:
+        """The name, and 10 hex digits that change with everything else that determines the cell's result.
+
+        Cells that differ in the seed alone share these digits. Where data and weights come from is not part of them;
+        what they are is.
+
+        Args:
+            fingerprint: of the dataset's images and lists.
+            weights: identifies the content of the weights that the backbone starts from.
+        """
+        config = self.to_dict()
+        backbone = config["backbone"][self.backbone]
+        del config["dataset"], config["seed"], backbone["weights"], backbone["published"]
+        content = json.dumps([config, fingerprint, weights], sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, in the shape of a params.yaml that holds this cell alone."""
@@ -190,36 +235,49 @@ class Cell:
             flat |= {group: name, **flatten(group, option)}
         return flat
 
-    def hash(self, *contents: str) -> str:
-        """16 hex digits that change with the configuration and with `contents`, what it names but does not hold."""
-        return hashlib.sha256(json.dumps([self.to_dict(), *contents], sort_keys=True).encode()).hexdigest()[:16]
 
-
-def load_params(path: str | Path = "params.yaml") -> Params:
+def load_params(path: Path, conf: Path | None = None) -> Params:
     """Read and validate params.yaml.
+
+    Args:
+        conf: the folder of the options' own files: what differs from them was set for this run.
 
     Raises:
         UserError: the file is missing, is not YAML, or holds an unknown, missing or ill-typed parameter.
     """
-    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; run from the repository's root, one stage after another")
     try:
         data = yaml.safe_load(path.read_text())
-        return Params.model_validate(data)
-    except yaml.YAMLError as error:
+        params = Params.model_validate(data)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise UserError(f"{path}: {first_error(error, data)}") from None
+    if conf:
+        ((name, recipe),) = params.recipe.items()
+        entry = option_file(conf, "recipe", name)
+        params._recipe_file = Recipe.model_validate(entry).model_dump() if entry else {}
+    return params
 
 
-def load_cell(path: str | Path) -> Cell:
-    """The cell of a file that `Cell.to_dict` was written to."""
+def option_file(conf: Path, group: str, name: str) -> dict[str, Any]:
+    """The entry of an option's own file, conf/<group>/<name>.yaml; empty if it has none."""
+    file = conf / group / f"{name}.yaml"
+    return yaml.safe_load(file.read_text())[name] if file.is_file() else {}
+
+
+def load_cell(path: Path) -> Cell:
+    """The cell of a file that `Cell.to_dict` was written to.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the stage train writes it")
     params = load_params(path)
-    return params.cell(
-        next(iter(params.dataset)),
-        next(iter(params.backbone)),
-        next(iter(params.loss)),
-        params.embedding_dim[0],
-        params.seed[0],
+    (dataset, backbone, loss, (recipe_name, recipe)) = (
+        next(iter(getattr(params, group).items())) for group in ("dataset", "backbone", "loss", "recipe")
     )
+    names = (dataset[0], backbone[0], loss[0], params.embedding_dim[0], params.seed[0])
+    return Cell(*names, dataset[1], backbone[1], loss[1], recipe_name, recipe)

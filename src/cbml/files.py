@@ -1,8 +1,10 @@
-"""Files that are either complete or absent."""
+"""Files that are either complete or absent, and one line about those that are damaged."""
 
 import json
 import os
 import shutil
+import socket
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,20 +17,40 @@ from cbml.errors import UserError
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` for a file or a folder; rename it to `path` when the block succeeds.
 
-    What a killed process left there is removed first, so two processes must not write the same path at once.
+    Every process has a temporary folder of its own, so several may write the same path: the last one stays. What a
+    killed process left there is removed.
     """
     path = Path(path)
-    folder = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name[:100]}.{socket.gethostname()}."
+    for left in path.parent.glob(f"{_literal(prefix)}*.partial"):
+        if not _alive(left.name.removeprefix(prefix).removesuffix(".partial")):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = path.with_name(f"{prefix}{os.getpid()}.partial")
+    folder.mkdir()
     try:
         temporary = folder / path.name
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, folder / "replaced")  # a folder cannot be renamed over another one
         os.replace(temporary, path)
     finally:
         shutil.rmtree(folder)
+
+
+def _literal(name: str) -> str:
+    """A glob pattern that matches `name` alone."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return int(pid) != os.getpid()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -37,21 +59,64 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder, whole or not at all, in the place of one that is there."""
-    with atomic_write(target) as temporary:
-        shutil.copytree(source, temporary)
+def write_tensors(path: Path, tensors: Any) -> None:
+    """`torch.save`, whole or not at all."""
+    import torch
+
+    # Through a file of Python's: PyTorch's own does not say why it could not write.
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save(tensors, file)
 
 
 def read_json(path: Path, stage: str) -> Any:
     """The content of a JSON file.
 
     Raises:
-        UserError: it is missing or is not JSON; `stage` is the one that writes it.
+        UserError: it is missing or damaged; `stage` is the one that writes it.
     """
-    try:
+    with _reading(path, stage):
         return json.loads(path.read_text())
+
+
+def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options) -> Any:
+    """The content of a CSV file as a DataFrame; `options` are pandas'.
+
+    Raises:
+        UserError: it is missing or damaged, or lacks one of `columns`; `stage` is the one that writes it.
+    """
+    import pandas as pd
+
+    with _reading(path, stage):
+        table = pd.read_csv(path, **options)
+        if absent := [name for name in columns if name not in table]:
+            raise ValueError(f"no column {absent[0]}")
+        return table
+
+
+def read_tensors(path: Path, stage: str) -> Any:
+    """What `torch.save` wrote, tensors and plain values only, on the CPU; the file's checksums are checked first.
+
+    Raises:
+        UserError: it is missing or damaged; `stage` is the one that writes it.
+    """
+    import torch
+
+    with _reading(path, stage):
+        with zipfile.ZipFile(path) as archive:  # torch.load does not check
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _reading(path: Path, stage: str) -> Iterator[None]:
+    again = f"run the stage {stage} again, which writes it"
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the stage {stage} writes it") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); the stage {stage} writes it") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # damage shows in as many types as there are readers
+        reason = " ".join(f"{error}".split())[:200]
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {reason}); {again}") from error

@@ -1,93 +1,313 @@
 """MLflow: the only module that knows it, beside the model in `serving.py` that it logs.
 
 The store is a SQLite file and a folder of artifacts at the root of the repository, also for an experiment that DVC runs
-in a temporary copy of it; `MLFLOW_TRACKING_URI` overrides.
+in a temporary copy of it; `MLFLOW_TRACKING_URI` overrides. It is the archive of finished cells. It may be away: then
+what it should have taken waits in this process, a computed result never does; and without MLflow installed everything
+runs and leaves complete folders, which `import_cells` brings into a store.
 """
 
 import io
 import json
+import logging
 import os
-import platform
 import re
-import subprocess
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pandas as pd
-import torch
 import yaml
 from filelock import FileLock
-from mlflow.entities import Metric, Param, RunStatus
-from mlflow.models import ModelSignature
-from mlflow.tracking import MlflowClient
-from mlflow.types import ColSpec, Schema, TensorSpec
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from PIL import Image
 
+from cbml import provenance
 from cbml.config import Cell, load_cell
+from cbml.files import atomic_write, write_text
+from cbml.progress import message
+from cbml.workspace import Workspace
 
-PACKAGES = ("torch", "torchvision", "lightning-fabric", "pytorch-metric-learning", "numpy", "pillow", "mlflow", "dvc")
+# A store that cannot be reached is to say so within a minute; and no bars for copying files between folders.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+try:
+    import mlflow
+    from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunStatus
+    from mlflow.models import ModelSignature
+    from mlflow.tracking import MlflowClient
+    from mlflow.types import ColSpec, Schema, TensorSpec
+    from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
+except ModuleNotFoundError:
+    mlflow = None
+
 # What the logged model imports.
 SERVING = ("torch", "torchvision", "pytorch-metric-learning", "pydantic", "safetensors", "matplotlib", "pillow")
-SERVING += ("mlflow", "pandas", "filelock", "requests", "tqdm", "pyyaml", "scikit-learn", "lightning-fabric")
+SERVING += ("mlflow", "pandas", "filelock", "requests", "tqdm", "pyyaml")
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits
 DVC_VARIABLES = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
+TABLES = "tables"  # the experiment of all table sets
+PATIENCE = 60.0  # seconds between attempts at a store that is away
+LAST_ATTEMPTS = 3  # at the end of a run
 
 
-def root() -> Path:
-    """The repository that a stage works for: DVC runs queued experiments in a copy, but names the original."""
-    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+class Store:
+    """The tracking store of a workspace."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
+        own = f"sqlite:///{workspace.database}"
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or own
+        self.own = self.uri == own
+
+    @cached_property
+    def client(self) -> "MlflowClient":
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its tracebacks: errors say it all
+        if self.own and not (self.workspace.database.is_file() and self.workspace.database.stat().st_size):
+            self.workspace.cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.workspace.cache / "mlflow.lock"):
+                if not self.workspace.database.is_file():
+                    # Made beside and renamed: half a database would stop every later run.
+                    with atomic_write(self.workspace.database) as temporary:
+                        MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+        mlflow.set_tracking_uri(self.uri)
+        return MlflowClient(self.uri)
+
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, made on first use."""
+        self.workspace.cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.workspace.cache / "mlflow.lock"):  # two processes may want to make it at once
+            if found := self.client.get_experiment_by_name(name):
+                return found.experiment_id
+            artifacts = (self.workspace.artifacts / name).as_uri() if self.own else None
+            # Else the UI takes the experiment for one of language models and opens on their pages.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
+
+    def finished(self, dataset: str) -> dict[str, Path]:
+        """The files of every evaluated cell of a dataset, the newest of each key, in the order of their keys."""
+        experiment = self.client.get_experiment_by_name(dataset)
+        found: dict[str, Path] = {}
+        token = None
+        while experiment:
+            page = self.client.search_runs(
+                [experiment.experiment_id],
+                "tags.evaluated = 'true' and attributes.status = 'FINISHED'",
+                order_by=["attributes.start_time DESC"],
+                page_token=token,
+            )
+            for run in page:
+                if (key := run.data.tags["cell_key"]) not in found:
+                    found[key] = self._files(run)
+            if not (token := page.token):
+                break
+        return dict(sorted(found.items()))
+
+    def _files(self, run: Any) -> Path:
+        """The artifacts of a run: where they are, or a copy of those that are elsewhere."""
+        uri = run.info.artifact_uri
+        if uri.startswith(("file:", "/")):
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        copy = self.workspace.cache / "archive" / run.info.run_id
+        if not copy.is_dir():
+            with atomic_write(copy) as temporary:
+                temporary.mkdir()
+                mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(temporary))
+        return copy
 
 
-def _client(experiment: str) -> tuple[MlflowClient, str]:
-    """The client and the id of an experiment, made on first use."""
-    home = root()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
-    mlflow.set_tracking_uri(uri)
-    # The first two processes that open a new database would both migrate it, and both would make the experiment.
-    (home / ".cache").mkdir(exist_ok=True)
-    with FileLock(home / ".cache" / "mlflow.lock"):
-        client = MlflowClient()
-        if found := client.get_experiment_by_name(experiment):
-            return client, found.experiment_id
-        artifacts = (home / "mlruns" / experiment).as_uri() if uri.startswith("sqlite:") else None
-        # Else the UI takes the experiment for one of language models and opens on their pages.
-        kind = {"mlflow.experimentKind": "custom_model_development"}
-        return client, client.create_experiment(experiment, artifact_location=artifacts, tags=kind)
+class Run:
+    """One MLflow run, open for logging. What the store does not take now waits, and is sent with what comes later.
+
+    Attributes:
+        id: of the run, or None as long as the store has not made it.
+    """
+
+    def __init__(self, store: Store | None, run_id: str | None = None):
+        self.store, self.id = store, run_id
+        self.waiting: deque[Callable[[], None]] = deque()
+        self._next_attempt = 0.0
+        self._continued = run_id is not None
+        self._logged: dict[str, dict[int, float]] = {}  # of a continued run, the values by metric and step
+
+    @property
+    def complete(self) -> bool:
+        """Whether a store has everything."""
+        return self.store is not None and not self.waiting
+
+    def do(self, operation: Callable[[], None]) -> None:
+        """Do this after all that waits, now or later."""
+        self.waiting.append(operation)
+        if time.monotonic() >= self._next_attempt:
+            self.send()
+
+    def send(self) -> None:
+        """Do all that waits, as far as the store allows."""
+        while self.waiting and self.store:
+            try:
+                self.waiting[0]()
+            except Exception as error:  # MLflow, its database and every kind of remote store have their own types
+                reason = f"{type(error).__name__}: " + " ".join(str(error).partition("\n")[0].split())[:200]
+                message(f"MLflow at {public(self.store.uri)} does not answer, going on without: {reason}")
+                self._next_attempt = time.monotonic() + PATIENCE
+                return
+            self.waiting.popleft()
+
+    def log(self, rows: Iterable[dict[str, float]], *, replace: bool = False) -> None:
+        """Log rows of metrics; `iteration` in each is the step.
+
+        Args:
+            replace: of a continued run, also log steps that are there already, if their value is another.
+        """
+        now = int(time.time() * 1000)
+        points = [
+            (name, float(value), now, int(row["iteration"]))
+            for row in rows
+            for name, value in row.items()
+            if name != "iteration"
+        ]
+        for start in range(0, len(points), METRICS_A_CALL):
+            self.do(partial(self._log_points, points[start : start + METRICS_A_CALL], replace))
+
+    def _log_points(self, points: list[tuple[str, float, int, int]], replace: bool) -> None:
+        client = self.store.client
+        if self._continued:
+            for name in {point[0] for point in points} - self._logged.keys():
+                self._logged[name] = {point.step: point.value for point in client.get_metric_history(self.id, name)}
+            points = [
+                point
+                for point in points
+                if point[3] not in (known := self._logged[point[0]]) or (replace and known[point[3]] != point[1])
+            ]
+        client.log_batch(self.id, metrics=[Metric(*point) for point in points])
+
+    def call(self, method: str, *args: Any) -> None:
+        """Call that method of MLflow's client for this run."""
+        self.do(lambda: getattr(self.store.client, method)(self.id, *args))
+
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag."""
+        self.call("set_tag", name, value)
+
+    def note(self, text: str) -> None:
+        """Set the run's description, Markdown that the UI shows above everything else."""
+        self.tag("mlflow.note.content", text)
+
+    def log_file(self, path: Path) -> None:
+        """Keep a file as an artifact."""
+        self.call("log_artifact", str(path))
+
+    def log_folder(self, folder: Path) -> None:
+        """Keep the files of a folder as artifacts."""
+        self.call("log_artifacts", str(folder))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Keep a text as an artifact."""
+        self.call("log_text", text, name)
+
+    def log_table(self, table: pd.DataFrame, name: str) -> None:
+        """Keep a table where MLflow's UI shows and compares tables."""
+        self.call("log_table", table, name)
+
+    def log_model(self, folder: Path, *, register_as: str | None = None) -> None:
+        """Log what training a cell left in `folder` as an MLflow model that turns pictures into embeddings."""
+        self.do(lambda: _log_model(self.id, folder, register_as))
 
 
-def _revision() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+@contextmanager
+def open_run(
+    workspace: Workspace,
+    experiment: str,
+    name: str,
+    *,
+    config: dict[str, Any],
+    params: dict[str, Any],
+    tags: dict[str, str],
+    fingerprint: str | None = None,
+    run_id: str | None = None,
+    remember: Path | None = None,
+) -> Iterator[Run]:
+    """Open a run, or continue that of `run_id` if the store has it; it ends with the block, failed if that raised.
+
+    Args:
+        config, params: of a new run, logged as the artifact `params.yaml` and as parameters.
+        tags: of a new run, beside the revision and what DVC tells of its experiment, which every run has.
+        fingerprint: of the dataset that the run uses, which is the experiment's.
+        remember: a file for the id of a new run.
+    """
+    if mlflow is None:
+        yield Run(None)
+        return
+    run = Run(Store(workspace), run_id)
+    run.do(lambda: _start(run, experiment, name, config, params, tags, fingerprint, remember))
+    try:
+        yield run
+    except BaseException as error:
+        run.tag("error", " ".join(str(error).split()) or type(error).__name__)
+        run.call("set_terminated", RunStatus.to_string(RunStatus.FAILED))
+        raise
+    run.call("set_terminated")
+    for attempt in range(LAST_ATTEMPTS):
+        if run.complete:
+            return
+        time.sleep(attempt)
+        run.send()
+    message(f"MLflow at {public(run.store.uri)} did not take all of {name}; import_cells can bring it there later")
 
 
-def versions() -> dict[str, str]:
-    """What computed a result: interpreter, platform, this source and the packages that matter."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cbml": _revision(),
-        **{name: version(name) for name in PACKAGES},
-    }
+def _start(run, experiment, name, config, params, tags, fingerprint, remember) -> None:
+    client = run.store.client
+    if run.id and _exists(client, run.id):
+        client.update_run(run.id, status=RunStatus.to_string(RunStatus.RUNNING))
+        if "error" in client.get_run(run.id).data.tags:  # of an earlier attempt
+            client.delete_tag(run.id, "error")
+        return
+    revision = provenance.revision()
+    tags = tags | {variable.lower(): os.environ[variable] for variable in DVC_VARIABLES if variable in os.environ}
+    tags |= {MLFLOW_GIT_COMMIT: revision, MLFLOW_SOURCE_NAME: Path(sys.argv[0]).stem, MLFLOW_SOURCE_TYPE: "LOCAL"}
+    run.id = client.create_run(run.store.experiment(experiment), run_name=name, tags=tags).info.run_id
+    if remember:
+        write_text(remember, run.id)
+    flat = [Param(key, str(value)) for key, value in params.items()]
+    for start in range(0, len(flat), PARAMS_A_CALL):
+        client.log_batch(run.id, params=flat[start : start + PARAMS_A_CALL])
+    if fingerprint:
+        source = json.dumps({"uri": f"lists/{experiment}"})
+        client.log_inputs(run.id, [DatasetInput(Dataset(experiment, fingerprint, "local", source))])
+    client.log_text(run.id, yaml.safe_dump(config, sort_keys=False), "params.yaml")
 
 
-def device_name() -> str:
-    """What trains here: the name of the GPU, or of the CPU with its number of threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else []
-    return f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
+def _exists(client: "MlflowClient", run_id: str) -> bool:
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
 
 
-# Bars for copying files from one folder to the next.
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+def open_cell(workspace: Workspace, cell: Cell, key: str, fingerprint: str, *, run_id=None, remember=None, **tags: str):
+    """`open_run` for a cell, under its dataset's experiment; `tags` go with its own."""
+    own = {"cell_key": key, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
+    own |= {"embedding_dim": str(cell.embedding_dim), "seed": str(cell.seed), "dataset_fingerprint": fingerprint}
+    return open_run(
+        workspace,
+        cell.dataset,
+        cell.name,
+        config=cell.to_dict(),
+        params=cell.flat(),
+        tags=own | tags,
+        fingerprint=fingerprint,
+        run_id=run_id,
+        remember=remember,
+    )
 
 
 def summary(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -99,127 +319,26 @@ def summary(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
     return row
 
 
-class Run:
-    """One MLflow run, open for logging."""
-
-    def __init__(self, client: MlflowClient, run_id: str):
-        self.client, self.id = client, run_id
-
-    def log(self, rows: Iterable[dict[str, float]]) -> None:
-        """Log rows of metrics; `iteration` in each is the step."""
-        now = int(time.time() * 1000)
-        metrics = [
-            Metric(name, float(value), now, int(row["iteration"]))
-            for row in rows
-            for name, value in row.items()
-            if name != "iteration"
-        ]
-        for start in range(0, len(metrics), METRICS_A_CALL):
-            self.client.log_batch(self.id, metrics=metrics[start : start + METRICS_A_CALL])
-
-    def log_file(self, path: Path) -> None:
-        """Keep a file as an artifact."""
-        self.client.log_artifact(self.id, str(path))
-
-    def log_folder(self, folder: Path) -> None:
-        """Keep the files of a folder as artifacts."""
-        self.client.log_artifacts(self.id, str(folder))
-
-    def note(self, text: str) -> None:
-        """Set the run's description, Markdown that the UI shows above everything else."""
-        self.client.set_tag(self.id, MLFLOW_RUN_NOTE, text)
-
-    def log_text(self, text: str, name: str) -> None:
-        """Keep a text as an artifact."""
-        self.client.log_text(self.id, text, name)
-
-    def log_table(self, table: pd.DataFrame, name: str) -> None:
-        """Keep a table where MLflow's UI shows and compares tables."""
-        self.client.log_table(self.id, table, name)
-
-    def log_model(self, folder: Path, *, register_as: str | None = None) -> None:
-        """Log what `run_cell` left in `folder` as an MLflow model that turns pictures into embeddings."""
-        cell = load_cell(folder / "cell.yaml")
-        picture = io.BytesIO()
-        Image.new("RGB", (cell.recipe.resize, cell.recipe.resize)).save(picture, "PNG")
-        columns = [ColSpec("binary", "image", required=False), ColSpec("string", "path", required=False)]
-        signature = ModelSignature(Schema(columns), Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
-        needs = [*SERVING, *(["timm"] if cell.backbone_config.type == "timm" else [])]
-        with mlflow.start_run(run_id=self.id):
-            mlflow.pyfunc.log_model(
-                name="model",
-                registered_model_name=register_as,
-                python_model=str(Path(__file__).with_name("serving.py")),
-                artifacts={"cell": str(folder / "cell.yaml"), "weights": str(folder / "final.pt")},
-                code_paths=[str(Path(__file__).parent)],
-                signature=signature,
-                input_example=pd.DataFrame({"image": [picture.getvalue()]}),
-                pip_requirements=[f"{name}=={version(name)}" for name in needs],
-            )
+def public(uri: str) -> str:
+    """A URI without the user and password that may be in it."""
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
-@contextmanager
-def open_run(
-    experiment: str,
-    name: str,
-    *,
-    config: dict[str, Any],
-    params: dict[str, Any],
-    tags: dict[str, str],
-    run_id: str | None = None,
-) -> Iterator[Run]:
-    """Open a run, or continue that of `run_id` if the store has it; it ends with the block, failed if that raised.
-
-    Args:
-        experiment: one a dataset.
-        name: of the run.
-        config, params: when the run is new, logged as the artifact `params.yaml` and as parameters.
-        tags: beside the revision and what DVC tells of its experiment, which every run has.
-    """
-    client, experiment_id = _client(experiment)
-    if run_id is None or not _exists(client, run_id):
-        dvc = {variable.lower(): os.environ[variable] for variable in DVC_VARIABLES if variable in os.environ}
-        tags = {**tags, **dvc, "git_revision": _revision()}
-        run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
-        flat = [Param(key, str(value)) for key, value in params.items()]
-        for start in range(0, len(flat), PARAMS_A_CALL):
-            client.log_batch(run_id, params=flat[start : start + PARAMS_A_CALL])
-        client.log_text(run_id, yaml.safe_dump(config, sort_keys=False), "params.yaml")
-        client.log_text(run_id, json.dumps(versions(), indent=2), "versions.json")
-    try:
-        client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-        yield Run(client, run_id)
-    except BaseException as error:
-        client.set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
-        client.set_tag(run_id, "error", str(error))
-        raise
-    if "error" in client.get_run(run_id).data.tags:  # of an earlier attempt
-        client.delete_tag(run_id, "error")
-    client.set_terminated(run_id)
-
-
-def _exists(client: MlflowClient, run_id: str) -> bool:
-    try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except mlflow.MlflowException:
-        return False
-
-
-def cell_run(cell: Cell, *, fingerprint: str, run_id: str | None = None, **tags: str):
-    """`open_run` for a cell, under its dataset's experiment; `tags` go with its own."""
-    return open_run(
-        cell.dataset,
-        cell.name,
-        run_id=run_id,
-        config=cell.to_dict(),
-        params=cell.flat(),
-        tags={
-            "backbone": cell.backbone,
-            "loss": cell.loss,
-            "embedding_dim": str(cell.embedding_dim),
-            "seed": str(cell.seed),
-            "recipe": cell.recipe_name,
-            "dataset_fingerprint": fingerprint,
-            **tags,
-        },
-    )
+def _log_model(run_id: str, folder: Path, register_as: str | None) -> None:
+    cell = load_cell(folder / "cell.yaml")
+    picture = io.BytesIO()
+    Image.new("RGB", (cell.recipe.resize, cell.recipe.resize)).save(picture, "PNG")
+    columns = [ColSpec("binary", "image", required=False), ColSpec("string", "path", required=False)]
+    signature = ModelSignature(Schema(columns), Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
+    needs = [*SERVING, *(["timm"] if cell.backbone_config.type == "timm" else [])]
+    with mlflow.start_run(run_id=run_id):
+        mlflow.pyfunc.log_model(
+            name="model",
+            registered_model_name=register_as,
+            python_model=str(Path(__file__).with_name("serving.py")),
+            artifacts={"cell": str(folder / "cell.yaml"), "weights": str(folder / "final.pt")},
+            code_paths=[str(Path(__file__).parent)],
+            signature=signature,
+            input_example=pd.DataFrame({"image": [picture.getvalue()]}),
+            pip_requirements=[f"{name}=={version(name)}" for name in needs],
+        )

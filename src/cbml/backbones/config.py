@@ -2,9 +2,7 @@
 
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
 
 from cbml.schema import Schema
 
@@ -25,16 +23,6 @@ class InputConvention(Schema):
     resize: PositiveInt | None = None
     crop: PositiveInt | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Turn RGB images (B, 3, H, W) with values 0–255 into the float32 values that the network expects."""
-        images = images.float()
-        if self.channels == "BGR":
-            images = images.flip(1)
-        if self.range == 1:
-            images = images / 255
-        mean, std = torch.tensor([self.mean, self.std], device=images.device).view(2, 3, 1, 1)
-        return (images - mean) / std
 
 
 class PublishedWeights(Schema):

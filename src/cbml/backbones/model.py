@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,6 +10,25 @@ from cbml.backbones.config import BackboneConfig, InputConvention
 from cbml.backbones.trunks import build_trunk, input_convention
 
 POOLING = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}
+
+
+class Normalize(nn.Module):
+    """RGB images (B, 3, H, W) with values 0–255 → the float32 values that a trunk expects."""
+
+    def __init__(self, input: InputConvention):
+        super().__init__()
+        self.input = input
+        # On the network's device, where making them anew would make the host wait; not among its weights.
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(input, name)).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.float()
+        if self.input.channels == "BGR":
+            images = images.flip(1)
+        if self.input.range == 1:
+            images = images / 255
+        return (images - self.mean) / self.std
 
 
 class EmbeddingModel(nn.Module):
@@ -19,16 +39,16 @@ class EmbeddingModel(nn.Module):
         input: the pixels that the trunk expects.
         pooling: "avg", "max", or None for a trunk that pools by itself.
         embedding_dim: D of the linear head, or 0 for no head: D is C then.
-        freeze_bn: keep BN layers in eval mode, their affine parameters trained, also in `train()`. A later change
-            takes effect at the next `train()`.
+        freeze_bn: keep the trunk's BN layers in eval mode, their affine parameters trained, also in `train()`. A later
+            change takes effect at the next `train()`.
     """
 
     def __init__(
         self, trunk: nn.Module, input: InputConvention, pooling: str | None, embedding_dim: int, freeze_bn: bool = True
     ):
         super().__init__()
+        self.normalize = Normalize(input)
         self.trunk = trunk
-        self.input = input
         self.pooling = pooling
         self.freeze_bn = freeze_bn
         self.head = nn.Identity()
@@ -41,7 +61,7 @@ class EmbeddingModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB images (B, 3, H, W), uint8 or float with values 0–255 → float32 embeddings (B, D) of unit length."""
-        features = self.trunk(self.input.normalize(images))
+        features = self.trunk(self.normalize(images))
         if self.pooling:
             features = POOLING[self.pooling](features, 1).flatten(1)
         return F.normalize(self.head(features).float(), dim=1)
@@ -49,7 +69,7 @@ class EmbeddingModel(nn.Module):
     def train(self, mode: bool = True) -> "EmbeddingModel":
         super().train(mode)
         if self.freeze_bn:
-            for module in self.modules():
+            for module in self.trunk.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self

@@ -1,6 +1,7 @@
 """The registry of trunks: networks up to their last feature map."""
 
 import difflib
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import takewhile
@@ -31,14 +32,31 @@ def build_trunk(config: BackboneConfig, root: Path) -> nn.Module:
         UserError: the weights cannot be had, read or loaded, or timm or the timm model is missing.
     """
     trunk = TRUNKS[config.type](config)
-    if config.weights == "imagenet" and config.published:
-        path = fetch_published(config.published)
-    elif config.weights is None or config.weights == "imagenet":
+    if (path := weights_file(config, root)) is None:
         return trunk
-    else:
-        path = root / config.weights
     load_state(trunk, read_state(path), path, (*CLASSIFIERS, *getattr(trunk, "classifier_names", ())))
     return trunk
+
+
+def weights_file(config: BackboneConfig, root: Path) -> Path | None:
+    """The file that a backbone starts from, downloaded if need be; None from scratch, and for timm's own."""
+    if config.weights == "imagenet":
+        return fetch_published(config.published) if config.published else None
+    return root / config.weights if config.weights else None
+
+
+def weights_content(config: BackboneConfig, root: Path) -> str | None:
+    """What identifies the weights that a backbone starts from: the SHA-256 of a file, or None from scratch.
+
+    Raises:
+        UserError: the file cannot be had.
+    """
+    if (path := weights_file(config, root)) is None:
+        return config.weights  # timm knows its own by the model's name
+    if not path.is_file():
+        raise UserError(f"weights {path}: no such file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def input_convention(config: BackboneConfig) -> InputConvention:

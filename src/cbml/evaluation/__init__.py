@@ -1,6 +1,1 @@
-"""Evaluation: embeddings, exact retrieval, metrics."""
-
-from cbml.evaluation.metrics import evaluate
-from cbml.evaluation.retrieval import retrieve
-
-__all__ = ["evaluate", "retrieve"]
+"""Evaluation: embeddings, exact retrieval, and what follows from it. Tensors in, numbers out."""

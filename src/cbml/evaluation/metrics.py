@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from sklearn.cluster import KMeans
-from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 from cbml.errors import UserError
@@ -89,6 +87,9 @@ def evaluate(
     names = [f"recall_at_{k}" for k in ks] + ["r_precision", "map_at_r"]
     metrics = dict(zip(names, scores.mean(dim=0).tolist(), strict=True))
     if nmi:
+        from sklearn.cluster import KMeans  # takes a second to import, which what serves a model need not wait for
+        from sklearn.metrics import normalized_mutual_info_score
+
         k_means = KMeans(n_clusters=len(labels.unique()), random_state=0)
         clusters = k_means.fit_predict(queries.cpu().numpy())
         metrics["nmi"] = float(normalized_mutual_info_score(labels.cpu().numpy(), clusters))
@@ -100,5 +101,5 @@ def evaluate(
 def _labels(labels: Tensor, embeddings: Tensor, name: str) -> Tensor:
     labels = torch.as_tensor(labels, device=embeddings.device)
     if labels.shape != embeddings.shape[:1]:
-        raise UserError(f"{name}: shape {tuple(labels.shape)}, allowed is one label an embedding, ({len(embeddings)},)")
+        raise UserError(f"{name}: shape {tuple(labels.shape)}, allowed is one label per embedding, ({len(embeddings)},)")
     return labels

@@ -48,37 +48,47 @@ def similarity_blocks(queries: Tensor, gallery: Tensor | None, block: int) -> It
 
 
 @torch.no_grad()
-def retrieve(queries: Tensor, gallery: Tensor | None, k: int, *, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Return the `k` nearest gallery items of each query by cosine similarity, nearest first.
+def retrieve(
+    queries: Tensor,
+    labels: Tensor,
+    k: int,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    *,
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensor]:
+    """The nearest gallery items of each query, by the rules of `evaluate`: at a tie, other classes come first.
 
     Args:
-        queries: embeddings (N, D), of any norm.
-        gallery: embeddings (M, D), or None: the queries themselves, each leaving itself out by index.
+        queries, labels: embeddings (N, D), of any norm, and their classes (N,).
+        k: the number of neighbours; all others, if they are fewer.
+        gallery, gallery_labels: (M, D) and (M,); without them the queries are the gallery, each leaving itself out by
+            index.
         block: the most similarities held at once.
 
     Returns:
-        similarities (N, k), float32, in steps of 2^-23, and indices (N, k) into the gallery; among equal similarities
-        the lower index comes first.
+        Indices (N, k) into the gallery, int64, and cosine similarities (N, k), float64; among equals of one class the
+        lower index comes first.
 
     Raises:
-        UserError: embeddings that are empty, not finite or of different widths; `k` beyond the gallery.
+        UserError: embeddings that are empty, not finite or of different widths.
     """
     queries = unit_vectors(queries, "queries")
+    others = labels if gallery is None else gallery_labels
     if gallery is not None:
         gallery = unit_vectors(gallery, "gallery")
         check_width(queries, gallery)
-    size = len(queries) if gallery is None else len(gallery)
-    most = size - 1 if gallery is None else size
-    if not 1 <= k <= most:
-        raise UserError(f"k: {k} neighbours asked for, allowed is 1 to {most} (the gallery)")
-    order = torch.arange(size, device=queries.device)
-    similarities, indices = [], []
-    for _, block_similarities in similarity_blocks(queries, gallery, block):
-        steps = block_similarities.div_(RESOLUTION).round_()
-        nearest = (steps * size - order).topk(k).indices  # distinct whole numbers, so topk has no ties to break
-        similarities.append((steps.gather(1, nearest) * RESOLUTION).float())
-        indices.append(nearest)
-    return torch.cat(similarities), torch.cat(indices)
+    size = len(others)
+    k = min(k, size - (gallery is None))
+    # Far below the resolution: it decides between equals alone.
+    order = torch.arange(size, device=queries.device, dtype=torch.float64) * (RESOLUTION / 2**10 / size)
+    indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    similarities = queries.new_empty(len(queries), k)
+    for rows, block_similarities in similarity_blocks(queries, gallery, block):
+        different = labels[rows, None].to(queries.device) != others.to(queries.device)
+        indices[rows] = (block_similarities + RESOLUTION * different - order).topk(k).indices
+        similarities[rows] = block_similarities.gather(1, indices[rows])
+    return indices, similarities
 
 
 def check_width(queries: Tensor, gallery: Tensor) -> None:

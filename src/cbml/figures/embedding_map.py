@@ -1,16 +1,13 @@
 """A map of some classes: their embeddings in two dimensions."""
 
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
-from torch import Tensor
 
-from cbml.figures.style import COLOURS, chart, save_svg
+from cbml.figures.style import COLOURS, chart, to_svg
 
-CLASSES, POINTS = 10, 600
 MARKERS = "os^vDPX<>*"
 UMAP_NEIGHBOURS = 15
 
@@ -29,26 +26,23 @@ def project(embeddings: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
         return method.fit_transform(embeddings), "t-SNE"
 
 
-def draw_map(path: Path, title: str, embeddings: Tensor, labels: np.ndarray, names: dict[int, str], seed: int) -> None:
-    """Draw up to `CLASSES` classes and `POINTS` images, chosen by chance and the same for every model.
+def map_chart(title: str, embeddings: np.ndarray, labels: np.ndarray, names: dict[int, str], seed: int) -> str:
+    """Draw images of some classes.
 
     Args:
-        embeddings, labels: (N, D) unit vectors and their classes (N,), which `names` names.
+        embeddings, labels: (N, D) and their classes (N,), which `names` names.
     """
-    rng = np.random.default_rng(seed)
-    classes = sorted(rng.permutation(np.unique(labels))[:CLASSES])
-    members = [np.flatnonzero(labels == label) for label in classes]
-    members = [np.sort(rng.permutation(indices)[: POINTS // len(classes)]) for indices in members]
-    positions, method = project(embeddings[np.concatenate(members)].cpu().numpy(), seed)
+    embeddings = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
+    positions, method = project(embeddings, seed)
+    classes = np.unique(labels)
     with chart(6.4, 4.2) as (figure, ax):
-        parts = np.split(positions, np.cumsum([len(indices) for indices in members])[:-1])
-        for number, (label, part) in enumerate(zip(classes, parts, strict=True)):
-            colour = COLOURS[number % len(COLOURS)]
+        for number, label in enumerate(classes):
+            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
             name = names[label] if len(names[label]) <= 28 else f"{names[label][:27].rstrip()}…"
-            ax.scatter(*part.T, s=22, color=colour, marker=MARKERS[number], linewidths=0, alpha=0.9, label=name)
+            ax.scatter(*positions[labels == label].T, s=22, linewidths=0, alpha=0.9, label=name, **look)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         ax.set_aspect("equal", adjustable="datalim")
         figure.suptitle(f"{title}: {method} of {len(classes)} test classes", wrap=True)
         figure.legend(loc="outside right center")
-        save_svg(figure, path)
+        return to_svg(figure)

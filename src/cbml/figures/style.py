@@ -4,16 +4,14 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from cbml.files import write_text
-
 # Okabe and Ito's colours: distinct for the colour-blind, and on light and dark grounds.
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c"]
 RIGHT, WRONG = "#0072b2", "#d55e00"
+PAIRS = {"positive": (RIGHT, "-"), "negative": (WRONG, "--")}
 INK = "#123456"  # stands for the page's text colour until `to_svg` replaces it
 
 STYLE = {
@@ -54,8 +52,3 @@ def to_svg(figure: Figure) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return re.sub(INK, "currentColor", text[text.index("<svg") :])
-
-
-def save_svg(figure: Figure, path: Path) -> None:
-    """Write `to_svg` to a file, whole or not at all."""
-    write_text(path, to_svg(figure))

@@ -3,25 +3,21 @@
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import ValidationError
 
-from cbml.backbones import input_convention
-from cbml.config import Cell, Recipe, flatten
+from cbml.config import Cell, Params, Recipe, flatten, option_file
 
 PLAIN = re.compile(r"[\w./+-]+")  # what Hydra reads as a string without quotes
 
 
-def command(cell: Cell, seeds: list[int]) -> str:
-    """`dvc exp run` with the options and the parameters in which a cell differs from the files of `conf/`."""
-    chosen = {
-        "dataset": (cell.dataset, cell.dataset_config),
-        "backbone": (cell.backbone, cell.backbone_config),
-        "loss": (cell.loss, cell.loss_config),
-        "recipe": (cell.recipe_name, cell.recipe),
-    }
+def command(cell: Cell, seeds: list[int], conf: Path) -> str:
+    """`dvc exp run` with the options and the parameters in which a cell differs from the files of the folder `conf`."""
+    groups = {"dataset": cell.dataset, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
+    files = {group: option_file(conf, group, name) for group, name in groups.items()}
     settings = [
         f"dataset={cell.dataset}",
         f"recipe={cell.recipe_name}",
@@ -30,30 +26,43 @@ def command(cell: Cell, seeds: list[int]) -> str:
         f"embedding_dim=[{cell.embedding_dim}]",
         f"seed=[{','.join(map(str, seeds))}]",
     ]
-    for group, (name, config) in chosen.items():
-        file = Path("conf", group, f"{name}.yaml")
-        entry = yaml.safe_load(file.read_text())[name] if file.is_file() else {}
-        known = flatten("", entry)
-        defaults = flatten("", type(config).model_validate(entry).model_dump(mode="json")) if entry else {}
-        for key, value in flatten("", config.model_dump(mode="json")).items():
-            follows = _set_by_the_backbone(cell) if group == "recipe" else _set_by_the_recipe(cell, group)
-            if defaults.get(key) != value and key not in follows:
-                settings.append(f"{'' if key in known else '++'}{group}.{name}.{key}={_hydra(value)}")
+    default = _default(cell, files)
+    for group, name in groups.items():
+        known = flatten("", files[group])
+        for path, value in _differences("", cell.to_dict()[group][name], default.get(group, {}).get(name, {})):
+            owner = f"{group}.{name}"
+            new = path not in known
+            if group == "recipe" and known.get(path, ...) == value:  # else what the backbone has would win
+                owner, new = f"backbone.{cell.backbone}.{owner}", True
+            settings.append(f"{'++' if new else ''}{owner}.{path}={_hydra(value)}")
     return " ".join(["dvc exp run", *(f"-S {shlex.quote(setting)}" for setting in settings)])
 
 
-def _set_by_the_backbone(cell: Cell) -> set[str]:
-    """Parameters of the recipe that follow from the backbone's entry."""
-    own = input_convention(cell.backbone_config).model_dump(include=set(Recipe.model_fields), exclude_none=True)
-    return own.keys() | cell.backbone_config.recipe.get(cell.recipe_name, {}).keys()
+def _default(cell: Cell, files: dict[str, dict]) -> dict[str, Any]:
+    """The configuration that these options have when nothing is set."""
+    names = {"dataset": cell.dataset, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
+    groups = {group: {name: files[group]} for group, name in names.items()}
+    try:
+        params = Params.model_validate(groups | {"embedding_dim": [cell.embedding_dim], "seed": [cell.seed]})
+    except ValidationError:  # an option without a file of its own
+        return {}
+    params._recipe_file = Recipe.model_validate(files["recipe"]).model_dump()
+    return params.cells(cell.dataset)[0].to_dict()
 
 
-def _set_by_the_recipe(cell: Cell, group: str) -> set[str]:
-    return {"weights"} if group == "backbone" and cell.backbone_config.weights == cell.recipe.weights else set()
+def _differences(prefix: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
+    """The innermost entries of a configuration that are not those of the default, by their path."""
+    if isinstance(value, dict) and isinstance(default, dict):
+        for key, inner in value.items():
+            yield from _differences(f"{prefix}.{key}".lstrip("."), inner, default.get(key, ...))
+    elif value != default:
+        yield prefix, value
 
 
 def _hydra(value: Any) -> str:
     """A value as Hydra's command line reads it."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_hydra(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, list):
         return f"[{','.join(map(_hydra, value))}]"
     return value if isinstance(value, str) and PLAIN.fullmatch(value) else json.dumps(value)

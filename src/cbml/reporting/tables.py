@@ -1,20 +1,21 @@
-"""Recall@K tables: method × backbone × protocol, beside the published figures for CUB-200-2011."""
+"""Recall@K tables: what evaluated cells hold, as numbers, beside the published figures."""
 
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cbml.config import Cell, load_cell
-from cbml.errors import UserError
-from cbml.files import read_json
+from cbml.config import Cell
+from cbml.files import read_csv, read_json
+from cbml.provenance import changed
 from cbml.reporting.commands import command
 
-KS = (1, 2, 4, 8)
-RECALLS = [f"recall_at_{k}" for k in KS]
-METRICS = [*RECALLS, "r_precision", "map_at_r", "nmi"]
 MIN_SEEDS = 3  # fewer get no interval, and so no claim
 CONFIDENCE = 0.95
 PUBLISHED_TEST = {"images": 5924, "classes": 100}
@@ -26,6 +27,19 @@ PROTOCOLS = {
     "classes: no test image had a say",
     "published": "as the paper prints it",
 }
+# What the cells of one row have in common: all but the seed.
+ROW = ["embedding_dim", "backbone", "method", "variant"]
+MACHINE = ("dataset", "backbone.weights", "backbone.published")  # where things are from, which is not what they are
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluated cell: its configuration, the record of its training, the folder of its evaluation, and its page."""
+
+    cell: Cell
+    record: dict[str, Any]
+    folder: Path
+    page: Path
 
 
 def published() -> pd.DataFrame:
@@ -34,77 +48,98 @@ def published() -> pd.DataFrame:
         return pd.read_csv(file)
 
 
-def evaluated(dataset: str) -> list[Cell]:
-    """Every cell that evaluations/<dataset> holds, whatever params.yaml says, by name.
+def recalls(names: Iterable[str]) -> list[str]:
+    """Those of the form `recall_at_K`, by K."""
+    found = [name for name in names if name.removeprefix("recall_at_").isdecimal()]
+    return sorted(found, key=lambda name: int(name.removeprefix("recall_at_")))
 
-    Raises:
-        UserError: there is none, or two differ in more than the seed but would share a row.
+
+def metrics(names: Iterable[str]) -> list[str]:
+    """Those of metrics: `recalls`, and the others that are there."""
+    return [*recalls(names), *(name for name in ("r_precision", "map_at_r", "nmi") if name in names)]
+
+
+def variants(evaluated: list[Evaluated]) -> list[str]:
+    """What tells each cell from others of its backbone, loss and embedding size, but for the seed.
+
+    It reads like `margin=0.2, recipe=cpu`, and is empty where nothing else is of the same names. A parameter that
+    follows from the choice of another recipe is left out.
     """
-    cells = [load_cell(file) for file in sorted(Path("evaluations", dataset).glob("*/cell.yaml"))]
-    if not cells:
-        raise UserError(f"evaluations/{dataset}: no evaluated cell; the stage evaluate writes them")
-    first: dict[tuple, Cell] = {}
-    for cell in cells:
-        other = first.setdefault(row_key(cell), cell)
-        if cell.to_dict() | {"seed": None} != other.to_dict() | {"seed": None}:
-            raise UserError(
-                f"evaluations/{dataset}: {cell.name} and {other.name} differ in more than the seed, so their mean "
-                "means nothing; remove the folder of one"
-            )
-    return cells
+    texts = []
+    for one in evaluated:
+        names = (one.cell.backbone, one.cell.loss, one.cell.embedding_dim)
+        alike = [each for each in evaluated if (each.cell.backbone, each.cell.loss, each.cell.embedding_dim) == names]
+        if len({_row_hash(each) for each in alike}) == 1:
+            texts.append("")
+            continue
+        flats = [{name: json.dumps(value) for name, value in each.cell.flat().items()} for each in alike]
+        own = {name: json.dumps(value) for name, value in one.cell.flat().items()}
+        parts = []
+        for name in dict.fromkeys(name for flat in flats for name in flat):
+            group = name.partition(".")[0]
+            pairs = {(flat[group], flat.get(name)) for flat in flats}
+            follows = name != group and len(pairs) == len({option for option, _ in pairs})
+            if name == "seed" or name.startswith(MACHINE) or len({value for _, value in pairs}) == 1 or follows:
+                continue
+            parts.append(f"{name.removeprefix('loss.')}={own.get(name, 'none').strip(chr(34))}")
+        texts.append(", ".join(parts) or _row_hash(one))
+    return texts
 
 
-def collect(cells: list[Cell]) -> pd.DataFrame:
-    """A row for each cell and protocol, from evaluations/<dataset>/<cell>/metrics.json; metrics in percent."""
+def _row_hash(evaluated: Evaluated) -> str:
+    return evaluated.record["key"].rpartition("-")[2]
+
+
+def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
+    """One row per cell and protocol: `ROW`, `protocol`, `seed`, metrics in percent, and the `command` of its row."""
     rows = []
-    for cell in cells:
-        metrics = read_json(Path("evaluations", cell.dataset, cell.name, "metrics.json"), "evaluate")
-        seeds = [other.seed for other in cells if row_key(other) == row_key(cell)]
-        for protocol in [name for name in PROTOCOLS if name in metrics]:
+    texts = variants(evaluated)
+    of_row = [(one.cell.embedding_dim, one.cell.backbone, one.cell.loss, text) for one, text in zip(evaluated, texts)]
+    for one, row in zip(evaluated, of_row, strict=True):
+        scores = read_json(one.folder / "metrics.json", "evaluate")
+        seeds = [each.cell.seed for each, other in zip(evaluated, of_row, strict=True) if other == row]
+        for protocol in [name for name in PROTOCOLS if name in scores]:
+            values = {name: 100 * scores[protocol][name] for name in metrics(scores[protocol])}
             rows.append(
                 {
-                    "embedding_dim": cell.embedding_dim,
-                    "backbone": cell.backbone,
-                    "method": cell.loss,
+                    **dict(zip(ROW, row, strict=True)),
                     "protocol": protocol,
-                    "seed": cell.seed,
-                    **{name: 100 * metrics[protocol][name] for name in METRICS},
-                    "untrained_recall_at_1": 100 * metrics["untrained"]["recall_at_1"],
-                    "command": command(cell, seeds),
+                    "seed": one.cell.seed,
+                    **values,
+                    "untrained_recall_at_1": 100 * scores["untrained"]["recall_at_1"],
+                    "command": command(one.cell, sorted(seeds), conf),
                 }
             )
     return pd.DataFrame(rows)
 
 
-def row_key(cell: Cell) -> tuple[int, str, str]:
-    """What the cells of one row have in common: all but the seed."""
-    return cell.embedding_dim, cell.backbone, cell.loss
-
-
 def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
     """Compare each method with the best of its embedding size, backbone and protocol, seed by seed.
 
-    The same seed gives two losses the same batches, crops and start, so their difference is paired.
+    The same seed gives two losses the same batches, crops and start, so their difference is paired. Methods of fewer
+    than 3 seeds take no part.
 
     Returns:
-        A row a (embedding_dim, backbone, method, protocol) with at least 3 seeds in common with the best method:
-        `versus_best`, the mean difference of Recall@1, its 95 % interval by Student's t (`versus_best_low` and
-        `_high`; not corrected for the number of comparisons), and `within_noise`: the interval holds zero.
+        One row per `ROW` and protocol with at least 3 seeds in common with the best: `versus_best`, the mean difference
+        of Recall@1, its 95 % interval by Student's t (`versus_best_low` and `_high`; not corrected for the number of
+        comparisons), and `within_noise`: the interval holds zero.
     """
     rows = []
     for key, group in cells.groupby(["embedding_dim", "backbone", "protocol"], sort=False):
-        recalls = group.pivot(index="seed", columns="method", values="recall_at_1")
+        recalls = group.pivot(index="seed", columns=["method", "variant"], values="recall_at_1")
+        recalls = recalls.loc[:, recalls.count() >= MIN_SEEDS]
+        if recalls.empty:
+            continue
         best = recalls.mean().idxmax()
         for method in recalls.columns.drop(best):
             differences = (recalls[method] - recalls[best]).dropna()
-            n = len(differences)
-            if n < MIN_SEEDS:
+            if (n := len(differences)) < MIN_SEEDS:
                 continue
             mean = differences.mean()
             reach = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std() / np.sqrt(n)
             low, high = mean - reach, mean + reach
-            rows.append([*key, method, mean, low, high, bool(low <= 0 <= high)])
-    columns = ["embedding_dim", "backbone", "protocol", "method"]
+            rows.append([*key, *method, mean, low, high, bool(low <= 0 <= high)])
+    columns = ["embedding_dim", "backbone", "protocol", "method", "variant"]
     columns += ["versus_best", "versus_best_low", "versus_best_high", "within_noise"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -118,101 +153,92 @@ def summarise(cells: pd.DataFrame, *, with_published: bool) -> pd.DataFrame:
             protocol `published` for the backbones and embedding sizes of `cells`.
 
     Returns:
-        A row a (embedding_dim, backbone, method, protocol), ordered by that and Recall@1: `n` seeds, and for each
-        metric its mean and, as `<metric>_sd`, its standard deviation (empty for one seed); what `versus_best` returns;
-        the `command` that computes the row's cells.
+        One row per `ROW` and protocol, ordered by embedding size, backbone and Recall@1: `n` seeds, and for each metric
+        its mean and, as `<metric>_sd`, its standard deviation (empty for one seed); what `versus_best` returns; the
+        `command` that computes the row's cells.
     """
-    keys = ["embedding_dim", "backbone", "method", "protocol"]
-    columns = [*METRICS, "untrained_recall_at_1"]
+    keys = [*ROW, "protocol"]
+    names = metrics(cells)
     grouped = cells.groupby(keys, sort=False)
-    table = grouped[columns].mean().join(grouped[METRICS].std().add_suffix("_sd"))
+    table = grouped[[*names, "untrained_recall_at_1"]].mean().join(grouped[names].std().add_suffix("_sd"))
     table.insert(0, "n", grouped.size())
     table = table.reset_index().merge(versus_best(cells), how="left", on=keys)
     table["command"] = table.merge(cells.drop_duplicates(keys), how="left", on=keys).command
     if with_published:
         paper = published()
-        key = paper.method.str.lower().str.replace("-", "_")
-        ours = paper[paper.source == "paper"].assign(method=key)[keys[:3] + RECALLS]
-        table = table.merge(ours.rename(columns={name: f"paper_{name}" for name in RECALLS}), how="left", on=keys[:3])
-        for name in RECALLS:
-            table[f"difference_{name}"] = table[name] - table[f"paper_{name}"]
+        ours = paper[paper.source == "paper"].assign(method=paper.method.str.lower().str.replace("-", "_"))
+        columns = {name: f"paper_{name}" for name in recalls(paper)}
+        ours = ours[[*ROW[:3], *columns]].rename(columns=columns)
+        table = table.merge(ours, how="left", on=ROW[:3])
+        for name, theirs in columns.items():
+            table[f"difference_{name}"] = table[name] - table[theirs]
         wanted = paper.merge(table[["embedding_dim", "backbone"]].drop_duplicates())
-        table = pd.concat([table, wanted.assign(protocol="published").drop(columns="source")], ignore_index=True)
-    return table.sort_values(
-        ["embedding_dim", "backbone", "recall_at_1"], ascending=[False, True, False], ignore_index=True
+        wanted = wanted.assign(protocol="published", variant="").drop(columns="source")
+        table = pd.concat([table, wanted], ignore_index=True)
+    order = ["embedding_dim", "backbone", "recall_at_1"]
+    return table.sort_values(order, ascending=[False, True, False], ignore_index=True)
+
+
+def shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `summarise` as text, in the columns that people read; `R@K paper` where the paper has a figure."""
+
+    def column(write: Callable[[Any], str]) -> list[str]:
+        return [write(row) for row in rows.itertuples()]
+
+    text = pd.DataFrame(
+        {
+            "Backbone": rows.backbone,
+            "Method": column(lambda row: f"{row.method} ({row.variant})" if row.variant else row.method),
+            "Protocol": rows.protocol,
+            "Seeds": column(lambda row: "" if pd.isna(row.n) else f"{row.n:.0f}"),
+        }
     )
+    for name in recalls(rows):
+        label = f"R@{name.removeprefix('recall_at_')}"
+        text[label] = column(lambda row, name=name: _figure(row, name))
+        if f"paper_{name}" in rows and rows[f"paper_{name}"].notna().any():
+            text[f"{label} paper"] = column(lambda row, name=name: _against_paper(row, name))
+        if name == "recall_at_1" and rows.versus_best.notna().any():
+            text["R@1 against the best [95 %]"] = column(_against_best)
+    text["MAP@R"] = column(lambda row: _figure(row, "map_at_r"))
+    text["R@1 untrained"] = column(lambda row: _number(row.untrained_recall_at_1, ""))
+    return text
 
 
-def _figure(row: pd.Series, name: str) -> str:
-    if pd.isna(row[name]):
-        return "–"
-    return f"{row[name]:.1f}" + (f" ± {row[f'{name}_sd']:.1f}" if row.n > 1 else "")
+def _number(value: float, absent: str = "–") -> str:
+    return absent if pd.isna(value) else f"{value:.1f}"
 
 
-def _pipe_table(shown: pd.DataFrame) -> str:
-    rows = [shown.columns, ["---"] * len(shown.columns), *shown.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def _figure(row: Any, name: str) -> str:
+    return _number(getattr(row, name)) + (f" ± {getattr(row, f'{name}_sd'):.1f}" if row.n > 1 else "")
 
 
-def _versus_best(row: pd.Series) -> str:
+def _against_paper(row: Any, name: str) -> str:
+    paper = getattr(row, f"paper_{name}")
+    return "" if pd.isna(paper) else f"{paper:.1f} ({getattr(row, f'difference_{name}'):+.1f})"
+
+
+def _against_best(row: Any) -> str:
     if pd.isna(row.versus_best):
         return ""
     noise = ", within noise" if row.within_noise else ""
     return f"{row.versus_best:+.1f} [{row.versus_best_low:+.1f}, {row.versus_best_high:+.1f}]{noise}"
 
 
-def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int], runs: list[dict]) -> str:
-    """The tables of `summarise` for reading, one an embedding size.
+def title(size: int) -> str:
+    """The heading of the table of an embedding size."""
+    return f"Embeddings of {size}" if size else "Pooled features, without a head"
+
+
+def notes(table: pd.DataFrame, test: dict[str, int], evaluated: list[Evaluated]) -> list[str]:
+    """What a reader must know before comparing the rows of `summarise`, as Markdown.
 
     Args:
         test: the number of `images` and `classes` of the test list.
-        runs: the run.json of each cell.
     """
-    parts = [f"# Recall@K on {dataset}, in percent\n"]
-    parts.append(f"Test list: {test['images']:,} images of {test['classes']:,} classes.")
-    if "paper_recall_at_1" in table and test != PUBLISHED_TEST:
-        parts.append("The published figures are on 5,924 images of 100 classes: **not comparable with this part**.")
-    parts.append("")
-    for size, rows in table.groupby("embedding_dim", sort=False):
-        shown = pd.DataFrame(
-            {
-                "Backbone": rows.backbone,
-                "Method": rows.method,
-                "Protocol": rows.protocol,
-                "Seeds": rows.n.map(lambda n: "" if pd.isna(n) else f"{n:.0f}"),
-            }
-        )
-        for k, name in zip(KS, RECALLS, strict=True):
-            shown[f"R@{k}"] = [_figure(row, name) for _, row in rows.iterrows()]
-            if "paper_recall_at_1" in rows and rows.paper_recall_at_1.notna().any():
-                shown[f"R@{k} paper (difference)"] = [
-                    ""
-                    if pd.isna(row[f"paper_{name}"])
-                    else f"{row[f'paper_{name}']:.1f} ({row[f'difference_{name}']:+.1f})"
-                    for _, row in rows.iterrows()
-                ]
-        if rows.versus_best.notna().any():
-            shown["R@1 against the best [95 %]"] = [_versus_best(row) for _, row in rows.iterrows()]
-        shown["MAP@R"] = [_figure(row, "map_at_r") for _, row in rows.iterrows()]
-        shown["R@1 untrained"] = [
-            "" if pd.isna(row.untrained_recall_at_1) else f"{row.untrained_recall_at_1:.1f}"
-            for _, row in rows.iterrows()
-        ]
-        title = f"Embeddings of {size}" if size else "Pooled features, without a head"
-        parts += [f"## {title}\n", _pipe_table(shown), ""]
-    parts.append("Mean ± standard deviation over seeds. Protocols:\n")
-    parts += [f"- `{name}`: {text}" for name, text in PROTOCOLS.items() if name in set(table.protocol)]
-    parts += [f"\n{note}" for note in notes(table)]
-    parts.append("\n## Every row again, by one command\n\n```")
-    parts += list(dict.fromkeys(table.command.dropna()))
-    parts.append("```\n\n## Measured with\n")
-    parts += [f"- {line}" for line in provenance(runs)]
-    return "\n".join(parts) + "\n"
-
-
-def notes(table: pd.DataFrame) -> list[str]:
-    """What a reader must know before ranking the rows of `summarise`."""
-    texts = []
+    texts = [f"Test list: {test['images']:,} images of {test['classes']:,} classes."]
+    if (table.protocol == "published").any() and test != PUBLISHED_TEST:
+        texts.append("The published figures are on 5,924 images of 100 classes: **not comparable with this part**.")
     if table.versus_best.notna().any():
         texts.append(
             "Against the best: mean difference of Recall@1, seed by seed, to the best method of the same backbone, "
@@ -220,11 +246,26 @@ def notes(table: pd.DataFrame) -> list[str]:
         )
     if (table.n < MIN_SEEDS).any():
         texts.append(f"Rows of fewer than {MIN_SEEDS} seeds rank nothing: the spread between seeds is unknown.")
-    return texts
+    return texts + outdated(evaluated)
 
 
-def provenance(runs: list[dict]) -> list[str]:
-    """When, on what and with what the cells were computed, from their run.json; a line each."""
+def outdated(evaluated: list[Evaluated]) -> list[str]:
+    """A warning about cells that were trained by other code than today's, with the command that trains them again."""
+    found = {one.cell: files for one in evaluated if (files := changed(one.record["code"]))}
+    if not found:
+        return []
+    names = ", ".join(f"{cell.name}" for cell in found)
+    modules = ", ".join(sorted({f"src/cbml/{file}" for files in found.values() for file in files}))
+    stages = " ".join(f"train@{cell.backbone}-{cell.loss}-{cell.embedding_dim}-{cell.seed}-{cell.dataset}" for cell in found)
+    return [
+        f"**Trained by other code than today's** ({modules}): {names}. Again, just those: "
+        f"`dvc repro -f -s {stages}`, then `dvc repro`."
+    ]
+
+
+def provenance(evaluated: list[Evaluated]) -> list[str]:
+    """When, on what and with what the cells were computed, from their records; a line for each fact."""
+    runs = [one.record for one in evaluated]
 
     def listed(values: list[str]) -> str:
         return ", ".join(dict.fromkeys(values))
@@ -240,8 +281,8 @@ def provenance(runs: list[dict]) -> list[str]:
         f"device: {listed([run['device'] for run in runs])}",
         f"iterations of a run: {minutes} minutes, {waited:.1%} of it waiting for batches",
     ]
-    names = runs[0]["versions"]
-    return lines + [f"{name}: {listed([run['versions'][name] for run in runs])}" for name in names]
+    names = dict.fromkeys(name for run in runs for name in run["versions"])
+    return lines + [f"{name}: {listed([run['versions'].get(name, '–') for run in runs])}" for name in names]
 
 
 def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
@@ -251,7 +292,33 @@ def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
     return {
         "best_cell": f"{best.backbone}-{best.method}-{best.embedding_dim}",
         "cells": len(final),
-        **{name: round(float(best[name]), 2) for name in METRICS},
+        **{name: round(float(best[name]), 2) for name in metrics(table)},
         "mean_recall_at_1": round(float(final.recall_at_1.mean()), 2),
         "untrained_recall_at_1": round(float(best.untrained_recall_at_1), 2),
     }
+
+
+def curves(evaluated: list[Evaluated]) -> pd.DataFrame:
+    """Recall@1 on the test list by iteration: columns `cell`, `ROW`, `seed`, `iteration`, `recall_at_1` in percent."""
+    parts = []
+    for one, variant in zip(evaluated, variants(evaluated), strict=True):
+        rows = read_csv(one.folder / "validations.csv", "train", ("iteration", "recall_at_1"))
+        cell = one.cell
+        names = {"cell": one.record["key"], "backbone": cell.backbone, "method": cell.loss, "variant": variant}
+        rows = rows.assign(**names, embedding_dim=cell.embedding_dim, seed=cell.seed)
+        parts.append(rows.assign(recall_at_1=(100 * rows.recall_at_1).round(3)))
+    return pd.concat(parts, ignore_index=True)[["cell", *ROW, "seed", "iteration", "recall_at_1"]]
+
+
+def similarities(evaluated: list[Evaluated], bin_width: float) -> pd.DataFrame:
+    """Densities of cosine similarity, means over bins of that width: `cell`, `split`, `pair`, `similarity`, `density`."""
+    keys = ["cell", "split", "pair"]
+    columns = ("split", "pair", "similarity", "density")
+    parts = [
+        read_csv(one.folder / "similarities.csv", "evaluate", columns).assign(cell=one.record["key"])
+        for one in evaluated
+    ]
+    rows = pd.concat(parts, ignore_index=True)
+    bins = (rows.similarity // bin_width).rename("bin")
+    means = rows.groupby([*keys, bins], sort=False)[["similarity", "density"]].mean()
+    return means.round(4).reset_index().drop(columns="bin")

@@ -1,19 +1,18 @@
-"""Recall@K by K, and training by iteration."""
+"""Charts of one cell. Each is an `<svg>` element, see `to_svg`."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
-from cbml.figures.style import COLOURS, chart, save_svg
+from cbml.figures.style import COLOURS, PAIRS, chart, to_svg
 
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "ncols": 6, "columnspacing": 1.2}
 POINTS = 400  # of a curve by iteration: more could not be told apart
 
 
-def draw_recall(path: Path, title: str, recalls: pd.DataFrame) -> None:
+def recall_chart(title: str, recalls: pd.DataFrame) -> str:
     """Draw Recall@K (column `recall`, a share) by `k`."""
     with chart(5.0, 3.2) as (figure, ax):
         ax.plot(recalls.k, recalls.recall, "o-", markersize=4)
@@ -25,14 +24,14 @@ def draw_recall(path: Path, title: str, recalls: pd.DataFrame) -> None:
             ax.annotate(f"{row.recall:.1%}", (row.k, row.recall), (6, -10), textcoords="offset points")
         ax.set(xlabel="K", ylabel="Recall@K")
         figure.suptitle(title, wrap=True)
-        save_svg(figure, path)
+        return to_svg(figure)
 
 
-def draw_training(path: Path, title: str, losses: pd.DataFrame, validations: pd.DataFrame, best_iteration: int) -> None:
+def training_chart(title: str, losses: pd.DataFrame, validations: pd.DataFrame, best_iteration: int) -> str:
     """Draw Recall@1 on the test list by iteration, and below it the loss and its terms, if there are any.
 
     Args:
-        losses: `iteration`, `loss` and any `loss_<term>`, a row an iteration; may be empty.
+        losses: `iteration`, `loss` and any `loss_<term>`, one row per iteration; may be empty.
         validations: `iteration` and `recall_at_1` (a share), the untrained network first, the final one last.
         best_iteration: the one whose Recall@1 was highest.
     """
@@ -67,4 +66,28 @@ def draw_training(path: Path, title: str, losses: pd.DataFrame, validations: pd.
         ax.set_xlabel("iteration")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]) if final else FixedLocator([0]))
         figure.suptitle(title, wrap=True)
-        save_svg(figure, path)
+        return to_svg(figure)
+
+
+def similarities_chart(title: str, densities: pd.DataFrame, moments: dict[str, dict]) -> str:
+    """Draw a panel for each split, all on the same axes.
+
+    Args:
+        densities, moments: what `pair_similarities` returns, with a column `split` and by split.
+    """
+    occupied = densities[densities.density > 0].similarity
+    densities = densities[densities.similarity.between(occupied.min() - 0.03, occupied.max() + 0.03)]
+    with chart(7.2, 3.4, ncols=len(moments), sharex=True, sharey=True) as (figure, axes):
+        for ax, (split, kinds) in zip(axes, moments.items(), strict=True):
+            for pair, (colour, dashes) in PAIRS.items():
+                shown = densities[(densities.split == split) & (densities.pair == pair)]
+                if kinds[pair]["pairs"]:
+                    label = f"{pair}: mean {kinds[pair]['mean']:.3f}, variance {kinds[pair]['variance']:#.2g}"
+                    ax.fill_between(shown.similarity, shown.density, color=colour, alpha=0.2, linewidth=0)
+                    ax.plot(shown.similarity, shown.density, dashes, color=colour, linewidth=1.2, label=label)
+            ax.set_xlabel(f"cosine similarity of a pair, {split}")
+            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+        axes[0].set_ylim(bottom=0)
+        axes[0].set_ylabel("density")
+        figure.suptitle(f"{title}: positive and negative pairs", wrap=True)
+        return to_svg(figure)

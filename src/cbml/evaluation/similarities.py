@@ -1,18 +1,15 @@
-"""How the similarities of pairs of one class and of two are distributed."""
-
-from pathlib import Path
+"""How the similarities of pairs of one class, and of two, are distributed."""
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from cbml.evaluation.retrieval import BLOCK
-from cbml.figures.style import RIGHT, WRONG, chart, save_svg
+from cbml.evaluation.retrieval import BLOCK, unit_vectors
 from cbml.progress import progress
 
 BINS = 400  # from -1 to 1
-PAIRS = {"positive": (RIGHT, "-"), "negative": (WRONG, "--")}
+PAIRS = ("positive", "negative")
 
 
 @torch.no_grad()
@@ -22,7 +19,7 @@ def pair_similarities(
     """Densities and moments of the cosine similarity of all pairs of images, by whether their class is the same.
 
     Args:
-        embeddings, labels: (N, D) unit vectors in float64, and their classes (N,), on the same device.
+        embeddings, labels: (N, D), of any norm, and their classes (N,).
         block: the most similarities held at once.
 
     Returns:
@@ -30,6 +27,8 @@ def pair_similarities(
         which integrates to 1; a kind of pair that does not occur has no rows. And for each kind `mean`, `variance`
         (of the population; None without pairs) and `pairs`, their number.
     """
+    embeddings = unit_vectors(embeddings, "embeddings")
+    labels = labels.to(embeddings.device)
     counts = {pair: torch.zeros(BINS, dtype=torch.float64, device=embeddings.device) for pair in PAIRS}
     sums = {pair: torch.zeros(2, dtype=torch.float64, device=embeddings.device) for pair in PAIRS}
     step = max(1, block // len(embeddings))
@@ -53,27 +52,3 @@ def pair_similarities(
             density = counts[pair].cpu().numpy() / total * BINS / 2
             tables.append(pd.DataFrame({"pair": pair, "similarity": centres, "density": density}))
     return pd.concat(tables) if tables else pd.DataFrame(columns=["pair", "similarity", "density"]), moments
-
-
-def draw_similarities(path: Path, title: str, densities: pd.DataFrame, moments: dict[str, dict]) -> None:
-    """Draw a panel a split, all on the same axes.
-
-    Args:
-        densities, moments: what `pair_similarities` returns, with a column `split` and by split.
-    """
-    occupied = densities[densities.density > 0].similarity
-    densities = densities[densities.similarity.between(occupied.min() - 0.03, occupied.max() + 0.03)]
-    with chart(7.2, 3.4, ncols=len(moments), sharex=True, sharey=True) as (figure, axes):
-        for ax, (split, kinds) in zip(axes, moments.items(), strict=True):
-            for pair, (colour, dashes) in PAIRS.items():
-                shown = densities[(densities.split == split) & (densities.pair == pair)]
-                if kinds[pair]["pairs"]:
-                    label = f"{pair}: mean {kinds[pair]['mean']:.3f}, variance {kinds[pair]['variance']:#.2g}"
-                    ax.fill_between(shown.similarity, shown.density, color=colour, alpha=0.2, linewidth=0)
-                    ax.plot(shown.similarity, shown.density, dashes, color=colour, linewidth=1.2, label=label)
-            ax.set_xlabel(f"cosine similarity of a pair, {split}")
-            ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
-        axes[0].set_ylim(bottom=0)
-        axes[0].set_ylabel("density")
-        figure.suptitle(f"{title}: positive and negative pairs", wrap=True)
-        save_svg(figure, path)

@@ -1,15 +1,13 @@
-"""Pages of pictures: queries with their neighbours, and pairs of classes that are confused."""
+"""Sheets of pictures: queries with their neighbours, and pairs of classes that are confused."""
 
 from functools import cache
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from cbml.datasets.images import PackedImages
-from cbml.datasets.transforms import center_boxes
+from cbml.datasets.images import load_image
 from cbml.figures.style import RIGHT, WRONG
 from cbml.files import atomic_write
 
@@ -27,66 +25,66 @@ PAIR_WIDTH, PAIR_HEIGHT = 2 * FRAMED + 270, FRAMED + 18
 PAPER, TEXT, FAINT = "#ffffff", "#202020", "#606060"
 
 
-def neighbour_page(
+def neighbour_sheet(
     title: str,
     subtitle: str,
     rows: dict[int, list[tuple[int, float]]],
-    images: PackedImages,
+    files: list[Path],
     labels: list[int],
     names: dict[int, str],
 ) -> Image.Image:
-    """Draw queries and neighbours, a row each; right ones in a plain frame, wrong ones in a frame with a cross.
+    """Draw queries and neighbours, one row each; right ones in a plain frame, wrong ones in a frame with a cross.
 
     Args:
         rows: of each query its neighbours, nearest first, as (index, cosine similarity).
-        labels: the class of each image, which `names` names.
+        files, labels: of each image its file, and its class, which `names` names.
     """
     columns = max(map(len, rows.values()), default=0) + 1
-    page, draw = _page(title, subtitle, max(columns * CELL + 2 * MARGIN, 640), len(rows) * ROW, frames=[True, False])
+    sheet, draw = _sheet(title, subtitle, max(columns * CELL + 2 * MARGIN, 640), len(rows) * ROW, frames=[True, False])
     for number, (query, neighbours) in enumerate(rows.items()):
         top = HEADER + number * ROW
-        page.paste(thumbnail(images, query), (MARGIN + FRAME, top + FRAME))
+        sheet.paste(thumbnail(files[query]), (MARGIN + FRAME, top + FRAME))
         _caption(draw, MARGIN, top, names[labels[query]], "query")
         for column, (index, similarity) in enumerate(neighbours, 1):
             left = MARGIN + 8 + column * CELL
             right = labels[index] == labels[query]
-            page.paste(framed(thumbnail(images, index), right), (left, top))
+            sheet.paste(framed(thumbnail(files[index]), right), (left, top))
             _caption(draw, left, top, names[labels[index]], f"{similarity:.3f}")
-    return page
+    return sheet
 
 
-def confusion_page(
-    title: str, subtitle: str, pairs: pd.DataFrame, images: PackedImages, names: dict[int, str]
+def confusion_sheet(
+    title: str, subtitle: str, pairs: pd.DataFrame, files: list[Path], names: dict[int, str]
 ) -> Image.Image:
     """Draw rows of `confusions`, two abreast: the surest failure of each pair of classes, its count and share."""
     height = (len(pairs) + 1) // 2 * PAIR_HEIGHT
-    page, draw = _page(title, subtitle, 2 * PAIR_WIDTH + 2 * MARGIN, height, frames=[False])
+    sheet, draw = _sheet(title, subtitle, 2 * PAIR_WIDTH + 2 * MARGIN, height, frames=[False])
     for number, pair in enumerate(pairs.itertuples()):
         left = MARGIN + number % 2 * PAIR_WIDTH
         top = HEADER + number // 2 * PAIR_HEIGHT
-        page.paste(thumbnail(images, pair.query), (left + FRAME, top + FRAME))
-        page.paste(framed(thumbnail(images, pair.wrong), False), (left + FRAMED + 6, top))
+        sheet.paste(thumbnail(files[pair.query]), (left + FRAME, top + FRAME))
+        sheet.paste(framed(thumbnail(files[pair.nearest]), False), (left + FRAMED + 6, top))
         x, width = left + 2 * FRAMED + 16, PAIR_WIDTH - 2 * FRAMED - 30
         lines = [(text, TEXT) for text in _wrap(names[pair.label], width)]
         lines.append(("nearest to", FAINT))
-        lines += [(text, TEXT) for text in _wrap(names[pair.wrong_label], width)]
+        lines += [(text, TEXT) for text in _wrap(names[pair.nearest_label], width)]
         lines.append((f"{pair.count} of {pair.queries} queries ({pair.share:.0%})", TEXT))
         lines.append((f"similarity of these two {pair.similarity:.3f}", FAINT))
         _lines(draw, x, top + 6, lines)
-    return page
+    return sheet
 
 
-def save_jpeg(page: Image.Image, path: Path) -> None:
+def save_jpeg(sheet: Image.Image, path: Path) -> None:
     with atomic_write(path) as temporary:
-        page.save(temporary, quality=80, optimize=True)
+        sheet.save(temporary, quality=80, optimize=True)
 
 
-def thumbnail(images: PackedImages, index: int) -> Image.Image:
-    """The centre square of one image, `THUMBNAIL` pixels wide: nearly what the network sees."""
-    size = images.sizes[[index]]
-    box = center_boxes(size, size.min().item())
-    pixels = images.crops(torch.tensor([index]), box, THUMBNAIL, interpolation="bicubic")[0].permute(1, 2, 0)
-    return Image.fromarray(pixels.contiguous().cpu().numpy())
+@cache
+def thumbnail(file: Path) -> Image.Image:
+    """The centre square of an image, `THUMBNAIL` pixels wide."""
+    image = Image.fromarray(load_image(file, resize=THUMBNAIL, interpolation="bicubic"))
+    left, top = (image.width - THUMBNAIL) // 2, (image.height - THUMBNAIL) // 2
+    return image.crop((left, top, left + THUMBNAIL, top + THUMBNAIL))
 
 
 def framed(image: Image.Image, right: bool) -> Image.Image:
@@ -108,21 +106,21 @@ def _font(size: int = 11, cut: str = "") -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{cut}.ttf"), size)
 
 
-def _page(
+def _sheet(
     title: str, subtitle: str, width: int, height: int, frames: list[bool]
 ) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """An empty page with a header, which says what the right or wrong `frames` mean."""
-    page = Image.new("RGB", (width, HEADER + height), PAPER)
-    draw = ImageDraw.Draw(page)
+    """An empty sheet with a header, which says what the right or wrong `frames` mean."""
+    sheet = Image.new("RGB", (width, HEADER + height), PAPER)
+    draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, 10), _truncate(title, width - 2 * MARGIN, _font(15, "-Bold")), TEXT, _font(15, "-Bold"))
     draw.text((MARGIN, 32), subtitle, TEXT, _font(12))
     x = MARGIN
     for right in frames:
         corner = framed(Image.new("RGB", (THUMBNAIL, THUMBNAIL), PAPER), right).crop((FRAMED - 26, 0, FRAMED, 22))
-        page.paste(corner, (x, 52))
+        sheet.paste(corner, (x, 52))
         draw.text((x + 32, 55), "the query's class" if right else "another class", FAINT, _font())
         x += 160
-    return page, draw
+    return sheet, draw
 
 
 def _caption(draw: ImageDraw.ImageDraw, left: int, top: int, name: str, note: str) -> None:

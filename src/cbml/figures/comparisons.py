@@ -6,8 +6,7 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from cbml.figures.similarities import PAIRS
-from cbml.figures.style import COLOURS, INK, chart, to_svg
+from cbml.figures.style import COLOURS, INK, PAIRS, chart, to_svg
 
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
@@ -25,14 +24,14 @@ def _looks(names: list[str]) -> dict[str, dict[str, str]]:
     }
 
 
-def draw_curves(curves: pd.DataFrame) -> str:
-    """Recall@1 on the test list over iterations: a line a run, a marker where it is highest.
+def curves_chart(curves: pd.DataFrame) -> str:
+    """Recall@1 on the test list over iterations: one line per run, with a marker where it is highest.
 
     Up to seven methods share a panel, one panel for each backbone and embedding size. More get a panel each, best
     first, over every method's mean in grey.
 
     Args:
-        curves: what `cbml.reporting.curves.curves` returns, with at least one row.
+        curves: what `cbml.reporting.gathering.curves` returns, with at least one row.
     """
     curves = curves.assign(setting=curves.backbone + ", " + curves.embedding_dim.astype(str))
     last = curves[curves.iteration == curves.groupby("cell").iteration.transform("max")]
@@ -71,8 +70,8 @@ def draw_curves(curves: pd.DataFrame) -> str:
         return to_svg(figure)
 
 
-def draw_similarities(similarities: pd.DataFrame) -> str:
-    """Densities of the cosine similarity of positive and of negative pairs, a panel a cell, each over its own range.
+def distributions_chart(similarities: pd.DataFrame) -> str:
+    """Densities of the cosine similarity of positive and of negative pairs, one panel per cell, each over its own range.
 
     Args:
         similarities: columns `cell` (the panel's title), `pair` (`positive`, `negative`), `similarity`, `density`, of
@@ -103,7 +102,7 @@ def draw_similarities(similarities: pd.DataFrame) -> str:
         return to_svg(figure)
 
 
-def draw_against_paper(table: pd.DataFrame) -> str:
+def paper_chart(table: pd.DataFrame) -> str:
     """Recall@1 of the paper and ours, by protocol, with the standard deviation over seeds.
 
     Args:

@@ -1,0 +1,92 @@
+"""Which queries fail, and what they are mistaken for."""
+
+import numpy as np
+import pandas as pd
+
+
+def judge(neighbours: np.ndarray, similarities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    """Whether each query's nearest neighbour is of its class.
+
+    Args:
+        neighbours, similarities: (N, k), as `retrieve` returns them; the queries are the gallery.
+        labels: (N,), the classes.
+
+    Returns:
+        One row per query: its `label`; `has_answer`, whether its class has another image; `right`; its `nearest` image
+        with its `nearest_label` and `similarity`.
+    """
+    nearest = neighbours[:, 0]
+    _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return pd.DataFrame(
+        {
+            "label": labels,
+            "has_answer": counts[index] > 1,
+            "right": labels[nearest] == labels,
+            "nearest": nearest,
+            "nearest_label": labels[nearest],
+            "similarity": similarities[:, 0],
+        }
+    )
+
+
+def choose(labels: np.ndarray, classes: int, images: int, seed: int) -> np.ndarray:
+    """Indices of up to so many images of each of so many classes, by chance: the same for every model."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(np.unique(labels))[:classes]
+    return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == label))[:images] for label in chosen]))
+
+
+def pick(queries: pd.DataFrame, count: int, seed: int) -> list[int]:
+    """One query of each of `count` classes with an answer, by chance; the same for every model on the same list."""
+    rng = np.random.default_rng(seed)
+    classes = queries[queries.has_answer].groupby("label").groups
+    chosen = rng.permutation(sorted(classes))[:count]
+    return [int(rng.choice(classes[label])) for label in sorted(chosen)]
+
+
+def failures(queries: pd.DataFrame) -> pd.DataFrame:
+    """The queries with an answer whose nearest neighbour is of another class, the most similar (surest) first."""
+    failed = queries[queries.has_answer & ~queries.right]
+    return failed.sort_values("similarity", ascending=False, kind="stable")
+
+
+def surest(failed: pd.DataFrame, count: int) -> list[int]:
+    """The first `count` of `failures`, at most one per class of the query, and no pair of images both ways round."""
+    chosen, classes = [], set()
+    for failure in failed.itertuples():
+        if failure.label not in classes and failure.nearest not in chosen:
+            chosen.append(failure.Index)
+            classes.add(failure.label)
+    return chosen[:count]
+
+
+def confusions(queries: pd.DataFrame) -> pd.DataFrame:
+    """Pairs of classes, the most frequent first: a query's, and that of its wrong nearest neighbour.
+
+    Returns:
+        One row per pair: `label`, `nearest_label`, `count`, which is a `share` of the class's `queries`, and the surest
+        failure among them, `query` and `nearest` with their `similarity`.
+    """
+    failed = failures(queries).rename_axis("query").reset_index()
+    pairs = failed.groupby(["label", "nearest_label"]).agg(
+        count=("query", "size"), query=("query", "first"), nearest=("nearest", "first"), similarity=("similarity", "first")
+    )
+    pairs = pairs.reset_index()
+    pairs["queries"] = pairs.label.map(queries.groupby("label").size())
+    pairs["share"] = pairs["count"] / pairs.queries
+    return pairs.sort_values(["count", "share", "similarity"], ascending=False, kind="stable", ignore_index=True)
+
+
+def class_table(queries: pd.DataFrame, names: dict[int, str]) -> pd.DataFrame:
+    """One row per class, the worst first and those without an answer last.
+
+    Returns:
+        `class` (its name), `images`, `recall_at_1` (empty without an answer), `confused_with`: the class that its
+        failures' nearest neighbours are most often of, or empty.
+    """
+    table = pd.DataFrame({"images": queries.groupby("label").size()})
+    table["recall_at_1"] = queries[queries.has_answer].groupby("label").right.mean()
+    most_frequent = confusions(queries).drop_duplicates("label").set_index("label").nearest_label
+    table["confused_with"] = most_frequent.map(names)
+    table.insert(0, "class", table.index.map(names))
+    return table.sort_values(["recall_at_1", "class"], ignore_index=True)

@@ -1,0 +1,45 @@
+"""The network of a cell: built on its starting weights, or loaded with trained ones."""
+
+from pathlib import Path
+
+import torch
+
+from cbml.backbones import EmbeddingModel, create_model
+from cbml.config import Cell
+from cbml.errors import UserError
+from cbml.files import read_tensors
+from cbml.losses import Loss, build_loss
+
+
+def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, Loss]:
+    """The untrained network of a cell, on its weights, and its loss.
+
+    Args:
+        num_classes: of the training list.
+        root: what a path of weights is relative to.
+
+    Raises:
+        UserError: the weights cannot be had or do not fit; the loss's parameters do not fit together.
+    """
+    network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=root)
+    network.freeze_bn = cell.recipe.freeze_bn
+    criterion = build_loss(cell.loss_config, embedding_dim=network.embedding_dim, num_classes=num_classes)
+    return network, criterion
+
+
+def load(cell: Cell, weights: Path) -> EmbeddingModel:
+    """The trained network of a cell, in eval mode, on the CPU, in the memory format of its recipe.
+
+    Raises:
+        UserError: `weights` is missing or damaged, or of another network.
+    """
+    network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=Path(), load_weights=False)
+    state = read_tensors(weights, "train")
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:  # other names or shapes; no state dict at all
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{weights}: not the weights of {cell.name}; run the stage train again ({reason})") from None
+    if cell.recipe.channels_last:
+        network.to(memory_format=torch.channels_last)
+    return network.eval()

@@ -1,0 +1,86 @@
+"""What a result was computed with: code, packages, device."""
+
+import ast
+import hashlib
+import io
+import platform
+import re
+import subprocess
+import tokenize
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+SOURCE = Path(__file__).parent
+PACKAGES = ("torch", "torchvision", "lightning-fabric", "pytorch-metric-learning", "timm", "numpy", "pillow")
+TOOLS = ("mlflow", "dvc")  # they run a cell, and do not change it
+# Beside the modules of network and loss themselves.
+TRAINING = ("training/loop.py", "training/device.py", "network.py", "backbones/trunks.py", "losses/base.py")
+TRAINING += ("datasets/images.py", "datasets/loading.py", "datasets/sampler.py", "datasets/transforms.py")
+
+
+def revision() -> str:
+    """The git commit of this source, with `-dirty` if the working tree differs; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def packages(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Interpreter, platform, this source and the packages that matter."""
+    facts = {"python": platform.python_version(), "platform": platform.platform(), "cbml": revision()}
+    return facts | packages(PACKAGES + TOOLS)
+
+
+def device_name() -> str:
+    """What computes here: the name of the GPU, or of the CPU with its number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else []
+    return f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
+
+
+def training_code(*modules: nn.Module) -> dict[str, str]:
+    """A hash of each source file that takes part in training these modules, by its path in this package."""
+    own = {type(part).__module__ for module in modules for part in module.modules()}
+    files = {name.removeprefix("cbml.").replace(".", "/") + ".py" for name in own if name.startswith("cbml.")}
+    return {name: code_hash(SOURCE / name) for name in sorted(files | set(TRAINING))}
+
+
+def changed(code: dict[str, str]) -> list[str]:
+    """Those files of `training_code` that are not what they were."""
+    return [name for name, value in code.items() if value != code_hash(SOURCE / name)]
+
+
+def code_hash(file: Path) -> str:
+    """12 hex digits that change with a file's code, and not with its comments, docstrings and blank lines."""
+    if not file.resolve().is_relative_to(SOURCE) or not file.is_file():  # a name from somebody's run.json
+        return "absent"
+    text = file.read_text()
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    kept = [line.rstrip() for line in lines if line.strip()]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:12]

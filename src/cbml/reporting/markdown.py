@@ -1,0 +1,29 @@
+"""Tables as Markdown."""
+
+import pandas as pd
+
+from cbml.reporting.tables import PROTOCOLS, Evaluated, notes, provenance, shown, title
+
+
+def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int], evaluated: list[Evaluated]) -> str:
+    """The tables of `summarise` for reading, one for each embedding size.
+
+    Args:
+        test: the number of `images` and `classes` of the test list.
+    """
+    first, *others = notes(table, test, evaluated)
+    parts = [f"# Recall@K on {dataset}, in percent\n\n{first}"]
+    for size, rows in table.groupby("embedding_dim", sort=False):
+        parts += [f"## {title(size)}", pipe_table(shown(rows))]
+    parts.append("Mean ± standard deviation over seeds. Protocols:")
+    parts.append("\n".join(f"- `{name}`: {text}" for name, text in PROTOCOLS.items() if name in set(table.protocol)))
+    parts += others
+    commands = "\n".join(dict.fromkeys(table.command.dropna()))
+    parts.append(f"## Every row again, by one command\n\n```\n{commands}\n```")
+    parts.append("## Measured with\n\n" + "\n".join(f"- {line}" for line in provenance(evaluated)))
+    return "\n\n".join(parts) + "\n"
+
+
+def pipe_table(text: pd.DataFrame) -> str:
+    """A table of strings as Markdown."""
+    return text.to_markdown(index=False, disable_numparse=True)

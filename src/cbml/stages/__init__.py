@@ -1,0 +1,1 @@
+"""What each stage does, from configuration to files. Nothing but the scripts of the pipeline imports from here."""

@@ -1,0 +1,110 @@
+"""Draw one evaluated cell: its pictures, and the page with them."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cbml import tracking
+from cbml.config import load_cell
+from cbml.errors import UserError
+from cbml.evaluation import queries
+from cbml.figures import charts, sheets
+from cbml.figures.embedding_map import map_chart
+from cbml.files import atomic_write, read_csv, read_json
+from cbml.reporting.html import cell_page
+from cbml.stages.inputs import list_of, record_of
+from cbml.workspace import Workspace
+
+ROWS = 8  # of a sheet
+NO_FAILURE = ": none, every query's nearest neighbour is of its own class"
+
+
+def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
+    """Write what one trained model's embeddings look like, and how it was trained, into the folder of its page.
+
+    Each query is a test image, its gallery the other test images. Written are:
+
+        index.html          the page
+        gallery.jpg         queries picked by chance, one per class, and their nearest neighbours
+        failures.jpg        the wrong nearest neighbours of the highest similarity
+        confusions.jpg      the pairs of classes that are confused most often
+        similarities.svg    cosine similarities of positive and negative pairs
+        recall_at_k.svg     Recall@K for K = 1, 2, 4, … 512, below the size of the list
+        training.svg        Recall@1 and the loss by iteration
+        embedding_map.svg   some classes in two dimensions
+
+    The same input gives the same bytes. All choices by chance depend on the labels and the seed alone, so the pictures
+    of several models can be compared.
+
+    Args:
+        evaluation: the folder that `evaluate_cell` wrote.
+
+    Raises:
+        UserError: a file of it, or an image, is missing or damaged.
+    """
+    cell = load_cell(evaluation / "cell.yaml")
+    record = record_of(evaluation)
+    test_list = list_of(workspace, cell, "test")
+    labels = test_list.labels
+    files = [workspace.data(cell.dataset) / path for path in test_list.paths]
+    names = {label: display_name(name) for label, name in test_list.class_names.items()}
+    title = f"{cell.name} on {cell.dataset}"
+
+    found = _arrays(evaluation / "neighbours.npz", indices=len(labels), similarities=len(labels))
+    judged = queries.judge(found["indices"], found["similarities"], labels)
+    failed = queries.failures(judged)
+    pairs = queries.confusions(judged).head(ROWS)
+    mapped = _arrays(evaluation / "map.npz", indices=None, embeddings=None)
+    losses = read_csv(evaluation / "losses.csv", "train") if cell.recipe.iterations else pd.DataFrame()
+    validations = read_csv(evaluation / "validations.csv", "train", ("iteration", "recall_at_1"))
+    densities = read_csv(evaluation / "similarities.csv", "evaluate", ("split", "pair", "similarity", "density"))
+    moments = read_json(evaluation / "similarities.json", "evaluate")
+    svgs = {
+        "training": charts.training_chart(title, losses, validations, record["iterations"]["best_on_test"]),
+        "recall_at_k": charts.recall_chart(title, read_csv(evaluation / "recall_at_k.csv", "evaluate", ("k", "recall"))),
+        "similarities": charts.similarities_chart(title, densities, moments),
+        "embedding_map": map_chart(title, mapped["embeddings"], labels[mapped["indices"]], names, cell.seed),
+    }
+
+    out = workspace.page(cell)
+    with atomic_write(out) as folder:
+        folder.mkdir()
+        for name, svg in svgs.items():
+            (folder / f"{name}.svg").write_text(svg)
+        for name, subtitle, chosen in (
+            ("gallery", "Queries picked by chance, one per class", queries.pick(judged, ROWS, cell.seed)),
+            ("failures", "The surest failures, one per class", queries.surest(failed, ROWS)),
+        ):
+            rows = {query: list(zip(*(found[name][query].tolist() for name in found), strict=True)) for query in chosen}
+            subtitle += ", and their nearest neighbours with their cosine similarity" if rows else NO_FAILURE
+            sheet = sheets.neighbour_sheet(title, subtitle, rows, files, labels.tolist(), names)
+            sheets.save_jpeg(sheet, folder / f"{name}.jpg")
+        subtitle = "The most frequent confusions" + (", with the surest failure of each" if len(pairs) else NO_FAILURE)
+        sheets.save_jpeg(sheets.confusion_sheet(title, subtitle, pairs, files, names), folder / "confusions.jpg")
+        (folder / "index.html").write_text(cell_page(cell, evaluation, folder))
+    opened = tracking.open_cell(workspace, cell, record["key"], record["fingerprint"], run_id=record["run_id"])
+    with opened as run:
+        run.log_folder(out)
+    return out
+
+
+def display_name(name: str) -> str:
+    """A class's folder name for reading: without its number and underscores, capitals alone in lower case."""
+    name = re.sub(r"^\d+\.", "", name).replace("_", " ")
+    return name.lower() if name.isupper() else name
+
+
+def _arrays(file: Path, **lengths: int | None) -> dict[str, np.ndarray]:
+    """The arrays of those names in a file that evaluation wrote, of those lengths where one is given."""
+    try:
+        with np.load(file) as arrays:
+            found = {name: arrays[name] for name in lengths}
+        if any(length not in (None, len(found[name])) for name, length in lengths.items()):
+            raise ValueError("of another list")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; the stage evaluate writes it") from None
+    except Exception as error:  # damage shows in many types
+        raise UserError(f"{file}: damaged ({error}); run the stage evaluate again, which writes it") from None
+    return found

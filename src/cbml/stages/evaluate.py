@@ -1,0 +1,114 @@
+"""Score one trained cell: from its run folder to numbers, and to what its pictures are drawn from."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from cbml import network
+from cbml.config import load_cell
+from cbml.evaluation import queries
+from cbml.evaluation.embedding import embed
+from cbml.evaluation.metrics import evaluate
+from cbml.evaluation.retrieval import retrieve
+from cbml.evaluation.similarities import pair_similarities
+from cbml.files import atomic_write, read_csv
+from cbml.stages.hand_over import hand_over
+from cbml.stages.inputs import images_of, list_of, record_of
+from cbml.training import checkpoint
+from cbml.training.device import numerics
+from cbml.workspace import Workspace
+
+KS = (1, 2, 4, 8)
+CURVE = tuple(2**power for power in range(10))  # the K of recall_at_k.csv
+NEIGHBOURS = 8
+# Of the training list, for its distribution of similarities: enough pairs, and seconds even for a large network.
+TRAIN_CLASSES, TRAIN_IMAGES = 20, 15
+MAP_CLASSES, MAP_IMAGES = 10, 60
+
+
+def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = False) -> dict[str, dict[str, float]]:
+    """Score what `train_cell` wrote, by each protocol, and write the cell's evaluation folder.
+
+    `final` is the model after the last iteration. `best_on_test` is the one whose Recall@1 was highest on the test list
+    itself, which is what the published figures are; it is there to compare with them and for nothing else. `validated`,
+    if the recipe asks for it, is that of the iteration which was best on held-out training classes, trained on all of
+    them. `untrained` is the network before the first iteration.
+
+    The folder holds, of the final model on the test list:
+
+        metrics.json        by protocol
+        recall_at_k.csv     Recall@K for K = 1, 2, 4, … 512, below the size of the list
+        neighbours.npz      of each image the nearest others, `indices` (N, 8), and their `similarities` (N, 8)
+        classes.csv         Recall@1 by class
+        similarities.*      csv, json: cosine similarities of positive and negative pairs, also of some training images
+        map.npz             some classes' `embeddings`, and `indices` of their images
+
+    and of the run all but the weights.
+
+    Args:
+        register: put the model into MLflow's registry, as a new version of `<dataset>-<cell>`.
+
+    Raises:
+        UserError: a file of the run, a list or an image is missing or damaged.
+    """
+    cell = load_cell(run_folder / "cell.yaml")
+    record = record_of(run_folder)
+    checkpoint.remove(workspace.checkpoint(record["key"]))  # DVC has recorded the training, or it would not be here
+    test_list, train_list = list_of(workspace, cell, "test"), list_of(workspace, cell, "train")
+    images = images_of(workspace, cell, test_list)
+    sample = train_list.subset(queries.choose(train_list.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
+    train_images = images_of(workspace, cell, sample)
+    validations = read_csv(run_folder / "validations.csv", "train", ("iteration", "recall_at_1"))
+
+    with numerics(cell.recipe) as fabric:
+        where = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation, "device": fabric.device}
+
+        def embeddings_of(file: Path, *lists) -> list[Tensor]:
+            model = fabric.setup_module(network.load(cell, file))
+            return [embed(model, each, **where) for each in lists]
+
+        test, train = embeddings_of(run_folder / "final.pt", images, train_images)
+        curve = [k for k in CURVE if k in KS or k < len(test)]
+        scores = evaluate(test, images.labels, ks=curve, nmi=True)
+        recalls = pd.DataFrame({"k": curve, "recall": [scores[f"recall_at_{k}"] for k in curve]})
+        beyond = {f"recall_at_{k}" for k in curve} - {f"recall_at_{k}" for k in KS}
+        metrics = {"final": {name: value for name, value in scores.items() if name not in beyond}}
+        for protocol, iteration in record["iterations"].items():
+            if protocol != "final" and (file := run_folder / f"{protocol}.pt").is_file():  # else it is the final model
+                (embeddings,) = embeddings_of(file, images)
+                metrics[protocol] = evaluate(embeddings, images.labels, ks=KS, nmi=True)
+            metrics[protocol] = {**metrics.get(protocol, metrics["final"]), "iteration": iteration}
+        metrics["untrained"] = validations.iloc[0].to_dict()
+
+        indices, similarities = (each.cpu().numpy() for each in retrieve(test, images.labels, NEIGHBOURS))
+        distributions = {
+            "train": pair_similarities(train, train_images.labels),
+            "test": pair_similarities(test, images.labels),
+        }
+
+    judged = queries.judge(indices, similarities, test_list.labels)
+    mapped = queries.choose(test_list.labels, MAP_CLASSES, MAP_IMAGES, cell.seed)
+    densities = pd.concat({split: table for split, (table, _) in distributions.items()}, names=["split"])
+    out = workspace.evaluation(cell)
+    with atomic_write(out) as folder:
+        folder.mkdir()
+        for file in run_folder.iterdir():
+            if file.suffix != ".pt":
+                shutil.copy(file, folder)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        recalls.to_csv(folder / "recall_at_k.csv", index=False)
+        np.savez(
+            folder / "neighbours.npz", indices=indices.astype(np.int32), similarities=similarities.astype(np.float32)
+        )
+        queries.class_table(judged, test_list.class_names).to_csv(folder / "classes.csv", index=False)
+        densities.reset_index("split").to_csv(folder / "similarities.csv", index=False)
+        moments = {split: moments for split, (_, moments) in distributions.items()}
+        (folder / "similarities.json").write_text(json.dumps(moments, indent=2))
+        np.savez(folder / "map.npz", indices=mapped, embeddings=test[mapped].cpu().numpy())
+        shutil.copy(workspace.lists(cell.dataset) / "summary.json", folder)
+    hand_over(workspace, cell, out, run_folder, run_id=record["run_id"], register=register)
+    return metrics

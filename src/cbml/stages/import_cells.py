@@ -1,0 +1,50 @@
+"""Cells that were evaluated in another checkout, on another machine, or without a tracking store."""
+
+from pathlib import Path
+
+from cbml.config import load_cell
+from cbml.errors import UserError
+from cbml.files import read_json
+from cbml.progress import message
+from cbml.stages.hand_over import hand_over
+from cbml.stages.inputs import record_of
+from cbml.tracking import Store
+from cbml.workspace import Workspace
+
+
+def import_cells(source: Path, workspace: Workspace) -> list[str]:
+    """Bring every evaluated cell of another checkout, or of this one, into the tracking store.
+
+    Each becomes a run with its parameters, curves, metrics and files, the versions that it was computed with, its model
+    if its weights are there, and a tag `imported_from`.
+
+    Args:
+        source: a folder that holds evaluations/<dataset>/<cell>, and runs/<dataset>/<cell> if the weights are to come.
+
+    Returns:
+        The keys of the cells that came; one that the store has already is left as it is.
+
+    Raises:
+        UserError: there is no evaluated cell, MLflow is not installed, or the store has a cell with other results,
+            before anything is brought.
+    """
+    theirs = Workspace(source)
+    folders = theirs.evaluations()
+    if not folders:
+        raise UserError(f"{source}: no evaluations/<dataset>/<cell>/cell.yaml; an evaluated cell has one")
+    cells = [(load_cell(folder / "cell.yaml"), folder, record_of(folder)["key"]) for folder in folders]
+    store = Store(workspace)
+    known = {dataset: store.finished(dataset) for dataset in {cell.dataset for cell, _, _ in cells}}
+    new = []
+    for cell, folder, key in cells:
+        here = known[cell.dataset].get(key)
+        if here is None:
+            new.append((cell, folder, key))
+        elif read_json(here / "metrics.json", "evaluate") != read_json(folder / "metrics.json", "evaluate"):
+            raise UserError(f"{folder}: the store has {key} already, with other results ({here})")
+        else:
+            message(f"{key}: here already")
+    for cell, folder, key in new:
+        hand_over(workspace, cell, folder, theirs.run(cell), imported_from=str(source.resolve()))
+        message(f"{key}: imported")
+    return [key for _, _, key in new]

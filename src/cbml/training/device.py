@@ -1,0 +1,73 @@
+"""The device, and everything about it that changes numbers or speed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from cbml.config import Recipe
+from cbml.datasets.images import PackedImages
+from cbml.progress import message
+
+
+@contextmanager
+def numerics(recipe: Recipe) -> Iterator[Fabric]:
+    """Yield the device, in the recipe's precision, with PyTorch's switches set for the block."""
+    fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
+    # On a CPU determinism costs next to nothing.
+    deterministic = recipe.deterministic or fabric.device.type == "cpu"
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    matmul.allow_tf32 = False  # similarities and exponents need all digits of a float32, whatever the precision
+    cudnn.allow_tf32 = False
+    cudnn.benchmark = not deterministic  # every crop has one size
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield fabric
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, was_deterministic = before
+        torch.use_deterministic_algorithms(was_deterministic)
+
+
+def facts(fabric: Fabric, recipe: Recipe) -> dict[str, str | bool]:
+    """What `numerics` set and found, for the record; call it in the block."""
+    found = {
+        "type": fabric.device.type,
+        "precision": recipe.precision,
+        "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if fabric.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(fabric.device)
+        # Another process on the same GPU takes from this one's speed.
+        found["memory_of_others_gib"] = round((total - free - torch.cuda.memory_reserved()) / 2**30, 1)
+    return found
+
+
+def make_optimizer(recipe: Recipe, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
+    """Adam over parameter groups that each have their `lr`, in one kernel where the device has it."""
+    return torch.optim.Adam(groups, weight_decay=recipe.weight_decay, fused=device.type in ("cpu", "cuda"))
+
+
+def compile_trunk(network: nn.Module, device: torch.device) -> None:
+    """Run the trunk through `torch.compile`; where that does not work, say so and leave it."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # a missing compiler shows in many types
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        message(f"compile: not possible here, running without ({reason})")
+    else:
+        network.trunk.compile()
+
+
+def place(images: PackedImages, device: torch.device) -> PackedImages:
+    """On a GPU with room to spare, the decoded images in its memory: then no batch is ever waited for."""
+    if device.type == "cuda" and images.data.numel() < torch.cuda.mem_get_info(device)[0] / 4:
+        try:
+            return images.to(device)
+        except torch.OutOfMemoryError:  # another process was faster
+            message("images: no room on the GPU, they stay in the host's memory")
+    return images

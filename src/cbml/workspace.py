@@ -1,0 +1,86 @@
+"""Where everything lies. The one module that spells a path of the repository."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cbml.config import Cell, Params, load_params
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A checkout, as its stages see it.
+
+    Attributes:
+        tree: the working tree with the stages' inputs and outputs; of a queued experiment, DVC's temporary copy.
+        root: the repository itself, for what outlives an experiment.
+    """
+
+    tree: Path = Path()
+    root: Path = Path()
+
+    @classmethod
+    def here(cls) -> "Workspace":
+        """The working directory, and the repository that DVC names if it runs a stage in a copy of it."""
+        return cls(root=Path(os.environ.get("DVC_ROOT", ".")).resolve())
+
+    def params(self) -> Params:
+        """The validated parameters; see `load_params`."""
+        return load_params(self.tree / "params.yaml", self.conf)
+
+    @property
+    def conf(self) -> Path:
+        """The options' own files."""
+        return self.tree / "conf"
+
+    def data(self, dataset: str) -> Path:
+        """The images."""
+        return self.tree / "data" / dataset
+
+    def lists(self, dataset: str) -> Path:
+        """Lists of images, and their summary."""
+        return self.tree / "lists" / dataset
+
+    def run(self, cell: Cell) -> Path:
+        """What training a cell leaves."""
+        return self.tree / "runs" / cell.dataset / cell.name
+
+    def evaluation(self, cell: Cell) -> Path:
+        """What its evaluation leaves."""
+        return self.tree / "evaluations" / cell.dataset / cell.name
+
+    def evaluations(self) -> list[Path]:
+        """Every evaluated cell."""
+        return [file.parent for file in sorted(self.tree.glob("evaluations/*/*/cell.yaml"))]
+
+    def page(self, cell: Cell) -> Path:
+        """Its pictures, and the page with them."""
+        return self.tree / "pages" / cell.dataset / cell.name
+
+    def report(self, dataset: str) -> Path:
+        """The tables of a dataset, and the page with them."""
+        return self.tree / "reports" / dataset
+
+    @property
+    def index(self) -> Path:
+        """The page over all reports."""
+        return self.tree / "reports" / "index.html"
+
+    @property
+    def cache(self) -> Path:
+        """Decoded images and fetched records: what can be deleted at any time."""
+        return self.root / ".cache"
+
+    def checkpoint(self, key: str) -> Path:
+        """What an interrupted training run continues from. Outside the outputs of its stage, which DVC deletes."""
+        return self.root / ".checkpoints" / key
+
+    @property
+    def database(self) -> Path:
+        """MLflow's own store, unless `MLFLOW_TRACKING_URI` names another."""
+        return self.root / "mlflow.db"
+
+    @property
+    def artifacts(self) -> Path:
+        """The files of MLflow's own store."""
+        return self.root / "mlruns"
