@@ -215,13 +215,13 @@ def test_an_archive_that_the_user_has(tmp_path, top, mode):
 
 @pytest.mark.parametrize("inside", ["", "CUB_200_2011"])
 def test_a_folder_that_the_user_has(tmp_path, monkeypatch, inside):
-    """A relative path starts at the repository, also where DVC runs the stage in a copy of it."""
+    """A relative path starts at `root`, whatever the environment says."""
     for name, content in {**FILES, "attributes/attributes.txt": b"not kept"}.items():
         path = tmp_path / "repository" / "mine" / inside / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
-    config(source="mine").download(tmp_path / "cub200")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "elsewhere"))
+    config(source="mine").download(tmp_path / "cub200", tmp_path / "repository")
     assert contents(tmp_path / "cub200") == FILES
     assert (tmp_path / "repository" / "mine" / inside / "images.txt").exists()
 
@@ -244,7 +244,7 @@ def test_data_that_is_not_cub(tmp_path, missing):
         (folder / name).write_bytes(content)
     for source in (archive, folder):
         message = error_of(config(source=str(source)), tmp_path / "cub200")
-        assert f"{source} is not in the layout of CUB-200-2011: {missing} not found; expected images, " in message
+        assert f"{source} is not in the layout of CUB-200-2011: {missing} not found; expected images (a folder), " in message
 
 
 def test_a_source_that_does_not_exist(tmp_path):
