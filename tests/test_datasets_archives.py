@@ -38,15 +38,37 @@ def contents(folder):
 
 @pytest.fixture
 def server(monkeypatch):
-    """Serves `state.content`; `state.breaks` lists after how many bytes each of the next answers breaks off."""
+    """Serves `state.content`; `state.breaks` lists after how many bytes each of the next answers breaks off.
+
+    The next answers start as `state.stalls` names them, and then neither end nor break off.
+    """
     monkeypatch.setattr(archives, "BACKOFF", 0.0)
     monkeypatch.setattr(archives, "CHUNK", 100)
-    state = SimpleNamespace(content=tar(), breaks=[], ranges=True, status=None, log=[])
+    state = SimpleNamespace(content=tar(), breaks=[], stalls=[], ranges=True, status=None, location=None, log=[])
+    over = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
+        def stall(self, kind):
+            if kind == "hang":
+                over.wait()
+                return
+            self.send_response(206)
+            self.send_header(*{"drip": ("Content-Length", "9999"), "chunks": ("Transfer-Encoding", "chunked")}[kind])
+            self.end_headers()
+            while not over.wait(0.02):
+                self.wfile.write({"drip": b"x", "chunks": b"1\r\nx\r\n"}[kind])
+
         def do_GET(self):
+            if state.location and self.path != state.location:
+                self.send_response(302)
+                self.send_header("Location", state.location)
+                self.end_headers()
+                return
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
             state.log.append(start)
+            if state.stalls:
+                self.stall(state.stalls.pop(0))
+                return
             start = start if state.ranges else 0
             out_of_range = start > 0 and start >= len(state.content)
             self.send_response(state.status or (416 if out_of_range else 206 if start else 200))
@@ -63,6 +85,7 @@ def server(monkeypatch):
     thread.start()
     state.url = f"http://127.0.0.1:{http.server_port}/CUB_200_2011.tgz?download=1"
     yield state
+    over.set()
     http.shutdown()
     thread.join()
     http.server_close()
@@ -121,6 +144,70 @@ def test_a_complete_part_is_not_asked_for_again(server, tmp_path):
     assert contents(tmp_path / "cub200") == FILES
 
 
+@pytest.mark.parametrize("damage", [lambda content: b"garbage", lambda content: content[:-9] + b"different"])
+def test_a_wrong_archive_in_the_download_folder_is_fetched_again(server, tmp_path, capsys, damage):
+    archive = tmp_path / ".cub200-download" / "CUB_200_2011.tgz"
+    archive.parent.mkdir()
+    archive.write_bytes(damage(server.content))
+    config(server).download(tmp_path / "cub200")
+    assert contents(tmp_path / "cub200") == FILES
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{archive}: ") and "expected" in line and line.endswith("; fetching it again")
+
+
+def test_a_right_archive_in_the_download_folder_is_not_asked_for_again(server, tmp_path):
+    archive = tmp_path / ".cub200-download" / "CUB_200_2011.tgz"
+    archive.parent.mkdir()
+    archive.write_bytes(server.content)
+    config(server).download(tmp_path / "cub200")
+    assert server.log == []
+
+
+@pytest.mark.parametrize("stall", ["hang", "drip", "chunks"])
+def test_a_transfer_that_stalls_is_given_up_and_continued(server, tmp_path, monkeypatch, stall):
+    monkeypatch.setattr(archives, "STALL", 0.5)
+    server.stalls = [stall]
+    part = tmp_path / ".cub200-download" / "CUB_200_2011.tgz.part"
+    part.parent.mkdir()
+    part.write_bytes(server.content[:300])
+    config(server).download(tmp_path / "cub200")
+    assert contents(tmp_path / "cub200") == FILES
+    assert server.log == [300, 300]
+
+
+def test_a_server_that_drips_for_ever_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "STALL", 0.3)
+    server.stalls = ["drip"] * (archives.RETRIES + 1)
+    message = error_of(config(server), tmp_path / "cub200")
+    assert "fewer than 100 bytes in 0.3 s" in message
+    assert server.stalls == []
+
+
+def test_a_server_that_never_ends_is_cut_off(server, tmp_path):
+    size, server.content = len(server.content), bytes(10**7)
+    assert f"size is {size // 100 * 100 + 100} bytes" in error_of(config(server, size=size), tmp_path / "cub200")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 404},
+        {"status": 503},
+        {"location": "/there?signature=s3cret", "status": 503},
+        {"content": b"short"},
+        {"content": bytes(10**5)},
+    ],
+    ids=["refused", "failing", "redirected", "short", "long"],
+)
+def test_no_line_holds_the_secrets_of_a_url(server, tmp_path, capsys, fault):
+    url = server.url.replace("://", "://someone:s3cret@") + "&token=s3cret"
+    cub = config(server, url=url)
+    vars(server).update(fault)
+    lines = error_of(cub, tmp_path / "cub200") + capsys.readouterr().err
+    assert f"{server.url.partition('?')[0]}: " in lines
+    assert not any(secret in lines for secret in ("someone", "s3cret", "token"))
+
+
 def test_wrong_md5_deletes_the_file(server, tmp_path):
     message = error_of(config(server, md5="0" * 32), tmp_path / "cub200")
     assert f"MD5 is {hashlib.md5(server.content).hexdigest()}, expected {'0' * 32}" in message
@@ -156,8 +243,10 @@ def test_a_refusing_server(server, tmp_path, status, message, requests):
 def test_an_unreachable_server(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "BACKOFF", 0.0)
     message = error_of(config(url="http://127.0.0.1:9/CUB_200_2011.tgz"), tmp_path / "cub200")
-    assert "ConnectionError" in message
+    assert "ConnectionError: Connection refused" in message
     assert "source=PATH" in message
+    message = error_of(config(url="http://someone:s3cret@no-such..host/CUB.tgz?token=s3cret"), tmp_path / "cub200")
+    assert "http://no-such..host/CUB.tgz: " in message and "s3cret" not in message
 
 
 def link(name, target, kind=tarfile.SYMTYPE):
@@ -199,6 +288,84 @@ def test_a_truncated_archive_leaves_nothing(tmp_path, mode):
     assert not list((tmp_path / "data").iterdir())
 
 
+@pytest.mark.parametrize("damage", [lambda c: c[:-8], lambda c: c[:-1], lambda c: c[:-8] + b"8 others"])
+def test_the_checksum_of_gzip_is_checked(tmp_path, damage):
+    archive = tmp_path / "mine.tgz"
+    archive.write_bytes(damage(tar()))
+    assert "not a complete tar archive" in error_of(config(source=str(archive)), tmp_path / "cub200")
+
+
+def sparse(name, size):
+    """A member of nothing but a hole, in the format of GNU tar 1.0."""
+    member = tarfile.TarInfo(name)
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name}
+    member.pax_headers["GNU.sparse.realsize"] = str(size)
+    return member, f"1\n{size}\n0\n".encode().ljust(512, b"\0")
+
+
+def test_a_sparse_member_that_does_not_fit_on_the_disk(tmp_path, monkeypatch):
+    archive, (member, data) = tmp_path / "mine.tgz", sparse("images/bomb", 10**8)
+    member.size = len(data)
+    with tarfile.open(archive, "w:gz") as file:
+        file.addfile(member, io.BytesIO(data))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**8 + 2**30 - 1))
+    message = error_of(config(source=str(archive)), tmp_path / "cub200")
+    assert f"{archive}: 'images/bomb' has 100000000 bytes" in message and "free on the disk" in message
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+def test_an_archive_has_a_bound_in_all(tmp_path, monkeypatch):
+    archive = tmp_path / "mine.tgz"
+    archive.write_bytes(tar())
+    monkeypatch.setattr(archives, "MOST_BYTES", sum(map(len, FILES.values())), raising=False)
+    config(source=str(archive)).download(tmp_path / "fits")
+    monkeypatch.setattr(archives, "MOST_BYTES", archives.MOST_BYTES - 1)
+    assert "at most 1" in error_of(config(source=str(archive)), tmp_path / "cub200")
+
+
+def test_a_member_of_negative_size(tmp_path):
+    archive, member = tmp_path / "mine.tar", tarfile.TarInfo("attributes/x")
+    member.size = -512
+    archive.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert "unsafe member 'attributes/x'" in error_of(config(source=str(archive)), tmp_path / "cub200")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"images": b"", "images/001.Albatross/a.jpg": b""}, "a.jpg' was not written: [Errno 20] Not a directory"),
+        ({"images/001/a.jpg": b"", "images/001": b""}, "001' was not written: [Errno 21] Is a directory"),
+        ({f"images/{'a' * 256}/a.jpg": b""}, "a.jpg' was not written: [Errno 36] File name too long"),
+        ({f"images/{'a/' * 3000}a.jpg": b""}, "a.jpg' was not written: [Errno 36] File name too long"),
+        ({"classes.txt": None, "classes.txt/a": b""}, "classes.txt not found; expected images (a folder), images.txt"),
+    ],
+    ids=["file for a folder", "folder for a file", "long name", "long path", "folder for a table"],
+)
+def test_names_in_an_archive_that_cannot_be_written(tmp_path, files, message):
+    archive = tmp_path / "mine.tar"
+    files = {**files, **FILES, **files}  # in this order
+    archive.write_bytes(tar({name: content for name, content in files.items() if content is not None}))
+    error = error_of(config(source=str(archive)), tmp_path / "cub200")
+    assert str(archive) in error and message in error
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+def test_a_member_with_a_nul_in_its_name(tmp_path):
+    archive, member = tmp_path / "mine.tar", tarfile.TarInfo()
+    member.pax_headers = {"path": "images/a\0b.jpg"}
+    archive.write_bytes(tar(members=[member], mode="w"))
+    assert str(archive) in error_of(config(source=str(archive)), tmp_path / "cub200")
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["source", "url"])
+def test_a_file_where_the_folder_should_be(server, tmp_path, given):
+    archive = tmp_path / "mine.tar"
+    archive.write_bytes(server.content)
+    cub = config(server, source=str(archive) if given else None)
+    assert "cub200 was not written: [Errno" in error_of(cub, archive / "cub200")
+    assert "cub200 was not written: [Errno" in error_of(cub, archive / "data" / "cub200")
+
+
 def test_a_truncated_download(server, tmp_path):
     server.content = server.content[:-200]
     assert "not a complete tar archive" in error_of(config(server), tmp_path / "cub200")
@@ -215,13 +382,13 @@ def test_an_archive_that_the_user_has(tmp_path, top, mode):
 
 @pytest.mark.parametrize("inside", ["", "CUB_200_2011"])
 def test_a_folder_that_the_user_has(tmp_path, monkeypatch, inside):
-    """A relative path starts at the repository, also where DVC runs the stage in a copy of it."""
+    """A relative path starts at `root`, whatever the environment says."""
     for name, content in {**FILES, "attributes/attributes.txt": b"not kept"}.items():
         path = tmp_path / "repository" / "mine" / inside / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
-    config(source="mine").download(tmp_path / "cub200")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "elsewhere"))
+    config(source="mine").download(tmp_path / "cub200", tmp_path / "repository")
     assert contents(tmp_path / "cub200") == FILES
     assert (tmp_path / "repository" / "mine" / inside / "images.txt").exists()
 
@@ -244,7 +411,10 @@ def test_data_that_is_not_cub(tmp_path, missing):
         (folder / name).write_bytes(content)
     for source in (archive, folder):
         message = error_of(config(source=str(source)), tmp_path / "cub200")
-        assert f"{source} is not in the layout of CUB-200-2011: {missing} not found; expected images, " in message
+        assert (
+            f"{source} is not in the layout of CUB-200-2011: {missing} not found; expected images (a folder), "
+            in message
+        )
 
 
 def test_a_source_that_does_not_exist(tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cbml.datasets.lists import ImageList, build_lists, check_disjoint, read_list
+from cbml.datasets.lists import ImageList, build_lists, check_disjoint, hold_out, read_list
 from cbml.errors import UserError
 
 COUNTS = {1: 2, 2: 3, 4: 1, 7: 2, 8: 2, 9: 1, 12: 2, 13: 2}  # class id: images; ids need not be contiguous
@@ -64,34 +64,41 @@ def test_images_are_sorted_by_number_and_not_by_text(dataset, tmp_path):
     assert read_list(tmp_path / "lists/train.txt", dataset).paths[1] == "images/001.Bird/0.png"
 
 
-def test_validation_holds_out_the_last_training_classes(dataset, tmp_path):
-    summary = build_lists(dataset, tmp_path / "lists", validation_classes=0.5)
-    read = {name: (tmp_path / f"lists/{name}.txt").read_text() for name in summary if name != "fingerprint"}
-    assert read["train_without_validation"] + read["validation"] == read["train"]
-    assert [line.rpartition(",")[2] for line in read["validation"].splitlines()] == ["3", "6", "6"]
+def test_the_last_training_classes_are_held_out(dataset, tmp_path):
+    build_lists(dataset, tmp_path / "lists")
+    train = read_list(tmp_path / "lists/train.txt", dataset)
+    rest, held_out = hold_out(train, 0.5)
+    assert rest.paths + held_out.paths == train.paths
+    assert (rest.labels.tolist(), held_out.labels.tolist()) == ([0, 0, 1, 1, 1], [3, 6, 6])
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9, -0.5])
-def test_validation_needs_two_classes_on_either_side(dataset, tmp_path, share):
-    assert "2 must be held out" in error_of(build_lists, dataset, tmp_path / "lists", validation_classes=share)
+def test_two_classes_are_needed_on_either_side(share):
+    images = ImageList(["x"] * 4, np.arange(4))
+    assert f"validation_classes={share} holds out" in error_of(hold_out, images, share)
 
 
-def test_fingerprint_covers_content_path_and_label(dataset, tmp_path):
+def test_fingerprint_covers_lists_paths_labels_and_content(dataset, tmp_path):
     digest = hashlib.sha256()
     first = build_lists(dataset, tmp_path / "a")["fingerprint"]
     for name in ("train", "test"):
         for line in (tmp_path / f"a/{name}.txt").read_text().splitlines():
             content = (dataset / line.rpartition(",")[0]).read_bytes()
-            digest.update(f"{line},{hashlib.sha256(content).hexdigest()}\n".encode())
+            digest.update(f"{name},{line},{hashlib.sha256(content).hexdigest()}\n".encode())
     assert first == digest.hexdigest()[:16]
     Image.new("RGB", (4, 4), (0, 9, 0)).save(dataset / "images/001.Bird/0.png")
-    assert build_lists(dataset, tmp_path / "a")["fingerprint"] != first
+    second = build_lists(dataset, tmp_path / "a")["fingerprint"]
+    labels = dataset / "image_class_labels.txt"
+    labels.write_text(labels.read_text().replace("2 1\n", "2 2\n"))
+    assert len({first, second, build_lists(dataset, tmp_path / "a")["fingerprint"]}) == 3
 
 
 def test_an_undecodable_image_is_named_and_nothing_is_written(dataset, tmp_path):
     for content in (b"no image", (dataset / "images/009.Bird/0.png").read_bytes()[:-30]):
         (dataset / "images/009.Bird/0.png").write_bytes(content)
-        assert "images/009.Bird/0.png cannot be decoded" in error_of(build_lists, dataset, tmp_path / "lists")
+        assert "images/009.Bird/0.png: not an image that Pillow can read" in error_of(
+            build_lists, dataset, tmp_path / "lists"
+        )
     assert not (tmp_path / "lists").exists()
 
 
@@ -105,14 +112,50 @@ def test_an_undecodable_image_is_named_and_nothing_is_written(dataset, tmp_path)
         ("image_class_labels.txt", "2 1", "2 99", "image 2 has class id '99', which classes.txt does not list"),
         ("image_class_labels.txt", "2 1", "2 one", "image 2 has class id 'one', which classes.txt does not list"),
         ("image_class_labels.txt", "2 1\n", "", "image id 2 is in only one of images.txt and image_class_labels.txt"),
+        (
+            "images.txt",
+            "2 001.Bird/0.png",
+            "2 ../images/001.Bird/0.png",
+            "images.txt: image 2 is '../images/001.Bird/0.png'",
+        ),
+        ("images.txt", "2 001.Bird/0.png", "2 {dataset}/images/001.Bird/0.png", "images.txt: image 2 is '/"),
+        (
+            "images.txt",
+            "2 001.Bird/0.png",
+            f"2 001.Bird/{'0' * 256}.png",
+            ".png is missing; images.txt lists it as image 2",
+        ),
+        ("images.txt", "2 001.Bird/0.png", "2 001.Bird/0\0.png", "images.txt cannot be read (NUL byte)"),
+        (
+            "images.txt",
+            "2 001.Bird/0.png",
+            "2 001.Bird/\udcff.png",
+            "images.txt cannot be read ('utf-8' codec can't decode",
+        ),
+        ("images.txt", "2 001", f"{'2' * 5000} 001", f"images.txt, line 2: '{'2' * 100}'; expected"),
+        ("image_class_labels.txt", "2 1", f"2 {'1' * 5000}", f"image 2 has class id '{'1' * 100}', which"),
+        ("classes.txt", "1 001.Bird", "1 001.Bird\udcff", "classes.txt cannot be read"),
         ("classes.txt", "13 013.Bird", "13 013.Bird\n14 014.Wren", "class 14 (014.Wren) has no images"),
     ],
 )
 def test_a_broken_table_is_named(dataset, tmp_path, file, line, replacement, message):
     text = (dataset / file).read_text()
     assert line in text
-    (dataset / file).write_text(text.replace(line, replacement, 1))
+    replacement = replacement.replace("{dataset}", str(dataset))
+    (dataset / file).write_text(text.replace(line, replacement, 1), errors="surrogateescape")
     assert message in error_of(build_lists, dataset, tmp_path / "lists")
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "images"])
+def test_a_folder_for_a_file_or_a_file_for_a_folder(dataset, tmp_path, name):
+    (dataset / name).rename(tmp_path / name)
+    (dataset / name).touch() if name == "images" else (dataset / name).mkdir()
+    assert f"{name} not found; expected images (a folder), images.txt" in error_of(build_lists, dataset, tmp_path / "l")
+
+
+def test_lists_that_cannot_be_written(dataset, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file/lists was not written: [Errno" in error_of(build_lists, dataset, tmp_path / "file" / "lists")
 
 
 def test_missing_image_file(dataset, tmp_path):
@@ -129,11 +172,16 @@ def test_missing_image_file(dataset, tmp_path):
         ("images/001.Bird/0.png,-1\n", "line 1: 'images/001.Bird/0.png,-1'; expected"),
         ("images/001.Bird/0.png,0\n\n", "line 2: ''; expected"),
         ("images/001.Bird/7.png,0\n", "images/001.Bird/7.png does not exist"),
+        ("images/../images/001.Bird/0.png,0\n", "line 1: 'images/../images/001.Bird/0.png,0'; expected"),
+        (f"images/001.Bird/{'0' * 256}.png,0\n", ".png does not exist"),
+        (f"images/001.Bird/0.png,{'0' * 5000}\n", "line 1: 'images/001.Bird/0.png,000"),
+        ("images/001.Bird/\0.png,0\n", "train.txt cannot be read (NUL byte)"),
+        ("images/001.Bird/\udcff.png,0\n", "train.txt cannot be read ('utf-8' codec"),
         ("", "is empty"),
     ],
 )
 def test_a_broken_list_is_named(dataset, tmp_path, text, message):
-    (tmp_path / "train.txt").write_text(text)
+    (tmp_path / "train.txt").write_text(text, errors="surrogateescape")
     error = error_of(read_list, tmp_path / "train.txt", dataset)
     assert message in error
     assert str(tmp_path / "train.txt") in error or "does not exist" in error

@@ -1,5 +1,9 @@
 """Decoded images: sizes, pixels, the copy that is kept."""
 
+import subprocess
+import sys
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -58,3 +62,60 @@ def test_an_image_that_cannot_be_decoded(folder):
     with pytest.raises(UserError, match=r"images/1\.png: not an image that Pillow can read"):
         pack(folder, ["0.png", "1.png"])
     assert not [path for path in (folder / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((65_000, 1), r"x\.png: 65000 x 1 pixels become 1560000 x 24 at short side 24; at most 8000000 are allowed"),
+        ((10_000, 10_000), r"x\.png: .*10000 x 10000 pixels, at most \d+ allowed"),
+        ((20_000, 10_000), r"x\.png: .*200000000 pixels"),
+    ],
+)
+def test_an_image_of_too_many_pixels(folder, monkeypatch, size, message):
+    monkeypatch.setattr("cbml.datasets.images.MOST_PIXELS", 8_000_000)
+    Image.new("1", size).save(folder / "images" / "x.png")
+    with pytest.raises(UserError, match=message):
+        pack(folder, ["0.png", "x.png"])
+
+
+DAMAGES = {
+    "missing": lambda file: file.unlink(),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "empty": lambda file: file.write_bytes(b""),
+    "garbage": lambda file: file.write_bytes(bytes(100)),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "of other images": lambda file: np.save(file.with_name("sizes.npy"), np.array([[24, 37], [24, 24]])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("file", ["images.bin", "sizes.npy"])
+def test_damaged_copies_are_decoded_again(folder, capsys, file, damage):
+    names = ["0.png", "1.png"]
+    before = pack(folder, names).data.clone()
+    damage(next((folder / "cache").glob(f"*/{file}")))
+    assert torch.equal(pack(folder, names).data, before)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the decoded images are damaged" in line
+    pack(folder, names)
+    assert not capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written(folder):
+    (folder / "cache").touch()
+    with pytest.raises(UserError, match=r"cache/\w+ was not written: \[Errno"):
+        pack(folder, ["0.png"])
+
+
+def test_waiting_for_another_process_is_said(folder, capsys):
+    pack(folder, ["0.png"])
+    (lock,) = (folder / "cache").glob("*.lock")
+    code = f"import filelock\nwith filelock.FileLock({str(lock)!r}): print(flush=True), input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        timer = threading.Timer(2, other.stdin.close)
+        timer.start()
+        pack(folder, ["0.png"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("waiting for another process, which decodes the same images")

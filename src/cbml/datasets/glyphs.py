@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pydantic import Field
 
+from cbml.datasets.layout import writing
 from cbml.files import atomic_write
 from cbml.progress import progress
 from cbml.schema import Schema
@@ -42,10 +43,14 @@ class GlyphsConfig(Schema):
     size: int = Field(48, ge=16)
     seed: int = Field(0, ge=0)
 
-    def download(self, folder: Path) -> None:
+    def download(self, folder: Path, root: Path = Path()) -> None:
         """Draw the dataset and create `folder` in the layout of `cbml.datasets.layout`; it is complete or absent.
 
-        The characters are shuffled, so that both halves of the classes hold all scripts.
+        The characters are shuffled, so that both halves of the classes hold all scripts. `root`, what a path in the
+        configuration would be relative to, is not used.
+
+        Raises:
+            UserError: `folder` cannot be written.
         """
         folder_of_fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
         fonts = [ImageFont.truetype(folder_of_fonts / name, self.size) for name in TYPEFACES]
@@ -53,7 +58,7 @@ class GlyphsConfig(Schema):
         names = [f"{i:03}.{unicodedata.name(c).replace(' ', '_')}" for i, c in enumerate(characters, 1)]
         images = [(i, k) for i in range(self.classes) for k in range(self.images_per_class)]
         paths = [f"{names[i]}/{k + 1:04}.png" for i, k in images]
-        with atomic_write(folder) as new:
+        with writing(folder), atomic_write(folder) as new:
             for name in names:
                 (new / "images" / name).mkdir(parents=True)
             for (i, k), path in zip(progress(images, "drawing", "images"), paths, strict=True):

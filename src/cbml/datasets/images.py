@@ -14,15 +14,16 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 
-from cbml.datasets.lists import ImageList
+from cbml.datasets.layout import writing
+from cbml.datasets.lists import MOST_PIXELS, ImageList, decode, name_of
 from cbml.datasets.transforms import crop_each, crop_together
 from cbml.errors import UserError
 from cbml.files import atomic_write
-from cbml.progress import progress
+from cbml.progress import message, progress
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 CHUNK = 256
@@ -93,7 +94,7 @@ class PackedImages:
 def pack_images(
     images: ImageList, root: Path, cache: Path, *, resize: int, interpolation: str, fingerprint: str
 ) -> PackedImages:
-    """Decode a list of images to short side `resize`, or open the copy of an earlier call.
+    """Decode a list of images to short side `resize`, or open the copy of an earlier call if it is whole.
 
     Args:
         root: the dataset folder that the list's paths are relative to.
@@ -101,40 +102,59 @@ def pack_images(
         fingerprint: identifies the content of the dataset's images.
 
     Raises:
-        UserError: an image cannot be decoded.
+        UserError: an image cannot be decoded, or `cache` not written.
     """
     key = json.dumps([fingerprint, images.paths, resize, interpolation])
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
+    with writing(folder):
+        cache.mkdir(parents=True, exist_ok=True)
+        with _acquire(FileLock(f"{folder}.lock")):
+            if folder.exists():
+                try:
+                    return _open(folder, images, resize)
+                except Exception as error:  # NumPy raises errors of many types
+                    message(f"{folder}: the decoded images are damaged ({type(error).__name__}); decoding them again")
             with atomic_write(folder) as temporary:
                 temporary.mkdir()
                 _decode(images, root, temporary, resize, interpolation)
-    sizes = torch.from_numpy(np.load(folder / "sizes.npy"))
-    # Copy-on-write: PyTorch has no read-only tensors and warns about read-only memory.
-    data = torch.from_numpy(np.memmap(folder / "images.bin", dtype=np.uint8, mode="c"))
-    return PackedImages(data, sizes, torch.from_numpy(images.labels))
+            return _open(folder, images, resize)
 
 
 def load_image(source: Path | BinaryIO, *, resize: int, interpolation: str) -> np.ndarray:
     """Decode an image to (H, W, 3) uint8 RGB with its short side at `resize`, as torchvision's `Resize(int)` does.
 
     Raises:
-        UserError: it cannot be decoded.
+        UserError: see `decode`; or it would have more than `MOST_PIXELS`.
     """
-    try:
-        with Image.open(source) as file:
-            image = file.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise errors of many types
-        name = source if isinstance(source, Path) else "image"
-        raise UserError(f"{name}: not an image that Pillow can read ({error})") from None
-    width, height = image.size
-    short = min(width, height)
+    image = decode(source)
+    short = min(image.size)
     if short != resize:
         # The long side is truncated to whole pixels.
-        image = image.resize((resize * width // short, resize * height // short), RESAMPLING[interpolation])
+        width, height = (resize * side // short for side in image.size)
+        if width * height > MOST_PIXELS:
+            raise UserError(
+                f"{name_of(source)}: {image.width} x {image.height} pixels become {width} x {height} at short side "
+                f"{resize}; at most {MOST_PIXELS} are allowed"
+            )
+        image = image.resize((width, height), RESAMPLING[interpolation])
     return np.asarray(image)
+
+
+def _acquire(lock: FileLock) -> AcquireReturnProxy:
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        message(f"waiting for another process, which decodes the same images ({lock.lock_file})")
+        return lock.acquire()
+
+
+def _open(folder: Path, images: ImageList, resize: int) -> PackedImages:
+    sizes = np.load(folder / "sizes.npy")
+    # Copy-on-write: PyTorch has no read-only tensors and warns about read-only memory.
+    data = np.memmap(folder / "images.bin", dtype=np.uint8, mode="c")
+    if sizes.shape != (len(images.paths), 2) or (sizes.min(1) != resize).any() or 3 * sizes.prod(1).sum() != len(data):
+        raise ValueError("its sizes do not add up")
+    return PackedImages(torch.from_numpy(data), torch.from_numpy(sizes), torch.from_numpy(images.labels))
 
 
 def _decode(images: ImageList, root: Path, folder: Path, resize: int, interpolation: str) -> None:

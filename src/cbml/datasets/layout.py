@@ -9,7 +9,10 @@
 Ids count from 1.
 """
 
-from pathlib import Path
+import os.path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
 from cbml.errors import UserError
 
@@ -26,14 +29,15 @@ def read_layout(folder: Path, origin: Path | None = None) -> list[tuple[str, int
         For every image, in the order of the image ids: its path relative to `folder`, and its class id (1-based).
 
     Raises:
-        UserError: something of the layout is missing, a line is malformed, an id is unknown or given twice, a class has
-            no image, or an image file is missing.
+        UserError: something of the layout is missing, a table is no text or a line of it malformed, an id is unknown or
+            given twice, a class has no image, or an image file is missing or not under images/.
     """
     origin = origin or folder
-    if missing := [name for name in LAYOUT if not (folder / name).exists()]:
+    kinds = {name: Path.is_dir if name == "images" else Path.is_file for name in LAYOUT}
+    if missing := [name for name, is_there in kinds.items() if not is_there(folder / name)]:
         raise UserError(
             f"{origin} is not in the layout of CUB-200-2011: {', '.join(missing)} not found; "
-            f"expected {', '.join(LAYOUT)}"
+            f"expected images (a folder), {', '.join(LAYOUT[1:])}"
         )
     paths = _read_table(folder, "images.txt", origin)
     classes = _read_table(folder, "classes.txt", origin)
@@ -45,15 +49,17 @@ def read_layout(folder: Path, origin: Path | None = None) -> list[tuple[str, int
         )
     images = []
     for image, path in sorted(paths.items()):
-        label = labels[image]
-        if not label.isdecimal() or int(label) not in classes:
+        label = number(labels[image])
+        if label not in classes:
             raise UserError(
-                f"{origin}/image_class_labels.txt: image {image} has class id {label!r}, "
+                f"{origin}/image_class_labels.txt: image {image} has class id {labels[image][:100]!r}, "
                 "which classes.txt does not list"
             )
-        if not (folder / "images" / path).is_file():
+        if not is_inside(path):
+            raise UserError(f"{origin}/images.txt: image {image} is {path!r}; expected a path under images/")
+        if not os.path.isfile(folder / "images" / path):  # Path.is_file() fails for a name that is too long
             raise UserError(f"{origin}/images/{path} is missing; images.txt lists it as image {image}")
-        images.append((f"images/{path}", int(label)))
+        images.append((f"images/{path}", label))
     if empty := sorted(classes.keys() - {label for _, label in images}):
         raise UserError(
             f"{origin}: class {empty[0]} ({classes[empty[0]]}) has no images; every class of classes.txt needs some"
@@ -63,11 +69,51 @@ def read_layout(folder: Path, origin: Path | None = None) -> list[tuple[str, int
 
 def _read_table(folder: Path, name: str, origin: Path) -> dict[int, str]:
     table = {}
-    for number, line in enumerate((folder / name).read_text(errors="replace").splitlines(), 1):
+    for n, line in enumerate(read_lines(folder / name, f"{origin}/{name}"), 1):
         key, _, value = line.strip().partition(" ")
-        if not key.isdecimal() or int(key) < 1 or not value:
-            raise UserError(f"{origin}/{name}, line {number}: {line!r}; expected '<id, from 1> <value>'")
-        if int(key) in table:
-            raise UserError(f"{origin}/{name}, line {number}: id {key} is listed twice")
-        table[int(key)] = value
+        if not (key := number(key)) or not value:
+            raise UserError(f"{origin}/{name}, line {n}: {line[:100]!r}; expected '<id, from 1> <value>'")
+        if key in table:
+            raise UserError(f"{origin}/{name}, line {n}: id {key} is listed twice")
+        table[key] = value
     return table
+
+
+def read_lines(file: Path, shown: str | Path) -> list[str]:
+    """The lines of a text file, which an error message calls `shown`.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8 without NUL bytes.
+    """
+    try:
+        text = file.read_bytes().decode()
+        if "\0" in text:
+            raise UnicodeError("NUL byte")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{shown} cannot be read ({error}); expected text in UTF-8") from None
+    return text.splitlines()
+
+
+def number(text: str) -> int | None:
+    """A whole number from 0, if `text` is one that an int64 holds."""
+    return int(text) if text.isdecimal() and len(text) <= 18 else None
+
+
+def is_inside(path: str) -> bool:
+    """Whether `path` is relative and does not leave the folder it starts from."""
+    return not path.startswith("/") and ".." not in PurePosixPath(path).parts
+
+
+@contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """Say in one line what was not written: a file is where a folder should be, a name too long, the disk full, …
+
+    Raises:
+        UserError: in the place of an `OSError` of the operating system.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a decoder's
+            raise
+        raise UserError(f"{what} was not written: {error}") from error

@@ -1,19 +1,22 @@
 """Lists of images, `images/PATH,label` a line: the only thing that training and evaluation know of a dataset."""
 
 import hashlib
-import io
 import json
+import os.path
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from cbml.datasets.layout import read_layout
+from cbml.datasets.layout import is_inside, number, read_layout, read_lines, writing
 from cbml.errors import UserError
 from cbml.files import atomic_write
 from cbml.progress import progress
+
+MOST_PIXELS = 2**28 // 3  # 256 MiB of RGB, from where on Pillow warns of a decompression bomb
 
 
 @dataclass(frozen=True)
@@ -33,88 +36,113 @@ class ImageList:
         return [Path(path).parent.name for path in self.paths]
 
 
-def build_lists(dataset: Path, out: Path, *, validation_classes: float = 0.0) -> dict:
+def build_lists(dataset: Path, out: Path) -> dict:
     """Split a dataset by class, decoding every image once, and write the folder `out`.
 
     The first half of the classes (by id) train, the second half test, as in Oh Song et al. (CVPR 2016); the official
     split file is not used. A label is the class id - 1, so no label occurs in both lists.
 
-    Args:
-        dataset: a folder in the layout of `cbml.datasets.layout`.
-        validation_classes: share of the training classes, the last ones, to hold out. `train.txt` still holds all
-            training classes; `validation.txt` and `train_without_validation.txt` divide them.
-
     Returns:
-        What `summary.json` holds: `fingerprint` (first 16 hex digits of a SHA-256 over path, label and content of every
-        image), and for each list its number of `images` and `classes`.
+        What `summary.json` holds: `fingerprint` (first 16 hex digits of a SHA-256 over the lists, and in them path,
+        label and content of every image), and for each list its number of `images` and `classes`.
 
     Raises:
-        UserError: see `read_layout`; or an image cannot be decoded, or a list would have fewer than two classes.
+        UserError: see `read_layout` and `decode`; or a list would have fewer than two classes, or `out` cannot be
+            written.
     """
     images = [(path, class_id - 1) for path, class_id in read_layout(dataset)]
     classes = sorted({label for _, label in images})
     if len(classes) < 4:
         raise UserError(f"{dataset} has {len(classes)} classes; at least 4 are needed, two to train and two to test")
-    train, test = classes[: len(classes) // 2], classes[len(classes) // 2 :]
-    lists = {"train": train, "test": test}
-    if validation_classes:
-        held_out = round(validation_classes * len(train))
-        if not 2 <= held_out <= len(train) - 2:
-            raise UserError(
-                f"validation_classes={validation_classes} holds out {held_out} of {len(train)} training "
-                "classes; at least 2 must be held out and 2 remain"
-            )
-        lists |= {"train_without_validation": train[:-held_out], "validation": train[-held_out:]}
+    first_to_test = classes[len(classes) // 2]
+    lists = {
+        "train": [image for image in images if image[1] < first_to_test],
+        "test": [image for image in images if image[1] >= first_to_test],
+    }
 
-    def digest(image: tuple[str, int]) -> str:
-        path, label = image
-        content = (dataset / path).read_bytes()
-        try:
-            Image.open(io.BytesIO(content)).load()
-        except Exception as error:  # Pillow's decoders raise errors of many types
-            raise UserError(
-                f"{dataset / path} cannot be decoded ({type(error).__name__}); expected a complete JPEG or PNG file"
-            ) from error
-        return f"{path},{label},{hashlib.sha256(content).hexdigest()}\n"
+    def digest(entry: tuple[str, str, int]) -> str:
+        name, path, label = entry
+        decode(dataset / path)
+        return f"{name},{path},{label},{hashlib.sha256((dataset / path).read_bytes()).hexdigest()}\n"
 
+    entries = [(name, *image) for name, members in lists.items() for image in members]
     fingerprint = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
-        for line in progress(pool.map(digest, images), "checking", "images", total=len(images)):
+        for line in progress(pool.map(digest, entries), "checking", "images", total=len(entries)):
             fingerprint.update(line.encode())
     summary = {"fingerprint": fingerprint.hexdigest()[:16]}
-    with atomic_write(out) as new:
+    with writing(out), atomic_write(out) as new:
         new.mkdir()
         for name, members in lists.items():
-            chosen = set(members)
-            lines = [f"{path},{label}\n" for path, label in images if label in chosen]
-            (new / f"{name}.txt").write_text("".join(lines))
-            summary[name] = {"images": len(lines), "classes": len(members)}
+            (new / f"{name}.txt").write_text("".join(f"{path},{label}\n" for path, label in members), encoding="utf-8")
+            summary[name] = {"images": len(members), "classes": len({label for _, label in members})}
         (new / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def decode(source: Path | BinaryIO) -> Image.Image:
+    """An RGB image.
+
+    Raises:
+        UserError: Pillow cannot read it, or it has more than `MOST_PIXELS`.
+    """
+    try:
+        with Image.open(source) as file:
+            if file.width * file.height > MOST_PIXELS:
+                raise Image.DecompressionBombError(
+                    f"{file.width} x {file.height} pixels, at most {MOST_PIXELS} allowed"
+                )
+            return file.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise errors of many types
+        raise UserError(f"{name_of(source)}: not an image that Pillow can read ({error})") from None
+
+
+def name_of(source: Path | BinaryIO) -> str:
+    """What an error message calls the source of an image."""
+    return str(source) if isinstance(source, Path) else "image"
 
 
 def read_list(path: Path, root: Path) -> ImageList:
     """Read a list of images under the dataset folder `root`; labels stay as written.
 
     Raises:
-        UserError: the list is missing or empty, a line is malformed, or an image is not there.
+        UserError: the list is missing, empty or no text, a line is malformed, or an image is not there.
     """
     if not path.is_file():
-        raise UserError(
-            f"image list {path} does not exist; build_lists writes it (those for validation: if validation_classes > 0)"
-        )
+        raise UserError(f"image list {path} does not exist; build_lists writes it")
     paths, labels = [], []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for n, line in enumerate(read_lines(path, path), 1):
         image, _, label = line.rpartition(",")
-        if not image or not label.isdecimal():
-            raise UserError(f"{path}, line {number}: {line!r}; expected 'images/PATH,label' with a label from 0")
-        if not (root / image).is_file():
-            raise UserError(f"{path}, line {number}: {root / image} does not exist")
+        if not image or not is_inside(image) or number(label) is None:
+            raise UserError(f"{path}, line {n}: {line[:100]!r}; expected 'images/PATH,label' with a label from 0")
+        if not os.path.isfile(root / image):
+            raise UserError(f"{path}, line {n}: {root / image} does not exist")
         paths.append(image)
-        labels.append(int(label))
+        labels.append(number(label))
     if not paths:
         raise UserError(f"{path} is empty; expected lines 'images/PATH,label'")
     return ImageList(paths, np.array(labels, dtype=np.int64))
+
+
+def hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
+    """The images of a training list without, and with only, the last `share` of its classes (by label).
+
+    Raises:
+        UserError: fewer than two classes would be held out or remain.
+    """
+    classes = np.unique(images.labels)
+    count = round(share * len(classes))
+    if not 2 <= count <= len(classes) - 2:
+        raise UserError(
+            f"validation_classes={share} holds out {count} of {len(classes)} training classes; "
+            "at least 2 must be held out and 2 remain"
+        )
+    held_out = images.labels >= classes[-count]
+
+    def part(chosen: np.ndarray) -> ImageList:
+        return ImageList([images.paths[i] for i in np.flatnonzero(chosen)], images.labels[chosen])
+
+    return part(~held_out), part(held_out)
 
 
 def check_disjoint(train: ImageList, test: ImageList) -> None:
