@@ -3,17 +3,17 @@
 import argparse
 from pathlib import Path
 
-from cbml import tracking
-from cbml.config import load_params
 from cbml.errors import run_main
-from cbml.evaluation.cell import evaluate_cell
+from cbml.stages.evaluate import evaluate_cell
+from cbml.workspace import Workspace
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder that the stage `train` wrote")
     run = parser.parse_args().run
-    evaluate_cell(run, state=tracking.root(), register=load_params().register_models)
+    workspace = Workspace.here()
+    evaluate_cell(run, workspace, register=workspace.params().register_models)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,21 @@
 
 import argparse
 
-from cbml.config import load_params
 from cbml.errors import run_main
-from cbml.reporting.tableset import INDEX, write_tables
+from cbml.stages.tabulate import tabulate
+from cbml.workspace import Workspace
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset")
     parser.add_argument(
-        "--all", action="store_true", help="tabulate every cell ever evaluated here, not only those of params.yaml"
+        "--all", action="store_true", help="every finished cell in the tracking store, not only those of params.yaml"
     )
     options = parser.parse_args()
-    print(write_tables(load_params(), options.dataset, all_cells=options.all))
-    print(f"The page: {INDEX.resolve().as_uri()}")
+    workspace = Workspace.here()
+    print(tabulate(workspace, options.dataset, all_cells=options.all))
+    print(f"The page: {workspace.index.resolve().as_uri()}")
 
 
 if __name__ == "__main__":

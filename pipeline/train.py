@@ -2,17 +2,17 @@
 
 import argparse
 
-from cbml import tracking
-from cbml.config import load_params
 from cbml.errors import run_main
-from cbml.training import run_cell
+from cbml.stages.train import train_cell
+from cbml.workspace import Workspace
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for axis, kind in (("dataset", str), ("backbone", str), ("loss", str), ("embedding-dim", int), ("seed", int)):
         parser.add_argument(f"--{axis}", type=kind, required=True)
-    run_cell(load_params().cell(**vars(parser.parse_args())), state=tracking.root())
+    workspace = Workspace.here()
+    train_cell(workspace.params().cell(**vars(parser.parse_args())), workspace)
 
 
 if __name__ == "__main__":

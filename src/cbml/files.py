@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from cbml.errors import UserError
+from cbml.progress import message
 
 
 @contextmanager
@@ -51,6 +54,22 @@ def _alive(pid: str) -> bool:
     except PermissionError:  # of another user
         return True
     return int(pid) != os.getpid()
+
+
+@contextmanager
+def locked(path: Path, waiting: str) -> Iterator[None]:
+    """Hold a lock beside `path` for the block; say `waiting` if another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        message(waiting)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -128,13 +128,14 @@ class Run:
 
     Attributes:
         id: of the run, or None as long as the store has not made it.
+        continued: whether the store had it.
     """
 
     def __init__(self, store: Store | None, run_id: str | None = None):
         self.store, self.id = store, run_id
         self.waiting: deque[Callable[[], None]] = deque()
         self._next_attempt = 0.0
-        self._continued = run_id is not None
+        self.continued = False
         self._logged: dict[str, dict[int, float]] = {}  # of a continued run, the values by metric and step
 
     @property
@@ -178,7 +179,7 @@ class Run:
 
     def _log_points(self, points: list[tuple[str, float, int, int]], replace: bool) -> None:
         client = self.store.client
-        if self._continued:
+        if self.continued:
             for name in {point[0] for point in points} - self._logged.keys():
                 self._logged[name] = {point.step: point.value for point in client.get_metric_history(self.id, name)}
             points = [
@@ -265,6 +266,7 @@ def open_run(
 def _start(run, experiment, name, config, params, tags, fingerprint, remember) -> None:
     client = run.store.client
     if run.id and _exists(client, run.id):
+        run.continued = True
         client.update_run(run.id, status=RunStatus.to_string(RunStatus.RUNNING))
         if "error" in client.get_run(run.id).data.tags:  # of an earlier attempt
             client.delete_tag(run.id, "error")
@@ -308,6 +310,21 @@ def open_cell(workspace: Workspace, cell: Cell, key: str, fingerprint: str, *, r
         run_id=run_id,
         remember=remember,
     )
+
+
+def open_tables(workspace: Workspace, dataset: str, cells: list[Cell]):
+    """`open_run` for the table set of these cells, in an experiment of their own."""
+    axes = {
+        "dataset": [dataset],
+        "backbone": [cell.backbone for cell in cells],
+        "loss": [cell.loss for cell in cells],
+        "embedding_dim": [cell.embedding_dim for cell in cells],
+        "seed": [cell.seed for cell in cells],
+        "recipe": [cell.recipe_name for cell in cells],
+    }
+    params = {name: ", ".join(map(str, dict.fromkeys(values))) for name, values in axes.items()}
+    config = {"cells": [cell.to_dict() for cell in cells]}
+    return open_run(workspace, TABLES, dataset, config=config, params=params, tags={"dataset": dataset})
 
 
 def summary(metrics: dict[str, dict[str, float]]) -> dict[str, float]:

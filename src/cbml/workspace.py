@@ -57,14 +57,19 @@ class Workspace:
         """Its pictures, and the page with them."""
         return self.tree / "pages" / cell.dataset / cell.name
 
+    @property
+    def reports(self) -> Path:
+        """What people read."""
+        return self.tree / "reports"
+
     def report(self, dataset: str) -> Path:
         """The tables of a dataset, and the page with them."""
-        return self.tree / "reports" / dataset
+        return self.reports / dataset
 
     @property
     def index(self) -> Path:
         """The page over all reports."""
-        return self.tree / "reports" / "index.html"
+        return self.reports / "index.html"
 
     @property
     def cache(self) -> Path:

@@ -14,7 +14,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from filelock import AcquireReturnProxy, FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from cbml.datasets.layout import writing
 from cbml.datasets.lists import MOST_PIXELS, ImageList, decode, name_of
 from cbml.datasets.transforms import crop_each, crop_together
 from cbml.errors import UserError
-from cbml.files import atomic_write
+from cbml.files import atomic_write, locked
 from cbml.progress import message, progress
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -106,18 +105,17 @@ def pack_images(
     """
     key = json.dumps([fingerprint, images.paths, resize, interpolation])
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
-    with writing(folder):
-        cache.mkdir(parents=True, exist_ok=True)
-        with _acquire(FileLock(f"{folder}.lock")):
-            if folder.exists():
-                try:
-                    return _open(folder, images, resize)
-                except Exception as error:  # NumPy raises errors of many types
-                    message(f"{folder}: the decoded images are damaged ({type(error).__name__}); decoding them again")
-            with atomic_write(folder) as temporary:
-                temporary.mkdir()
-                _decode(images, root, temporary, resize, interpolation)
-            return _open(folder, images, resize)
+    waiting = f"waiting for another process, which decodes the same images ({folder}.lock)"
+    with writing(folder), locked(folder, waiting):
+        if folder.exists():
+            try:
+                return _open(folder, images, resize)
+            except Exception as error:  # NumPy raises errors of many types
+                message(f"{folder}: the decoded images are damaged ({type(error).__name__}); decoding them again")
+        with atomic_write(folder) as temporary:
+            temporary.mkdir()
+            _decode(images, root, temporary, resize, interpolation)
+        return _open(folder, images, resize)
 
 
 def load_image(source: Path | BinaryIO, *, resize: int, interpolation: str) -> np.ndarray:
@@ -138,14 +136,6 @@ def load_image(source: Path | BinaryIO, *, resize: int, interpolation: str) -> n
             )
         image = image.resize((width, height), RESAMPLING[interpolation])
     return np.asarray(image)
-
-
-def _acquire(lock: FileLock) -> AcquireReturnProxy:
-    try:
-        return lock.acquire(timeout=1)
-    except Timeout:
-        message(f"waiting for another process, which decodes the same images ({lock.lock_file})")
-        return lock.acquire()
 
 
 def _open(folder: Path, images: ImageList, resize: int) -> PackedImages:

@@ -31,9 +31,13 @@ class ImageList:
         return len(np.unique(self.labels))
 
     @property
-    def folders(self) -> list[str]:
-        """The folder of each image, which is named after its class."""
-        return [Path(path).parent.name for path in self.paths]
+    def class_names(self) -> dict[int, str]:
+        """The name of every label: the folder that its images lie in."""
+        return {label: Path(path).parent.name for path, label in zip(self.paths, self.labels.tolist(), strict=True)}
+
+    def subset(self, indices: np.ndarray) -> "ImageList":
+        """Those of the images, in the order of `indices`."""
+        return ImageList([self.paths[index] for index in indices], self.labels[indices])
 
 
 def build_lists(dataset: Path, out: Path) -> dict:
@@ -138,11 +142,7 @@ def hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:
             "at least 2 must be held out and 2 remain"
         )
     held_out = images.labels >= classes[-count]
-
-    def part(chosen: np.ndarray) -> ImageList:
-        return ImageList([images.paths[i] for i in np.flatnonzero(chosen)], images.labels[chosen])
-
-    return part(~held_out), part(held_out)
+    return images.subset(np.flatnonzero(~held_out)), images.subset(np.flatnonzero(held_out))
 
 
 def check_disjoint(train: ImageList, test: ImageList) -> None:

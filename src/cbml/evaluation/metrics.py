@@ -101,5 +101,7 @@ def evaluate(
 def _labels(labels: Tensor, embeddings: Tensor, name: str) -> Tensor:
     labels = torch.as_tensor(labels, device=embeddings.device)
     if labels.shape != embeddings.shape[:1]:
-        raise UserError(f"{name}: shape {tuple(labels.shape)}, allowed is one label per embedding, ({len(embeddings)},)")
+        raise UserError(
+            f"{name}: shape {tuple(labels.shape)}, allowed is one label per embedding, ({len(embeddings)},)"
+        )
     return labels

@@ -69,7 +69,10 @@ def confusions(queries: pd.DataFrame) -> pd.DataFrame:
     """
     failed = failures(queries).rename_axis("query").reset_index()
     pairs = failed.groupby(["label", "nearest_label"]).agg(
-        count=("query", "size"), query=("query", "first"), nearest=("nearest", "first"), similarity=("similarity", "first")
+        count=("query", "size"),
+        query=("query", "first"),
+        nearest=("nearest", "first"),
+        similarity=("similarity", "first"),
     )
     pairs = pairs.reset_index()
     pairs["queries"] = pairs.label.map(queries.groupby("label").size())

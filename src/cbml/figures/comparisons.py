@@ -31,8 +31,9 @@ def curves_chart(curves: pd.DataFrame) -> str:
     first, over every method's mean in grey.
 
     Args:
-        curves: what `cbml.reporting.gathering.curves` returns, with at least one row.
+        curves: what `cbml.reporting.tables.curves` returns, with at least one row.
     """
+    curves = curves.assign(method=curves.method + curves.variant.map(lambda text: f" ({text})" if text else ""))
     curves = curves.assign(setting=curves.backbone + ", " + curves.embedding_dim.astype(str))
     last = curves[curves.iteration == curves.groupby("cell").iteration.transform("max")]
     best_first = last.groupby("method").recall_at_1.mean().sort_values(ascending=False, kind="stable").index
@@ -71,7 +72,7 @@ def curves_chart(curves: pd.DataFrame) -> str:
 
 
 def distributions_chart(similarities: pd.DataFrame) -> str:
-    """Densities of the cosine similarity of positive and of negative pairs, one panel per cell, each over its own range.
+    """Densities of the cosine similarity of pairs of one class and of two, one panel per cell, each over its own range.
 
     Args:
         similarities: columns `cell` (the panel's title), `pair` (`positive`, `negative`), `similarity`, `density`, of
@@ -111,6 +112,7 @@ def paper_chart(table: pd.DataFrame) -> str:
     """
     rows = table.dropna(subset="paper_recall_at_1")
     keys = rows.embedding_dim.astype(str) + " · " + rows.backbone + " · " + rows.method
+    keys += rows.variant.map(lambda text: f" ({text})" if text else "")
     names = list(keys.unique())
     protocols = sorted(rows.protocol.unique(), key=lambda protocol: protocol != "final")  # the headline first
     with chart(7.5, 0.32 * len(names) + 1.2) as (figure, axis):

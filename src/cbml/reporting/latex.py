@@ -17,8 +17,10 @@ def to_latex(table: pd.DataFrame, dataset: str, test: dict[str, int]) -> str:
         text.columns = [name.replace("%", r"\%") for name in text.columns]
         what = f"% Recall@K on {dataset} in percent: {title(size)}; test list: {test['images']:,} images of "
         what += f"{test['classes']:,} classes; protocols: {', '.join(rows.protocol.unique())}\n"
-        tabular = text.style.format(escape="latex").hide().to_latex(
-            hrules=True, column_format="lll" + "r" * (len(text.columns) - 3)
+        tabular = (
+            text.style.format(escape="latex")
+            .hide()
+            .to_latex(hrules=True, column_format="lll" + "r" * (len(text.columns) - 3))
         )
         parts.append(what + tabular.replace("±", r"$\pm$").replace("–", "--"))
     return "\n".join(parts)

@@ -1,8 +1,9 @@
 """Recall@K tables: what evaluated cells hold, as numbers, beside the published figures."""
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,31 @@ PROTOCOLS = {
 }
 # What the cells of one row have in common: all but the seed.
 ROW = ["embedding_dim", "backbone", "method", "variant"]
-MACHINE = ("dataset", "backbone.weights", "backbone.published")  # where things are from, which is not what they are
+SOURCES = ("dataset", "backbone.weights", "backbone.published")  # where things are from, which is not what they are
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluated cell: its configuration, the record of its training, the folder of its evaluation, and its page."""
+    """An evaluated cell.
+
+    Attributes:
+        cell: its configuration.
+        record: its run.json.
+        folder: of its evaluation.
+        page: the folder of its page.
+        variant: what tells it from others of its backbone, loss and embedding size; see `told_apart`.
+    """
 
     cell: Cell
     record: dict[str, Any]
     folder: Path
     page: Path
+    variant: str = ""
+
+    @property
+    def row(self) -> tuple[int, str, str, str]:
+        """The values of `ROW`."""
+        return self.cell.embedding_dim, self.cell.backbone, self.cell.loss, self.variant
 
 
 def published() -> pd.DataFrame:
@@ -59,31 +74,30 @@ def metrics(names: Iterable[str]) -> list[str]:
     return [*recalls(names), *(name for name in ("r_precision", "map_at_r", "nmi") if name in names)]
 
 
-def variants(evaluated: list[Evaluated]) -> list[str]:
-    """What tells each cell from others of its backbone, loss and embedding size, but for the seed.
+def told_apart(evaluated: list[Evaluated]) -> list[Evaluated]:
+    """The same cells with a `variant` where several of them that are no seeds of one another have the same names.
 
-    It reads like `margin=0.2, recipe=cpu`, and is empty where nothing else is of the same names. A parameter that
-    follows from the choice of another recipe is left out.
+    It reads like `margin=0.2, recipe=cpu`. A parameter that follows from the choice of another recipe is left out.
     """
-    texts = []
+    groups: dict[tuple, list[Evaluated]] = defaultdict(list)
     for one in evaluated:
-        names = (one.cell.backbone, one.cell.loss, one.cell.embedding_dim)
-        alike = [each for each in evaluated if (each.cell.backbone, each.cell.loss, each.cell.embedding_dim) == names]
-        if len({_row_hash(each) for each in alike}) == 1:
-            texts.append("")
-            continue
-        flats = [{name: json.dumps(value) for name, value in each.cell.flat().items()} for each in alike]
-        own = {name: json.dumps(value) for name, value in one.cell.flat().items()}
-        parts = []
-        for name in dict.fromkeys(name for flat in flats for name in flat):
-            group = name.partition(".")[0]
-            pairs = {(flat[group], flat.get(name)) for flat in flats}
-            follows = name != group and len(pairs) == len({option for option, _ in pairs})
-            if name == "seed" or name.startswith(MACHINE) or len({value for _, value in pairs}) == 1 or follows:
-                continue
-            parts.append(f"{name.removeprefix('loss.')}={own.get(name, 'none').strip(chr(34))}")
-        texts.append(", ".join(parts) or _row_hash(one))
-    return texts
+        groups[one.row].append(one)
+    return [replace(one, variant=_variant(one, groups[one.row])) for one in evaluated]
+
+
+def _variant(one: Evaluated, alike: list[Evaluated]) -> str:
+    if len({_row_hash(each) for each in alike}) == 1:
+        return ""
+    flats = [{name: json.dumps(value) for name, value in each.cell.flat().items()} for each in [one, *alike]]
+    parts = []
+    for name in dict.fromkeys(name for flat in flats for name in flat):
+        group = name.partition(".")[0]
+        pairs = {(flat[group], flat.get(name)) for flat in flats}
+        follows = name != group and len(pairs) == len({option for option, _ in pairs}) > 1
+        if name != "seed" and not name.startswith(SOURCES) and len({value for _, value in pairs}) > 1 and not follows:
+            value = flats[0].get(name, "none").strip('"')
+            parts.append(f"{name.removeprefix('loss.')}={value}")
+    return ", ".join(parts) or _row_hash(one)
 
 
 def _row_hash(evaluated: Evaluated) -> str:
@@ -93,21 +107,19 @@ def _row_hash(evaluated: Evaluated) -> str:
 def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
     """One row per cell and protocol: `ROW`, `protocol`, `seed`, metrics in percent, and the `command` of its row."""
     rows = []
-    texts = variants(evaluated)
-    of_row = [(one.cell.embedding_dim, one.cell.backbone, one.cell.loss, text) for one, text in zip(evaluated, texts)]
-    for one, row in zip(evaluated, of_row, strict=True):
+    for one in evaluated:
         scores = read_json(one.folder / "metrics.json", "evaluate")
-        seeds = [each.cell.seed for each, other in zip(evaluated, of_row, strict=True) if other == row]
+        seeds = sorted(each.cell.seed for each in evaluated if each.row == one.row)
         for protocol in [name for name in PROTOCOLS if name in scores]:
             values = {name: 100 * scores[protocol][name] for name in metrics(scores[protocol])}
             rows.append(
                 {
-                    **dict(zip(ROW, row, strict=True)),
+                    **dict(zip(ROW, one.row, strict=True)),
                     "protocol": protocol,
                     "seed": one.cell.seed,
                     **values,
                     "untrained_recall_at_1": 100 * scores["untrained"]["recall_at_1"],
-                    "command": command(one.cell, sorted(seeds), conf),
+                    "command": command(one.cell, seeds, conf),
                 }
             )
     return pd.DataFrame(rows)
@@ -256,7 +268,9 @@ def outdated(evaluated: list[Evaluated]) -> list[str]:
         return []
     names = ", ".join(f"{cell.name}" for cell in found)
     modules = ", ".join(sorted({f"src/cbml/{file}" for files in found.values() for file in files}))
-    stages = " ".join(f"train@{cell.backbone}-{cell.loss}-{cell.embedding_dim}-{cell.seed}-{cell.dataset}" for cell in found)
+    stages = " ".join(
+        f"train@{cell.backbone}-{cell.loss}-{cell.embedding_dim}-{cell.seed}-{cell.dataset}" for cell in found
+    )
     return [
         f"**Trained by other code than today's** ({modules}): {names}. Again, just those: "
         f"`dvc repro -f -s {stages}`, then `dvc repro`."
@@ -301,17 +315,15 @@ def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
 def curves(evaluated: list[Evaluated]) -> pd.DataFrame:
     """Recall@1 on the test list by iteration: columns `cell`, `ROW`, `seed`, `iteration`, `recall_at_1` in percent."""
     parts = []
-    for one, variant in zip(evaluated, variants(evaluated), strict=True):
+    for one in evaluated:
         rows = read_csv(one.folder / "validations.csv", "train", ("iteration", "recall_at_1"))
-        cell = one.cell
-        names = {"cell": one.record["key"], "backbone": cell.backbone, "method": cell.loss, "variant": variant}
-        rows = rows.assign(**names, embedding_dim=cell.embedding_dim, seed=cell.seed)
+        rows = rows.assign(cell=one.record["key"], **dict(zip(ROW, one.row, strict=True)), seed=one.cell.seed)
         parts.append(rows.assign(recall_at_1=(100 * rows.recall_at_1).round(3)))
     return pd.concat(parts, ignore_index=True)[["cell", *ROW, "seed", "iteration", "recall_at_1"]]
 
 
 def similarities(evaluated: list[Evaluated], bin_width: float) -> pd.DataFrame:
-    """Densities of cosine similarity, means over bins of that width: `cell`, `split`, `pair`, `similarity`, `density`."""
+    """Densities of cosine similarity, means over bins: columns `cell`, `split`, `pair`, `similarity`, `density`."""
     keys = ["cell", "split", "pair"]
     columns = ("split", "pair", "similarity", "density")
     parts = [

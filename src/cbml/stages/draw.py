@@ -13,7 +13,7 @@ from cbml.evaluation import queries
 from cbml.figures import charts, sheets
 from cbml.figures.embedding_map import map_chart
 from cbml.files import atomic_write, read_csv, read_json
-from cbml.reporting.html import cell_page
+from cbml.reporting.cell_page import cell_page
 from cbml.stages.inputs import list_of, record_of
 from cbml.workspace import Workspace
 
@@ -63,7 +63,9 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     moments = read_json(evaluation / "similarities.json", "evaluate")
     svgs = {
         "training": charts.training_chart(title, losses, validations, record["iterations"]["best_on_test"]),
-        "recall_at_k": charts.recall_chart(title, read_csv(evaluation / "recall_at_k.csv", "evaluate", ("k", "recall"))),
+        "recall_at_k": charts.recall_chart(
+            title, read_csv(evaluation / "recall_at_k.csv", "evaluate", ("k", "recall"))
+        ),
         "similarities": charts.similarities_chart(title, densities, moments),
         "embedding_map": map_chart(title, mapped["embeddings"], labels[mapped["indices"]], names, cell.seed),
     }

@@ -110,5 +110,5 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         (folder / "similarities.json").write_text(json.dumps(moments, indent=2))
         np.savez(folder / "map.npz", indices=mapped, embeddings=test[mapped].cpu().numpy())
         shutil.copy(workspace.lists(cell.dataset) / "summary.json", folder)
-    hand_over(workspace, cell, out, run_folder, run_id=record["run_id"], register=register)
+    hand_over(workspace, cell, out, run_folder, register=register)
     return metrics

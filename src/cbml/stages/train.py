@@ -23,7 +23,7 @@ from cbml.datasets.sampler import class_balanced_batches
 from cbml.files import atomic_write, write_tensors
 from cbml.progress import message
 from cbml.stages.inputs import fingerprint, images_of, list_of
-from cbml.training.checkpoint import Checkpoint, hold
+from cbml.training.checkpoint import hold
 from cbml.training.device import facts, numerics
 from cbml.training.loop import train
 from cbml.workspace import Workspace
@@ -43,7 +43,9 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
             loss is not finite.
     """
     for name, (value, used) in cell.changes.items():
-        message(f"{cell.name}: recipe.{cell.recipe_name}.{name}: {used} by backbone.{cell.backbone}, instead of {value}")
+        message(
+            f"{cell.name}: recipe.{cell.recipe_name}.{name}: {used} by backbone.{cell.backbone}, instead of {value}"
+        )
     selection = cell.recipe.select_by
     train_list, test_list = (list_of(workspace, cell, name) for name in ("train", "test"))
     train_on_all, code = _prepare(cell, workspace, train_list, test_list)
@@ -75,11 +77,10 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
             iterations = {"final": cell.recipe.iterations, "best_on_test": trained["best"]["iteration"]}
             if selection:
                 iterations["validated"] = keep
-            run.send()
+            run.send()  # so that its id is known, if the store was away
             record = {
                 "key": key,
                 "run_id": run.id,
-                "tracked": run.complete,
                 "fingerprint": data,
                 "iterations": iterations,
                 "final_weights_sha256": weights_sha256(trained["network"]),

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from cbml.errors import UserError
-from cbml.files import read_json, read_tensors, write_tensors, write_text
+from cbml.files import locked, read_json, read_tensors, write_tensors, write_text
 from cbml.progress import message
 
 SHARE = 0.05  # of the time, at most, goes into checkpoints
@@ -91,7 +90,9 @@ def hold(folder: Path, label: str, made_with: dict[str, str]) -> Iterator[Checkp
                     message(f"{label}: goes on from a checkpoint that was made with {what}")
                     other.rename(own)
                 else:
-                    message(f"{label}: starts again: its checkpoint was made with {what}; {RESUME}=always goes on from it")
+                    message(
+                        f"{label}: starts again: its checkpoint was made with {what}; {RESUME}=always goes on from it"
+                    )
         write_text(own / "made_with.json", json.dumps(made_with, indent=2))
         yield Checkpoint(own)
 
@@ -119,19 +120,3 @@ def remove(folder: Path) -> None:
     """Delete all checkpoints of a run, whose result is safe; wait for a process that holds them."""
     with locked(folder, f"{folder.name}: another process trains it, waiting"):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Hold a lock beside `path`; say so if another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        message(waiting)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

@@ -25,8 +25,8 @@ from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
 from cbml.losses import Loss
 from cbml.progress import message, progress
-from cbml.training.device import compile_trunk, make_optimizer, place
 from cbml.training.checkpoint import Checkpoint
+from cbml.training.device import compile_trunk, make_optimizer, place
 
 SETTLE_EVERY = 10  # iterations between waits for the device
 

@@ -1,0 +1,85 @@
+"""The tables of a dataset's cells, and the page with them."""
+
+import json
+
+from cbml import tracking
+from cbml.config import load_cell
+from cbml.errors import UserError
+from cbml.figures.comparisons import curves_chart
+from cbml.files import read_json, write_text
+from cbml.progress import message
+from cbml.reporting import tables
+from cbml.reporting.html import render
+from cbml.reporting.latex import to_latex
+from cbml.reporting.markdown import to_markdown
+from cbml.reporting.tables import Evaluated
+from cbml.reporting.tables_page import tables_page
+from cbml.stages.inputs import record_of
+from cbml.workspace import Workspace
+
+
+def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> str:
+    """Write the report of a dataset, log it to MLflow, return the table in Markdown.
+
+    In its folder: `tables.md`, `.csv` and `.tex`; `metrics.json`, the headline; `curves.csv` and, for the first seed,
+    `similarities.csv`, what `dvc plots` draws; `curves.svg`, a picture of the curves; `index.html`, the page. The page
+    over all datasets is written as well.
+
+    Args:
+        all_cells: tabulate every finished cell of the dataset in the tracking store, the newest of each key, and not
+            those of params.yaml.
+
+    Raises:
+        UserError: a cell has not been evaluated, or there is none.
+    """
+    evaluated = tables.told_apart(_archived(workspace, dataset) if all_cells else _here(workspace, dataset))
+    test = read_json(evaluated[0].folder / "summary.json", "evaluate")["test"]
+    with_published = evaluated[0].cell.dataset_config.type == "cub200"
+    table = tables.summarise(tables.collect(evaluated, workspace.conf), with_published=with_published)
+    text, curves = to_markdown(table, dataset, test, evaluated), tables.curves(evaluated)
+    first_seed = [one for one in evaluated if one.cell.seed == evaluated[0].cell.seed]
+    contents = {
+        "tables.md": text,
+        "tables.csv": table.round(3).to_csv(index=False),
+        "tables.tex": to_latex(table, dataset, test),
+        "metrics.json": json.dumps(tables.headline(table), indent=2) + "\n",
+        "curves.csv": curves.to_csv(index=False),
+        # On white: as a file of its own it cannot take a page's colours.
+        "curves.svg": curves_chart(curves).replace("<svg", '<svg style="background: white"', 1),
+        "similarities.csv": tables.similarities(first_seed, 0.02).to_csv(index=False),
+        "index.html": tables_page(table, evaluated, dataset, test, workspace.report(dataset)),
+    }
+    folder = workspace.report(dataset)
+    for name, content in contents.items():
+        write_text(folder / name, content)
+    reports = {
+        file.parent.name: read_json(file, "tabulate") for file in sorted(workspace.reports.glob("*/metrics.json"))
+    }
+    write_text(workspace.index, render("index", reports=reports))
+    with tracking.open_tables(workspace, dataset, [one.cell for one in evaluated]) as run:
+        for name in contents:
+            run.log_file(folder / name)
+        run.log_table(table.round(3), "tables.json")
+        run.note(text)
+    return text
+
+
+def _here(workspace: Workspace, dataset: str) -> list[Evaluated]:
+    """The cells of params.yaml."""
+    return [
+        Evaluated(cell, record_of(workspace.evaluation(cell)), workspace.evaluation(cell), workspace.page(cell))
+        for cell in workspace.params().cells(dataset)
+    ]
+
+
+def _archived(workspace: Workspace, dataset: str) -> list[Evaluated]:
+    """The finished cells in the tracking store that are of the same images and lists as the newest one."""
+    folders = tracking.Store(workspace).finished(dataset).values()
+    found = [Evaluated(load_cell(folder / "cell.yaml"), record_of(folder), folder, folder) for folder in folders]
+    if not found:
+        raise UserError(f"{dataset}: the tracking store has no evaluated cell of it; the stage evaluate brings them")
+    fingerprint = max(found, key=lambda one: one.record["finished"]).record["fingerprint"]
+    alike = [one for one in found if one.record["fingerprint"] == fingerprint]
+    if len(alike) < len(found):
+        message(f"{dataset}: {len(found) - len(alike)} cells of other images or lists are left out")
+    return alike
