@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from cbml.datasets import GlyphsConfig
 from cbml.datasets.glyphs import CHARACTERS, TYPEFACES, draw
 from cbml.datasets.layout import LAYOUT, read_layout
-from cbml.errors import UserError
 
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 
@@ -35,12 +34,6 @@ def test_layout_and_counts(config, tmp_path):
     with Image.open(tmp_path / "glyphs" / images[0][0]) as image:
         assert image.size == (32, 32)
         assert image.mode == "RGB"
-
-
-def test_a_file_where_the_folder_should_be(config, tmp_path):
-    (tmp_path / "data").touch()
-    with pytest.raises(UserError, match=r"glyphs was not written: \[Errno"):
-        config.download(tmp_path / "data" / "glyphs", tmp_path)
 
 
 def test_the_seed_decides_every_byte(config, tmp_path):

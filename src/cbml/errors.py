@@ -21,9 +21,11 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"interrupted: {SAME}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if (reason := shortage(error)) is None:
-            raise
-        sys.exit(f"error: {reason}: make room, and {SAME}")
+        if reason := shortage(error):
+            sys.exit(f"error: {reason}: make room, and {SAME}")
+        if isinstance(error, OSError) and error.errno:  # a file where a folder should be, no permission, …
+            sys.exit(f"error: {error}")
+        raise
 
 
 def shortage(error: BaseException | None) -> str | None:

@@ -38,6 +38,10 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+# Tracebacks of what is caught here, and remarks on packages and examples.
+for name in ("mlflow.store.db.utils", "mlflow.pyfunc", "mlflow.utils.environment"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+
 try:
     import mlflow
     from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunStatus
@@ -69,7 +73,6 @@ class Store:
 
     @cached_property
     def client(self) -> "MlflowClient":
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its tracebacks: errors say it all
         if self.own and not (self.workspace.database.is_file() and self.workspace.database.stat().st_size):
             self.workspace.cache.mkdir(parents=True, exist_ok=True)
             with FileLock(self.workspace.cache / "mlflow.lock"):

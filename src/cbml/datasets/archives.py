@@ -10,13 +10,11 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from queue import Empty, Queue
-from threading import Thread
 
 import requests
 from urllib3.exceptions import HTTPError
 
-from cbml.datasets.layout import LAYOUT, is_inside, writing
+from cbml.datasets.layout import LAYOUT, is_inside
 from cbml.errors import UserError
 from cbml.progress import message, progress
 
@@ -70,71 +68,56 @@ def fetch(url: str, path: Path, *, size: int, md5: str) -> Path:
 def _transfer(url: str, part: Path, size: int) -> str:
     """Append to `part` what the server still has; returns why that may not be all."""
     have = _size(part)
-    answer = _receive(url, have)
-    response = next(answer)
-    if response.status_code == 416:
-        part.unlink(missing_ok=True)
-        raise UserError(
-            f"{_public(url)}: the server's file ends at or before byte {have}, expected {size} bytes; what had "
-            f"arrived is deleted: run again, or {INSTEAD}"
+    # identity: a proxy that compresses on the fly would shift every offset
+    headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
+    with requests.get(url, headers=headers, stream=True, timeout=STALL) as response:
+        if response.status_code == 416:
+            part.unlink(missing_ok=True)
+            raise UserError(
+                f"{_public(url)}: the server's file ends at or before byte {have}, expected {size} bytes; what had "
+                f"arrived is deleted: run again, or {INSTEAD}"
+            )
+        status = f"the server answered {response.status_code} {response.reason}"
+        if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+            raise UserError(f"{_public(url)}: {status}; check the url, or {INSTEAD}")
+        if response.status_code not in (200, 206):
+            return status
+        resumed = response.status_code == 206  # otherwise Range was ignored, and the file starts over
+        chunks = progress(
+            _chunks(response),
+            f"fetching {part.stem}",
+            "B",
+            total=-(-size // CHUNK),
+            initial=have // CHUNK if resumed else 0,
+            scale=CHUNK,
         )
-    status = f"the server answered {response.status_code} {response.reason}"
-    if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
-        raise UserError(f"{_public(url)}: {status}; check the url, or {INSTEAD}")
-    if response.status_code not in (200, 206):
-        return status
-    resumed = response.status_code == 206  # otherwise Range was ignored, and the file starts over
-    chunks = progress(
-        answer,
-        f"fetching {part.stem}",
-        "B",
-        total=-(-size // CHUNK),
-        initial=have // CHUNK if resumed else 0,
-        scale=CHUNK,
-    )
-    with part.open("ab" if resumed else "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            if file.tell() > size:  # not the expected file, and perhaps one without end
-                break
+        with part.open("ab" if resumed else "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                if file.tell() > size:  # not the expected file, and perhaps one without end
+                    break
     return "the server sent no more"
 
 
-def _receive(url: str, start: int) -> Iterator[requests.Response | bytes]:
-    """The server's answer (a `requests.Response`), then its bytes from `start` on in chunks.
-
-    A thread of its own waits for them: requests' timeout is one between two bytes, so a server that sends a byte now
-    and then would be waited for without end.
+def _chunks(response: requests.Response) -> Iterator[bytes]:
+    """What arrives, `CHUNK` bytes at a time.
 
     Raises:
         requests.RequestException, HTTPError: the transfer broke off.
-        TimeoutError: the answer or the next chunk took more than `STALL` seconds.
+        TimeoutError: a chunk took more than `STALL` seconds. requests' own timeout is one between two bytes, so a
+            server that sends one now and then would be waited for without end.
     """
-    arrived = Queue(maxsize=16)
-
-    def wait() -> None:
-        # identity: a proxy that compresses on the fly would shift every offset
-        headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=STALL) as response:
-                arrived.put(response)
-                while chunk := response.raw.read(CHUNK):
-                    arrived.put(chunk)
-            arrived.put(None)
-        except Exception as error:
-            arrived.put(error)
-
-    Thread(target=wait, daemon=True).start()
-    while True:
-        try:
-            item = arrived.get(timeout=STALL)
-        except Empty:
-            raise TimeoutError(errno.ETIMEDOUT, f"fewer than {CHUNK} bytes in {STALL:g} s") from None
-        if item is None:
-            return
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    chunk, began = b"", time.monotonic()
+    while some := response.raw.read1(CHUNK):
+        chunk += some
+        if len(chunk) >= CHUNK:
+            yield chunk
+            chunk, began = b"", time.monotonic()
+        elif time.monotonic() > began + STALL:
+            break
+    yield chunk
+    if some:
+        raise TimeoutError(errno.ETIMEDOUT, f"fewer than {CHUNK} bytes in {STALL:g} s")
 
 
 def _public(url: str) -> str:
@@ -202,11 +185,10 @@ def unpack(archive: Path, folder: Path, top: str) -> None:
                         f"most {MOST_BYTES} in all, and {SPARE_BYTES} still free on the disk of {folder.parent}"
                     )
                 target = folder.joinpath(*parts)
-                with writing(f"{archive}: {member.name!r}"):
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with tar.extractfile(member) as source, target.open("wb") as file:
-                        shutil.copyfileobj(source, file)  # `member.size` bytes, or an error
-                        unpacked += file.tell()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with tar.extractfile(member) as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file)  # `member.size` bytes, or an error
+                    unpacked += file.tell()
             while tar.fileobj.read(CHUNK):  # up to the checksum, which lies behind the last member
                 pass
     # bz2 and gzip raise an OSError, and tarfile a ValueError for a name with a NUL byte

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from cbml.datasets.archives import fetch, unpack
-from cbml.datasets.layout import LAYOUT, read_layout, writing
+from cbml.datasets.layout import LAYOUT, read_layout
 from cbml.errors import UserError
 from cbml.files import atomic_write
 from cbml.progress import progress
@@ -37,24 +37,23 @@ class Cub200Config(Schema):
             root: what a relative `source` is relative to.
 
         Raises:
-            UserError: see `fetch`, `unpack` and `read_layout`; `source` does not exist, or `folder` cannot be written.
+            UserError: see `fetch`, `unpack` and `read_layout`; or `source` does not exist.
         """
         fetched = folder.with_name(f".{folder.name}-download")  # beside `folder`: it outlives a run that breaks off
-        with writing(folder):
-            if self.source is None:
-                source = fetch(self.url, fetched / "CUB_200_2011.tgz", size=self.size, md5=self.md5)
+        if self.source is None:
+            source = fetch(self.url, fetched / "CUB_200_2011.tgz", size=self.size, md5=self.md5)
+        else:
+            source = root / os.path.expanduser(self.source)
+        with atomic_write(folder) as new:
+            if source.is_file():
+                unpack(source, new, top="CUB_200_2011")
+                read_layout(new, origin=source)
+            elif source.is_dir():
+                copy_dataset(source / "CUB_200_2011" if (source / "CUB_200_2011").is_dir() else source, new)
             else:
-                source = root / os.path.expanduser(self.source)
-            with atomic_write(folder) as new:
-                if source.is_file():
-                    unpack(source, new, top="CUB_200_2011")
-                    read_layout(new, origin=source)
-                elif source.is_dir():
-                    copy_dataset(source / "CUB_200_2011" if (source / "CUB_200_2011").is_dir() else source, new)
-                else:
-                    raise UserError(f"source {source} does not exist; expected an archive or folder of CUB-200-2011")
-            if self.source is None:
-                shutil.rmtree(fetched)
+                raise UserError(f"source {source} does not exist; expected an archive or folder of CUB-200-2011")
+        if self.source is None:
+            shutil.rmtree(fetched)
 
 
 def copy_dataset(source: Path, folder: Path) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pydantic import Field
 
-from cbml.datasets.layout import writing
 from cbml.files import atomic_write
 from cbml.progress import progress
 from cbml.schema import Schema
@@ -58,7 +57,7 @@ class GlyphsConfig(Schema):
         names = [f"{i:03}.{unicodedata.name(c).replace(' ', '_')}" for i, c in enumerate(characters, 1)]
         images = [(i, k) for i in range(self.classes) for k in range(self.images_per_class)]
         paths = [f"{names[i]}/{k + 1:04}.png" for i, k in images]
-        with writing(folder), atomic_write(folder) as new:
+        with atomic_write(folder) as new:
             for name in names:
                 (new / "images" / name).mkdir(parents=True)
             for (i, k), path in zip(progress(images, "drawing", "images"), paths, strict=True):

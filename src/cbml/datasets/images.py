@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cbml.datasets.layout import writing
 from cbml.datasets.lists import MOST_PIXELS, ImageList, decode, name_of
 from cbml.datasets.transforms import crop_each, crop_together
 from cbml.errors import UserError
@@ -101,12 +100,12 @@ def pack_images(
         fingerprint: identifies the content of the dataset's images.
 
     Raises:
-        UserError: an image cannot be decoded, or `cache` not written.
+        UserError: an image cannot be decoded.
     """
     key = json.dumps([fingerprint, images.paths, resize, interpolation])
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
     waiting = f"waiting for another process, which decodes the same images ({folder}.lock)"
-    with writing(folder), locked(folder, waiting):
+    with locked(folder, waiting):
         if folder.exists():
             try:
                 return _open(folder, images, resize)

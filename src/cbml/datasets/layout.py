@@ -10,8 +10,6 @@ Ids count from 1.
 """
 
 import os.path
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from cbml.errors import UserError
@@ -102,18 +100,3 @@ def number(text: str) -> int | None:
 def is_inside(path: str) -> bool:
     """Whether `path` is relative and does not leave the folder it starts from."""
     return not path.startswith("/") and ".." not in PurePosixPath(path).parts
-
-
-@contextmanager
-def writing(what: str | Path) -> Iterator[None]:
-    """Say in one line what was not written: a file is where a folder should be, a name too long, the disk full, …
-
-    Raises:
-        UserError: in the place of an `OSError` of the operating system.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # a decoder's
-            raise
-        raise UserError(f"{what} was not written: {error}") from error

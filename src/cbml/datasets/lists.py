@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from cbml.datasets.layout import is_inside, number, read_layout, read_lines, writing
+from cbml.datasets.layout import is_inside, number, read_layout, read_lines
 from cbml.errors import UserError
 from cbml.files import atomic_write
 from cbml.progress import progress
@@ -51,8 +51,7 @@ def build_lists(dataset: Path, out: Path) -> dict:
         label and content of every image), and for each list its number of `images` and `classes`.
 
     Raises:
-        UserError: see `read_layout` and `decode`; or a list would have fewer than two classes, or `out` cannot be
-            written.
+        UserError: see `read_layout` and `decode`; or a list would have fewer than two classes.
     """
     images = [(path, class_id - 1) for path, class_id in read_layout(dataset)]
     classes = sorted({label for _, label in images})
@@ -75,7 +74,7 @@ def build_lists(dataset: Path, out: Path) -> dict:
         for line in progress(pool.map(digest, entries), "checking", "images", total=len(entries)):
             fingerprint.update(line.encode())
     summary = {"fingerprint": fingerprint.hexdigest()[:16]}
-    with writing(out), atomic_write(out) as new:
+    with atomic_write(out) as new:
         new.mkdir()
         for name, members in lists.items():
             (new / f"{name}.txt").write_text("".join(f"{path},{label}\n" for path, label in members), encoding="utf-8")
