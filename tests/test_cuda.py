@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
+from cbml.evaluation.cell import evaluate_cell
 from test_losses import OPTIONS, option, sample, value_and_gradient
 from test_training import run
 
 from cbml.datasets.images import PackedImages
 from cbml.datasets.transforms import random_boxes
-from cbml.evaluation.cell import evaluate_cell
 from cbml.training import loop
 
 DEVICE = "cuda"

@@ -7,6 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cbml.figures.cell import display_name, draw_cell
+from cbml.figures.curves import draw_training
+from cbml.figures.similarities import pair_similarities
 from PIL import Image, ImageChops
 from test_evaluation import LargestTensor
 
@@ -15,10 +18,7 @@ from cbml.errors import UserError
 from cbml.evaluation import evaluate, retrieve
 from cbml.evaluation.retrieval import unit_vectors
 from cbml.figures import neighbours, pages
-from cbml.figures.cell import display_name, draw_cell
-from cbml.figures.curves import draw_training
 from cbml.figures.embedding_map import project
-from cbml.figures.similarities import pair_similarities
 from cbml.figures.style import RIGHT, WRONG
 
 FILES = [

@@ -11,6 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from cbml.reporting.curves import CURVES, SIMILARITIES, curves, similarities
+from cbml.reporting.index import write_index
+from cbml.reporting.page import write_cell_page
 from conftest import ROOT, tiny_params
 from PIL import Image
 
@@ -18,10 +21,7 @@ from cbml.config import load_params
 from cbml.errors import UserError
 from cbml.figures.style import chart, save_svg
 from cbml.reporting import tables
-from cbml.reporting.curves import CURVES, SIMILARITIES, curves, similarities
-from cbml.reporting.index import write_index
 from cbml.reporting.latex import to_latex
-from cbml.reporting.page import write_cell_page
 
 ODD = "cbml_<b>&\"log'"
 RUN = {

@@ -43,6 +43,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     file = folder / "run.json"
     record = read_json(file, "train")
     # A key becomes a part of paths, and the file may be somebody else's.
-    if not isinstance(record, dict) or not re.fullmatch(r"\w[\w.-]*", str(record.get("key"))):
+    key = record.get("key") if isinstance(record, dict) else None
+    if not isinstance(key, str) or not re.fullmatch(r"\w[\w.-]*", key):
         raise UserError(f"{file}: damaged (no key of a cell); run the stage train again, which writes it")
     return record

@@ -44,7 +44,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
     """
     for name, (value, used) in cell.changes.items():
         message(
-            f"{cell.name}: recipe.{cell.recipe_name}.{name}: {used} by backbone.{cell.backbone}, instead of {value}"
+            f"{cell.name}: recipe.{cell.recipe_name}.{name} is {used} by backbone.{cell.backbone}, not {value}"
         )
     selection = cell.recipe.select_by
     train_list, test_list = (list_of(workspace, cell, name) for name in ("train", "test"))
