@@ -241,7 +241,7 @@ class Diverging(Loss):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_iteration(workspace, monkeypatch):
     monkeypatch.setattr(network, "build_loss", lambda *_, **__: Diverging(at=3))
-    with pytest.raises(UserError, match=r"16-0: the loss is not finite at iteration 3 .*lower the recipe's lr"):
+    with pytest.raises(UserError, match=r"16-0-\w+: the loss is not finite at iteration 3 .*lower the recipe's lr"):
         run(workspace)
     assert not Path("runs").exists()
 
