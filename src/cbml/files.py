@@ -1,12 +1,14 @@
 """Files that are either complete or absent, and one line about those that are damaged."""
 
+import errno
+import itertools
 import json
 import os
 import shutil
 import socket
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         temporary = folder / path.name
         yield temporary
-        if temporary.is_dir() and path.is_dir():
-            os.replace(path, folder / "replaced")  # a folder cannot be renamed over another one
-        os.replace(temporary, path)
+        for attempt in itertools.count():
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if temporary.is_dir():  # which cannot be renamed over another folder
+                    os.replace(f"{path}/", folder / f"replaced-{attempt}")
+            try:
+                os.replace(temporary, path)
+                break
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:  # another process was faster
+                    raise
     finally:
         shutil.rmtree(folder)
 

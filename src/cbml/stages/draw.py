@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from cbml import tracking
 from cbml.config import load_cell
@@ -14,7 +13,7 @@ from cbml.figures import charts, sheets
 from cbml.figures.embedding_map import map_chart
 from cbml.files import atomic_write, read_csv, read_json
 from cbml.reporting.cell_page import cell_page
-from cbml.stages.inputs import list_of, record_of
+from cbml.stages.inputs import curves_of, list_of, record_of
 from cbml.workspace import Workspace
 
 ROWS = 8  # of a sheet
@@ -57,8 +56,7 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     failed = queries.failures(judged)
     pairs = queries.confusions(judged).head(ROWS)
     mapped = _arrays(evaluation / "map.npz", indices=None, embeddings=None)
-    losses = read_csv(evaluation / "losses.csv", "train") if cell.recipe.iterations else pd.DataFrame()
-    validations = read_csv(evaluation / "validations.csv", "train", ("iteration", "recall_at_1"))
+    losses, validations = curves_of(evaluation, cell)
     densities = read_csv(evaluation / "similarities.csv", "evaluate", ("split", "pair", "similarity", "density"))
     moments = read_json(evaluation / "similarities.json", "evaluate")
     svgs = {

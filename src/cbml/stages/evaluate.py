@@ -15,9 +15,9 @@ from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
-from cbml.files import atomic_write, read_csv
+from cbml.files import atomic_write
 from cbml.stages.hand_over import hand_over
-from cbml.stages.inputs import images_of, list_of, record_of
+from cbml.stages.inputs import curves_of, images_of, list_of, record_of
 from cbml.training import checkpoint
 from cbml.training.device import numerics
 from cbml.workspace import Workspace
@@ -62,7 +62,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     images = images_of(workspace, cell, test_list)
     sample = train_list.subset(queries.choose(train_list.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
     train_images = images_of(workspace, cell, sample)
-    validations = read_csv(run_folder / "validations.csv", "train", ("iteration", "recall_at_1"))
+    _, validations = curves_of(run_folder, cell)
 
     with numerics(cell.recipe) as fabric:
         where = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation, "device": fabric.device}

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from cbml.config import Cell
 from cbml.datasets.images import PackedImages, pack_images
 from cbml.datasets.lists import ImageList, read_list
 from cbml.errors import UserError
-from cbml.files import read_json
+from cbml.files import read_csv, read_json
 from cbml.workspace import Workspace
 
 
@@ -32,6 +34,24 @@ def images_of(workspace: Workspace, cell: Cell, images: ImageList) -> PackedImag
         interpolation=cell.recipe.interpolation,
         fingerprint=fingerprint(workspace, cell.dataset),
     )
+
+
+def curves_of(folder: Path, cell: Cell) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The losses and the validations of a trained cell by iteration; see `train_cell`.
+
+    Raises:
+        UserError: one is missing or damaged, or ends before the run did.
+    """
+    tables = []
+    for name, columns in (("losses", ("iteration", "loss")), ("validations", ("iteration", "recall_at_1"))):
+        file = folder / f"{name}.csv"
+        if name == "losses" and not cell.recipe.iterations:
+            tables.append(pd.DataFrame(columns=columns))
+            continue
+        tables.append(read_csv(file, "train", columns))
+        if tables[-1].iteration.iloc[-1] != cell.recipe.iterations:
+            raise UserError(f"{file}: damaged (its end is missing); run the stage train again, which writes it")
+    return tuple(tables)
 
 
 def record_of(folder: Path) -> dict[str, Any]:

@@ -43,9 +43,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
             loss is not finite.
     """
     for name, (value, used) in cell.changes.items():
-        message(
-            f"{cell.name}: recipe.{cell.recipe_name}.{name} is {used} by backbone.{cell.backbone}, not {value}"
-        )
+        message(f"{cell.name}: recipe.{cell.recipe_name}.{name} is {used} by backbone.{cell.backbone}, not {value}")
     selection = cell.recipe.select_by
     train_list, test_list = (list_of(workspace, cell, name) for name in ("train", "test"))
     train_on_all, code = _prepare(cell, workspace, train_list, test_list)
