@@ -132,9 +132,25 @@ def read_tensors(path: Path, stage: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def read_arrays(path: Path, stage: str, names: tuple[str, ...]) -> Any:
+    """The NumPy arrays of these names that an .npz file holds, by name.
+
+    Raises:
+        UserError: it is missing or damaged, or lacks one of `names`; `stage` is the one that writes it.
+    """
+    import numpy as np
+
+    with _reading(path, stage), np.load(path) as arrays:
+        return {name: arrays[name] for name in names}
+
+
+def damaged(path: Path, reason: str, stage: str) -> UserError:
+    """What to raise where the content of a file is not what `stage` writes."""
+    return UserError(f"{path}: damaged ({reason}); run the stage {stage} again, which writes it")
+
+
 @contextmanager
 def _reading(path: Path, stage: str) -> Iterator[None]:
-    again = f"run the stage {stage} again, which writes it"
     try:
         yield
     except FileNotFoundError:
@@ -143,4 +159,4 @@ def _reading(path: Path, stage: str) -> Iterator[None]:
         raise
     except Exception as error:  # damage shows in as many types as there are readers
         reason = " ".join(f"{error}".split())[:200]
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {reason}); {again}") from error
+        raise damaged(path, f"{type(error).__name__}: {reason}", stage) from error
