@@ -1,6 +1,5 @@
 """Draw one evaluated cell: its pictures, and the page with them."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     test_list = list_of(workspace, cell, "test")
     labels = test_list.labels
     files = [workspace.data(cell.dataset) / path for path in test_list.paths]
-    names = {label: display_name(name) for label, name in test_list.class_names.items()}
+    names = test_list.class_names
     title = f"{cell.name} on {cell.dataset}"
 
     found = _arrays(evaluation / "neighbours.npz", ("indices", "similarities"), len(labels))
@@ -95,12 +94,6 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     with opened as run:
         run.log_folder(out)
     return out
-
-
-def display_name(name: str) -> str:
-    """A class's folder name for reading: without its number and underscores, capitals alone in lower case."""
-    name = re.sub(r"^\d+\.", "", name).replace("_", " ")
-    return name.lower() if name.isupper() else name
 
 
 def _arrays(file: Path, names: tuple[str, ...], images: int) -> dict[str, np.ndarray]:
