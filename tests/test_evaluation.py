@@ -177,7 +177,7 @@ def test_retrieve_agrees_with_literal_loop(self_retrieval, ties):
     torch.testing.assert_close(similarities, torch.tensor(expected[1], dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("steps", [0, 0.5, 1 - 2**-12, 1 + 2**-6, 1.5])
+@pytest.mark.parametrize("steps", [0, 0.5, 1 - 2**-12, 1, 1 + 2**-6, 1.5])
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_first_neighbour_is_that_of_recall_at_1_also_at_a_tie(steps, turned):
     """One of another class is so many times 2^-23 less similar than the query's own: up to 1 it comes first."""
