@@ -96,21 +96,24 @@ def write_tensors(path: Path, tensors: Any) -> None:
         torch.save(tensors, file)
 
 
-def read_json(path: Path, stage: str) -> Any:
+def read_json(path: Path, stage: str, names: tuple[str, ...] = ()) -> Any:
     """The content of a JSON file.
 
     Raises:
-        UserError: it is missing or damaged; `stage` is the one that writes it.
+        UserError: it is missing or damaged, or is no object with these `names`; `stage` is the one that writes it.
     """
     with _reading(path, stage):
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if absent := [name for name in names if not isinstance(content, dict) or name not in content]:
+            raise ValueError(f"no {absent[0]}")
+        return content
 
 
 def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options) -> Any:
     """The content of a CSV file as a DataFrame; `options` are pandas'.
 
     Raises:
-        UserError: it is missing or damaged, or lacks one of `columns`; `stage` is the one that writes it.
+        UserError: it is missing or damaged, has no rows, or lacks one of `columns`; `stage` is the one that writes it.
     """
     import pandas as pd
 
@@ -118,6 +121,8 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options) -
         table = pd.read_csv(path, **options)
         if absent := [name for name in columns if name not in table]:
             raise ValueError(f"no column {absent[0]}")
+        if table.empty:
+            raise ValueError("no rows")
         return table
 
 
@@ -136,9 +141,25 @@ def read_tensors(path: Path, stage: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def read_arrays(path: Path, stage: str, names: tuple[str, ...]) -> Any:
+    """The NumPy arrays of these names that an .npz file holds, by name.
+
+    Raises:
+        UserError: it is missing or damaged, or lacks one of `names`; `stage` is the one that writes it.
+    """
+    import numpy as np
+
+    with _reading(path, stage), np.load(path) as arrays:
+        return {name: arrays[name] for name in names}
+
+
+def damaged(path: Path, reason: str, stage: str) -> UserError:
+    """What to raise where the content of a file is not what `stage` writes."""
+    return UserError(f"{path}: damaged ({reason}); run the stage {stage} again, which writes it")
+
+
 @contextmanager
 def _reading(path: Path, stage: str) -> Iterator[None]:
-    again = f"run the stage {stage} again, which writes it"
     try:
         yield
     except FileNotFoundError:
@@ -147,4 +168,4 @@ def _reading(path: Path, stage: str) -> Iterator[None]:
         raise
     except Exception as error:  # damage shows in as many types as there are readers
         reason = " ".join(f"{error}".split())[:200]
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {reason}); {again}") from error
+        raise damaged(path, f"{type(error).__name__}: {reason}", stage) from error

@@ -72,10 +72,10 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
             return [embed(model, each, **where) for each in lists]
 
         test, train = embeddings_of(run_folder / "final.pt", images, train_images)
-        curve = [k for k in CURVE if k in KS or k < len(test)]
-        scores = evaluate(test, images.labels, ks=curve, nmi=True)
+        curve = [k for k in CURVE if k == 1 or k < len(test)]
+        scores = evaluate(test, images.labels, ks=sorted({*KS, *curve}), nmi=True)
         recalls = pd.DataFrame({"k": curve, "recall": [scores[f"recall_at_{k}"] for k in curve]})
-        beyond = {f"recall_at_{k}" for k in curve} - {f"recall_at_{k}" for k in KS}
+        beyond = {f"recall_at_{k}" for k in set(curve) - set(KS)}
         metrics = {"final": {name: value for name, value in scores.items() if name not in beyond}}
         for protocol, iteration in record["iterations"].items():
             if protocol != "final" and (file := run_folder / f"{protocol}.pt").is_file():  # else it is the final model

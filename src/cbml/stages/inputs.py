@@ -9,14 +9,17 @@ import pandas as pd
 from cbml.config import Cell
 from cbml.datasets.images import PackedImages, pack_images
 from cbml.datasets.lists import ImageList, read_list
-from cbml.errors import UserError
-from cbml.files import read_csv, read_json
+from cbml.files import damaged, read_csv, read_json
 from cbml.workspace import Workspace
+
+# What stages take from a run.json.
+RECORD = ("key", "run_id", "fingerprint", "iterations", "train_seconds", "data_seconds", "finished", "device", "code")
+RECORD += ("versions",)
 
 
 def fingerprint(workspace: Workspace, dataset: str) -> str:
     """What `build_lists` found the content of a dataset's images and lists to be."""
-    return read_json(workspace.lists(dataset) / "summary.json", "build_lists")["fingerprint"]
+    return read_json(workspace.lists(dataset) / "summary.json", "build_lists", ("fingerprint",))["fingerprint"]
 
 
 def list_of(workspace: Workspace, cell: Cell, name: str) -> ImageList:
@@ -40,17 +43,18 @@ def curves_of(folder: Path, cell: Cell) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The losses and the validations of a trained cell by iteration; see `train_cell`.
 
     Raises:
-        UserError: one is missing or damaged, or ends before the run did.
+        UserError: one is missing or damaged, or not of all iterations.
     """
+    recipe = cell.recipe
+    validated = range(0, recipe.iterations, recipe.validate_every) if recipe.validate_every else (0,)
+    expected = {"losses": [*range(1, recipe.iterations + 1)], "validations": sorted({*validated, recipe.iterations})}
     tables = []
     for name, columns in (("losses", ("iteration", "loss")), ("validations", ("iteration", "recall_at_1"))):
         file = folder / f"{name}.csv"
-        if name == "losses" and not cell.recipe.iterations:
-            tables.append(pd.DataFrame(columns=columns))
-            continue
-        tables.append(read_csv(file, "train", columns))
-        if tables[-1].iteration.iloc[-1] != cell.recipe.iterations:
-            raise UserError(f"{file}: damaged (its end is missing); run the stage train again, which writes it")
+        table = read_csv(file, "train", columns) if expected[name] else pd.DataFrame(columns=columns)
+        if table.iteration.tolist() != expected[name]:
+            raise damaged(file, "not of all iterations", "train")
+        tables.append(table)
     return tuple(tables)
 
 
@@ -61,9 +65,8 @@ def record_of(folder: Path) -> dict[str, Any]:
         UserError: it is missing or damaged.
     """
     file = folder / "run.json"
-    record = read_json(file, "train")
+    record = read_json(file, "train", RECORD)
     # A key becomes a part of paths, and the file may be somebody else's.
-    key = record.get("key") if isinstance(record, dict) else None
-    if not isinstance(key, str) or not re.fullmatch(r"\w[\w.-]*", key):
-        raise UserError(f"{file}: damaged (no key of a cell); run the stage train again, which writes it")
+    if not isinstance(record["key"], str) or not re.fullmatch(r"\w[\w.-]*", record["key"]):
+        raise damaged(file, "no key of a cell", "train")
     return record
