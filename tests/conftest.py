@@ -59,7 +59,7 @@ def tiny_params(**changes):
         "dataset": {"glyphs": TINY_GLYPHS},
         "backbone": entry("backbone", "resnet18"),
         "loss": entry("loss", "cbml_log"),
-        "recipe": {"tiny": TINY_RECIPE},
+        "recipe": {"tiny": dict(TINY_RECIPE)},
         "embedding_dim": [16],
         "seed": [0],
     } | changes

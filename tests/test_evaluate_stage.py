@@ -56,7 +56,7 @@ def write_run(workspace, **changes):
         model, _ = network.build(cell, num_classes=6, root=workspace.root)
         torch.save(model.state_dict(), folder / f"{name}.pt")
     pd.DataFrame({"iteration": range(1, 7), "loss": 1.0}).to_csv(folder / "losses.csv", index=False)
-    scores = pd.DataFrame({"iteration": [0, 4, 6], "recall_at_1": [0.1, 0.5, 0.4], "map_at_r": 0.1})
+    scores = pd.DataFrame({"iteration": [0, 2, 4, 6], "recall_at_1": [0.1, 0.3, 0.5, 0.4], "map_at_r": 0.1})
     scores.to_csv(folder / "validations.csv", index=False)
     return folder
 
