@@ -26,7 +26,7 @@ DIM, CLASSES, INSTANCES = 512, 100, 8
 
 
 def batch(size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit vectors round one centre a class, (size, DIM), and their labels; so scattered that mining keeps pairs."""
+    """Unit vectors round one centre per class, (size, DIM), and their labels; so scattered that mining keeps pairs."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(size) // INSTANCES
     centres, noise = (torch.randn(count, DIM, generator=generator) for count in (CLASSES, size))
