@@ -263,14 +263,12 @@ def notes(table: pd.DataFrame, test: dict[str, int], evaluated: list[Evaluated])
 
 def outdated(evaluated: list[Evaluated]) -> list[str]:
     """A warning about cells that were trained by other code than today's, with the command that trains them again."""
-    found = {one.cell: files for one in evaluated if (files := changed(one.record["code"]))}
+    found = [(one.cell, files) for one in evaluated if (files := changed(one.record["code"]))]
     if not found:
         return []
-    names = ", ".join(f"{cell.name}" for cell in found)
-    modules = ", ".join(sorted({f"src/cbml/{file}" for files in found.values() for file in files}))
-    stages = " ".join(
-        f"train@{cell.backbone}-{cell.loss}-{cell.embedding_dim}-{cell.seed}-{cell.dataset}" for cell in found
-    )
+    modules = ", ".join(sorted({f"src/cbml/{file}" for _, files in found for file in files}))
+    names = ", ".join(dict.fromkeys(cell.name for cell, _ in found))
+    stages = " ".join(dict.fromkeys(f"train@{cell.name}-{cell.dataset}" for cell, _ in found))
     return [
         f"**Trained by other code than today's** ({modules}): {names}. Again, just those: "
         f"`dvc repro -f -s {stages}`, then `dvc repro`."
