@@ -38,9 +38,10 @@ def tables_page(
         text.insert(0, "Method", text.pop("Method"))
         rows = rows.astype(object).to_dict("records")
         of_row = [links.get(tuple(row[name] for name in tables.ROW), []) for row in rows]
-        text["Seeds"] = [Markup(" ").join(pages) for pages in of_row]
         details = Markup("<details><summary>command</summary><pre>{}</pre></details>")
-        text["Reproduce"] = [details.format(row["command"]) if isinstance(row["command"], str) else "" for row in rows]
+        commands = [details.format(row["command"]) if isinstance(row["command"], str) else "" for row in rows]
+        for name, cells in (("Seeds", [Markup(" ").join(pages) for pages in of_row]), ("Reproduce", commands)):
+            text[name] = pd.Series(cells, text.index, dtype=object)  # as strings they would be markup no more
         parts.append((tables.title(size), text, [row["protocol"] for row in rows]))
     figures = {}
     if "paper_recall_at_1" in table and table.paper_recall_at_1.notna().any():
