@@ -87,14 +87,17 @@ def write_tensors(path: Path, tensors: Any) -> None:
         torch.save(tensors, file)
 
 
-def read_json(path: Path, stage: str) -> Any:
+def read_json(path: Path, stage: str, names: tuple[str, ...] = ()) -> Any:
     """The content of a JSON file.
 
     Raises:
-        UserError: it is missing or damaged; `stage` is the one that writes it.
+        UserError: it is missing or damaged, or is no object with these `names`; `stage` is the one that writes it.
     """
     with _reading(path, stage):
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if absent := [name for name in names if not isinstance(content, dict) or name not in content]:
+            raise ValueError(f"no {absent[0]}")
+        return content
 
 
 def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options) -> Any:

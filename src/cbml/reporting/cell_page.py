@@ -32,7 +32,7 @@ def cell_page(cell: Cell, evaluation: Path, pictures: Path) -> str:
     Raises:
         UserError: a file of the evaluation is missing or damaged.
     """
-    scores = read_json(evaluation / "metrics.json", "evaluate")
+    scores = read_json(evaluation / "metrics.json", "evaluate", ("final", "untrained"))
     names = metrics(scores["final"])
     protocols = pd.DataFrame({"Protocol": scores.keys()})
     protocols["Iteration"] = [f"{values['iteration']:.0f}" for values in scores.values()]

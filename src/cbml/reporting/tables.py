@@ -119,7 +119,7 @@ def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
     """One row per cell and protocol: `ROW`, `protocol`, `seed`, metrics in percent, and the `command` of its row."""
     rows = []
     for one in evaluated:
-        scores = read_json(one.folder / "metrics.json", "evaluate")
+        scores = read_json(one.folder / "metrics.json", "evaluate", ("final", "untrained"))
         seeds = sorted(each.cell.seed for each in evaluated if each.row == one.row)
         for protocol in [name for name in PROTOCOLS if name in scores]:
             values = {name: 100 * scores[protocol][name] for name in metrics(scores[protocol])}

@@ -11,10 +11,14 @@ from cbml.errors import UserError
 from cbml.files import read_json
 from cbml.workspace import Workspace
 
+# What stages take from a run.json.
+RECORD = ("key", "run_id", "fingerprint", "iterations", "train_seconds", "data_seconds", "finished", "device", "code")
+RECORD += ("versions",)
+
 
 def fingerprint(workspace: Workspace, dataset: str) -> str:
     """What `build_lists` found the content of a dataset's images and lists to be."""
-    return read_json(workspace.lists(dataset) / "summary.json", "build_lists")["fingerprint"]
+    return read_json(workspace.lists(dataset) / "summary.json", "build_lists", ("fingerprint",))["fingerprint"]
 
 
 def list_of(workspace: Workspace, cell: Cell, name: str) -> ImageList:
@@ -41,8 +45,8 @@ def record_of(folder: Path) -> dict[str, Any]:
         UserError: it is missing or damaged.
     """
     file = folder / "run.json"
-    record = read_json(file, "train")
+    record = read_json(file, "train", RECORD)
     # A key becomes a part of paths, and the file may be somebody else's.
-    if not isinstance(record, dict) or not re.fullmatch(r"\w[\w.-]*", str(record.get("key"))):
+    if not re.fullmatch(r"\w[\w.-]*", str(record["key"])):
         raise UserError(f"{file}: damaged (no key of a cell); run the stage train again, which writes it")
     return record
