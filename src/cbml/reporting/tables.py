@@ -313,7 +313,7 @@ def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
     final = table[table.protocol == "final"]
     best = final.loc[final.recall_at_1.idxmax()]
     return {
-        "best_cell": f"{best.backbone}-{best.method}-{best.embedding_dim}",
+        "best_cell": f"{best.backbone}-{best.method}-{best.embedding_dim}" + (best.variant and f" ({best.variant})"),
         "cells": len(final),
         **{name: round(float(best[name]), 2) for name in metrics(table)},
         "mean_recall_at_1": round(float(final.recall_at_1.mean()), 2),

@@ -37,7 +37,9 @@ def tables_page(
         text = tables.shown(rows)
         text.insert(0, "Method", text.pop("Method"))
         rows = rows.astype(object).to_dict("records")
-        of_row = [links.get(tuple(row[name] for name in tables.ROW), []) for row in rows]
+        of_row = [
+            links[tuple(row[name] for name in tables.ROW)] if row["protocol"] != "published" else [] for row in rows
+        ]
         details = Markup("<details><summary>command</summary><pre>{}</pre></details>")
         commands = [details.format(row["command"]) if isinstance(row["command"], str) else "" for row in rows]
         for name, cells in (("Seeds", [Markup(" ").join(pages) for pages in of_row]), ("Reproduce", commands)):
@@ -49,11 +51,12 @@ def tables_page(
         figures["The paper and ours"] = svg(paper_chart(table), "paper", caption), caption
     caption = "Recall@1 on the test list over iterations, one line per run, with a marker where the run is highest."
     figures["Recall@1 over iterations"] = svg(curves_chart(tables.curves(evaluated)), "curves", caption), caption
-    best = _best(table, [one for one in evaluated if one.cell.seed == evaluated[0].cell.seed])
+    first_seed = [one for one in evaluated if one.cell.seed == evaluated[0].cell.seed]
+    best = _best(table, first_seed)
     caption = (
         "Cosine similarity of positive and of negative pairs of the test list, first seed, each over its own range"
     )
-    caption += f", the best {MAX_DISTRIBUTIONS} by Recall@1." if len(best) == MAX_DISTRIBUTIONS else "."
+    caption += f", the best {MAX_DISTRIBUTIONS} by Recall@1." if len(best) < len(first_seed) else "."
     densities = tables.similarities(best, 0.005).query("split == 'test'")
     densities = densities.assign(cell=densities.cell.map({one.record["key"]: _short_name(one, best) for one in best}))
     figures["Similarities"] = svg(distributions_chart(densities), "similarities", caption), caption
