@@ -104,7 +104,7 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options) -
     """The content of a CSV file as a DataFrame; `options` are pandas'.
 
     Raises:
-        UserError: it is missing or damaged, or lacks one of `columns`; `stage` is the one that writes it.
+        UserError: it is missing or damaged, has no rows, or lacks one of `columns`; `stage` is the one that writes it.
     """
     import pandas as pd
 
@@ -112,6 +112,8 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options) -
         table = pd.read_csv(path, **options)
         if absent := [name for name in columns if name not in table]:
             raise ValueError(f"no column {absent[0]}")
+        if table.empty:
+            raise ValueError("no rows")
         return table
 
 
