@@ -20,7 +20,7 @@ MAX_DISTRIBUTIONS = 12
 def tables_page(
     table: pd.DataFrame, evaluated: list[Evaluated], dataset: str, test: dict[str, int], folder: Path
 ) -> str:
-    """The page of a table set: tables, the paper beside them, curves, similarities, links to the cells' pages.
+    """The page of a table set: tables, the paper beside them, curves, similarities, links to the cells' own pages.
 
     Args:
         table: what `summarise` returns.
@@ -30,8 +30,9 @@ def tables_page(
     """
     links = defaultdict(list)
     for one in evaluated:
-        page = os.path.relpath(one.page / "index.html", folder)
-        links[one.row].append(Markup('<a href="{}">{}</a>').format(page, one.cell.seed))
+        page = one.page / "index.html"  # one of another checkout may not have come with its cell
+        link = '<a href="{}">{}</a>' if page.is_file() else "{1}"
+        links[one.row].append(Markup(link).format(os.path.relpath(page, folder), one.cell.seed))
     parts = []
     for size, rows in table.groupby("embedding_dim", sort=False):
         text = tables.shown(rows)
