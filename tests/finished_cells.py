@@ -66,8 +66,9 @@ def finish(workspace, cell, recall=0.5, *, best=None, weights=None, **facts):
     bins = {"similarity": np.linspace(-0.9, 0.9, 10), "density": 0.5}
     densities = pd.concat([pd.DataFrame({"split": split, "pair": pair, **bins}) for split, pair in pairs])
     densities.to_csv(folder / "similarities.csv", index=False)
-    classes = "class,images,recall_at_1,confused_with\nLaysan <Albatross>,9,0.25,Crow\nNone,1,,\n"
-    (folder / "classes.csv").write_text(classes)
+    classes = ["class,images,recall_at_1,confused_with", "Laysan <Albatross>,9,0.25,Crow", "None,1,,"]
+    classes.append("036.LATIN_LETTER_SMALL_CAPITAL_INVERTED_R,10,1.0,")
+    (folder / "classes.csv").write_text("\n".join(classes) + "\n")
     (page / "index.html").write_text("the page of a cell")
     return Evaluated(cell, record, folder, page)
 

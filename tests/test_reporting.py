@@ -299,6 +299,13 @@ def test_one_command_trains_all_such_cells_again_and_names_each_once(finished):
     assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs`" in line and "-32-" not in line
 
 
+def test_a_change_of_training_code_runs_tabulate_again():
+    """Else nothing would tell that the cells are of other code."""
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["tabulate"]
+    code = {f"src/cbml/{name}" for name in (*provenance.TRAINING, "losses/cbml.py", "backbones/model.py")}
+    assert not [name for name in code if not any(name == dep or name.startswith(f"{dep}/") for dep in stage["deps"])]
+
+
 def test_the_metrics_have_the_same_names_whatever_cells_ran(workspace):
     file = workspace.report("glyphs") / "metrics.json"
     tabulate(workspace, "glyphs")
