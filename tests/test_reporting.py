@@ -252,7 +252,7 @@ def test_every_finished_cell_of_the_store_is_tabulated(tmp_path, monkeypatch, ca
     curves = pd.read_csv(workspace.report("glyphs") / "curves.csv")
     assert set(curves.variant) == {"margin=0.1", "margin=0.2"} and len(curves) == 8
     page = (workspace.report("glyphs") / "index.html").read_text()
-    seeds = re.findall(r"\((margin=0.\d)\)</th>\n<td>resnet18</td>\n<td>final</td>\n<td>(.*)</td>", page)
+    seeds = re.findall(r"\((margin=0.\d)\)</span></th>\n<td>resnet18</td>\n<td>final</td>\n<td>(.*)</td>", page)
     link = re.fullmatch(r'<a href="(.+)">0</a>', dict(seeds)["margin=0.1"])[1]
     assert (workspace.report("glyphs") / link).read_text() == "the page of a cell" and dict(seeds)["margin=0.2"] == "0"
 
