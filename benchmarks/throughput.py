@@ -26,8 +26,10 @@ from cbml.config import Cell, Params
 from cbml.datasets.images import PackedImages
 from cbml.datasets.sampler import class_balanced_batches
 from cbml.datasets.transforms import center_boxes, random_boxes
+from cbml.network import build
 from cbml.training import loop
-from cbml.training.cell import build
+from cbml.training.checkpoint import Checkpoint
+from cbml.training.device import numerics
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
@@ -47,6 +49,7 @@ def make_cell(arguments: argparse.Namespace, precision: str, compiled: bool) -> 
         "crop": arguments.crop,
         "resize": side(arguments.crop),
         "precision": precision,
+        "weights": None,
         "compile": compiled,
     }
     backbone, loss = option("backbone", arguments.backbone), option("loss", "cbml_log")
@@ -77,11 +80,11 @@ def training_speed(cell: Cell, images: PackedImages, *, resident: bool) -> tuple
     first = replace(images, sizes=images.sizes[: recipe.batch_size], labels=images.labels[: recipe.batch_size])
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(loop, "_move_if_it_fits", lambda images, device: images.to(device) if resident else images),
+        numerics(recipe) as fabric,
+        patch.object(loop, "place", lambda images, device: images.to(device) if resident else images),
     ):
-        checkpoint = Path(folder, "checkpoint.pt")
-        options = {"name": cell.name, "checkpoint": checkpoint, "log": rows.extend}
-        loop.train(cell, network, criterion, batches, images, first, **options)
+        options = {"fabric": fabric, "label": cell.name, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
+        loop.train(recipe, cell.seed, network, criterion, batches, images, first, **options)
     speed = [row for row in rows if "data_share" in row][-1]
     return speed["images_per_second"], speed["data_share"]
 

@@ -4,7 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # only a CPU repeats bits; before torch looks for GPUs
+# Only a CPU repeats bits; before torch looks for GPUs. tests/test_cuda.py is run on its own, with CBML_TEST_GPU=1.
+if os.environ.get("CBML_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import yaml
 
 from cbml.datasets import GlyphsConfig
 from cbml.datasets.lists import build_lists
+from cbml.training import checkpoint
+from cbml.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
 # Two threads on two cores that other processes use as well wait for each other most of the time.
@@ -34,9 +38,13 @@ TINY_RECIPE = {
 }
 
 
+# What would lead a stage elsewhere, or have it do otherwise.
+FOREIGN = ("DVC_ROOT", "MLFLOW_TRACKING_URI", "CBML_RESUME")
+
+
 def environment():
     """For a stage as a process of its own: this source, one thread, and nobody's tracking store."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("DVC_ROOT", "MLFLOW_TRACKING_URI")}
+    kept = {name: value for name, value in os.environ.items() if name not in FOREIGN}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": path}
 
@@ -51,7 +59,7 @@ def tiny_params(**changes):
         "dataset": {"glyphs": TINY_GLYPHS},
         "backbone": entry("backbone", "resnet18"),
         "loss": entry("loss", "cbml_log"),
-        "recipe": {"tiny": TINY_RECIPE},
+        "recipe": {"tiny": dict(TINY_RECIPE)},
         "embedding_dim": [16],
         "seed": [0],
     } | changes
@@ -73,14 +81,19 @@ def project(tiny_dataset, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(tiny_dataset / name)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(), sort_keys=False))
     monkeypatch.chdir(tmp_path)
-    for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI"):
+    for name in FOREIGN:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(checkpoint, "SHARE", 1.0)  # else which iterations have one depends on the machine's speed
     return tmp_path
 
 
 @pytest.fixture
-def validating(project):
-    """The project, with two of its six training classes for validation; a recipe that uses them."""
-    (project / "lists").unlink()
-    build_lists(Path("data/glyphs"), Path("lists/glyphs"), validation_classes=1 / 3)
-    return TINY_RECIPE | {"select_by": "map_at_r", "checkpoint_every": 1}
+def workspace(project):
+    return Workspace.here()
+
+
+# Two of the six training classes for validation.
+VALIDATING = TINY_RECIPE | {
+    "select_by": {"metric": "map_at_r", "validation_classes": 1 / 3},
+    "checkpoint_every": 1,
+}

@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from cbml.backbones import BackboneConfig, InputConvention, build_trunk, create_model, input_convention
+from cbml.backbones import BackboneConfig, EmbeddingModel, InputConvention, build_trunk, create_model, input_convention
+from cbml.backbones.model import Normalize
 from cbml.backbones.trunks import TRUNKS
 from cbml.errors import UserError
 
@@ -76,10 +77,12 @@ def test_every_backbone(name, images):
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
     state = model.state_dict()
-    assert {key.split(".")[0] for key in state} == {"trunk", "head"}
-    with torch.device("meta"):
-        twin = create_model(config_of(name), embedding_dim=5, root=ROOT)
-    twin.load_state_dict(state, assign=True)
+    # what files of weights hold: nothing of the normalisation
+    assert list(state) == [*(f"trunk.{key}" for key in model.trunk.state_dict()), "head.weight", "head.bias"]
+    torch.manual_seed(1)
+    twin = create_model(config_of(name), embedding_dim=5, root=ROOT)
+    assert not torch.equal(twin.head.weight, model.head.weight)
+    twin.load_state_dict(state)
     torch.testing.assert_close(twin.eval()(images), model.eval()(images))
 
 
@@ -145,13 +148,37 @@ def test_bn_trains_when_asked(images):
     assert model.trunk.bn1.running_mean.abs().sum() > 0
 
 
+@pytest.mark.parametrize("freeze_bn", [True, False])
+def test_freezing_concerns_the_bn_of_the_trunk_alone(images, freeze_bn):
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    trunk.num_features = 4
+    model = EmbeddingModel(trunk, config_of("resnet18").input, "avg", 6, freeze_bn)
+    model.head = nn.Sequential(model.head, nn.BatchNorm1d(6))
+    moved = {}
+    for mode in (True, False):
+        model.train(mode)
+        for name, norm in (("trunk", trunk[1]), ("head", model.head[1])):
+            before = norm.running_mean.clone()
+            model(images)
+            moved[name, mode] = not torch.equal(norm.running_mean, before)
+            assert norm.training == moved[name, mode]
+    # whether the statistics follow the batches, by part and by training mode
+    assert moved == {
+        ("trunk", True): not freeze_bn,
+        ("head", True): True,
+        ("trunk", False): False,
+        ("head", False): False,
+    }
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("name", "pool"), [("resnet18", lambda x: x.mean((2, 3))), ("bn_inception", lambda x: x.amax((2, 3)))]
 )
 def test_without_a_head_embeddings_are_pooled_features(name, pool, images):
     model = create_model(config_of(name), embedding_dim=0, root=ROOT).eval()
     assert model.embedding_dim == FEATURES[name]
-    features = pool(model.trunk(model.input.normalize(images)))
+    features = pool(model.trunk(model.normalize(images)))
     torch.testing.assert_close(model(images), features / features.square().sum(1, keepdim=True).sqrt())
 
 
@@ -200,8 +227,16 @@ PICTURE = [[[0, 255], [51, 102]], [[255, 0], [153, 204]], [[10, 20], [30, 40]]] 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_input_convention_by_hand(name, expected, dtype):
     picture = torch.tensor([PICTURE], dtype=dtype)
-    torch.testing.assert_close(config_of(name).input.normalize(picture), torch.tensor([expected], dtype=torch.float32))
+    normalize = Normalize(config_of(name).input)
+    torch.testing.assert_close(normalize(picture), torch.tensor([expected], dtype=torch.float32))
     assert picture.tolist() == [PICTURE]
+    assert not normalize.state_dict() and not list(normalize.parameters())
+
+
+def test_the_normalisation_goes_where_the_network_goes():
+    model = create_model(config_of("resnet18"), embedding_dim=5, root=ROOT).to("meta")
+    assert {buffer.device.type for buffer in model.normalize.buffers()} == {"meta"}
+    assert model(torch.empty(2, 3, 64, 64, dtype=torch.uint8, device="meta")).shape == (2, 5)
 
 
 def test_the_model_normalises_by_itself(images):
@@ -226,7 +261,7 @@ def test_timm_pools_by_itself(images):
     config = config_of("tf_efficientnet_lite0")
     model = create_model(config, embedding_dim=0, root=ROOT).eval()
     assert model(images).shape == (2, 1280)
-    assert model.trunk(model.input.normalize(images)).shape == (2, 1280)
+    assert model.trunk(model.normalize(images)).shape == (2, 1280)
 
 
 @pytest.mark.parametrize(

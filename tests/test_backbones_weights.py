@@ -5,7 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from cbml.backbones import BackboneConfig, build_trunk
+from cbml.backbones import BackboneConfig, build_trunk, weights_content
 from cbml.errors import UserError
 
 INPUT = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -176,6 +176,38 @@ def test_download_of_a_web_page(hub, tmp_path):
     source.write_bytes(HTML)
     fails(config("imagenet", {**published(source), "sha256": "0" * 8}), tmp_path, source.as_uri(), "a web page")
     assert list(hub.glob("[!.]*")) == []
+
+
+def test_the_content_of_weights_is_what_identifies_them(hub, tmp_path):
+    one, same, other = (tmp_path / name for name in ("one.pth", "same.pth", "other.pth"))
+    for path, content in ((one, b"weights"), (same, b"weights"), (other, b"Weights")):
+        path.write_bytes(content)
+    assert weights_content(config("one.pth"), tmp_path) == hashlib.sha256(b"weights").hexdigest()
+    assert weights_content(config("same.pth"), tmp_path) == weights_content(config("one.pth"), tmp_path)
+    assert weights_content(config(str(one)), Path("elsewhere")) == weights_content(config("one.pth"), tmp_path)
+    assert weights_content(config("imagenet", published(one)), tmp_path) == weights_content(config("one.pth"), tmp_path)
+    assert weights_content(config("other.pth"), tmp_path) != weights_content(config("one.pth"), tmp_path)
+    one.write_bytes(b"trained further")
+    assert weights_content(config("same.pth"), tmp_path) != weights_content(config("one.pth"), tmp_path)
+
+
+def test_what_starts_from_scratch_has_no_content_and_timm_knows_its_own():
+    assert weights_content(config(None), Path()) is None
+    timm = {"type": "timm", "model": "resnet18"}
+    assert weights_content(BackboneConfig(**timm), Path()) is None
+    assert weights_content(BackboneConfig(**timm, weights="imagenet"), Path()) == "imagenet"
+
+
+def test_weights_that_are_not_there_have_no_content(hub, tmp_path):
+    absent = config("imagenet", {"url": (tmp_path / "absent.pth").as_uri(), "sha256": "0" * 8})
+    for settings, message in (
+        (config("weights/w.pth"), f"weights {tmp_path / 'weights/w.pth'}: no such file"),
+        (config("."), f"weights {tmp_path}: no such file"),
+        (absent, "cannot be downloaded"),
+    ):
+        with pytest.raises(UserError) as caught:
+            weights_content(settings, tmp_path)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("content", "pattern"), [(b"cut", "wrong hash, a truncated"), (HTML, "a web page")])

@@ -77,42 +77,86 @@ def test_a_missing_and_a_broken_file(tmp_path):
 
 def test_a_cell_that_is_not_there(project):
     with pytest.raises(UserError, match=r"loss 'triplet' is not there; allowed: cbml_log"):
-        load_params().cell("glyphs", "resnet18", "triplet", 16, 0)
+        load_params(Path("params.yaml")).cell("glyphs", "resnet18", "triplet", 16, 0)
 
 
 def test_a_cell_survives_its_file(project):
-    cell = load_params().cell("glyphs", "resnet18", "cbml_log", 16, 0)
+    cell = load_params(Path("params.yaml")).cell("glyphs", "resnet18", "cbml_log", 16, 0)
     Path("cell.yaml").write_text(yaml.safe_dump(cell.to_dict()))
-    assert load_cell("cell.yaml") == cell and cell.name == "resnet18-cbml_log-16-0"
+    assert load_cell(Path("cell.yaml")) == cell and cell.name == "resnet18-cbml_log-16-0"
 
 
-def test_the_hash_follows_everything_that_a_cell_depends_on(project):
-    def cell_hash(data="images", **changes):
-        Path("params.yaml").write_text(yaml.safe_dump(tiny_params(**changes)))
-        params = load_params()
-        return params.cell("glyphs", "resnet18", "cbml_log", 16, params.seed[0]).hash(data)
+def cell_of(*, conf=None, **changes):
+    """The one cell of the tiny parameters with some groups replaced."""
+    Path("params.yaml").write_text(yaml.safe_dump(tiny_params(**changes)))
+    (cell,) = load_params(Path("params.yaml"), conf).cells("glyphs")
+    return cell
 
-    hashes = [
-        cell_hash(),
-        cell_hash(data="others"),
-        cell_hash(seed=[1]),
-        cell_hash(recipe={"tiny": TINY_RECIPE | {"lr": 0.1}}),
-        cell_hash(loss={"cbml_log": {"type": "cbml", "margin": 0.2}}),
+
+def with_recipe(**changes):
+    return {"recipe": {"tiny": TINY_RECIPE | changes}}
+
+
+def with_entry(**changes):
+    return {"backbone": {"resnet18": tiny_params()["backbone"]["resnet18"] | changes}}
+
+
+def test_the_key_follows_everything_that_a_result_depends_on(project):
+    def key(data="images", weights=None, **changes):
+        return cell_of(**changes).key(data, weights)
+
+    keys = [
+        key(),
+        key(data="others"),
+        key(weights="content"),
+        key(seed=[1]),
+        key(**with_recipe(lr=0.1)),
+        key(recipe={"other": TINY_RECIPE}),
+        key(loss={"cbml_log": {"type": "cbml", "margin": 0.2}}),
+        key(**with_entry(pooling="max")),
     ]
-    assert len(set(hashes)) == len(hashes) and cell_hash() == hashes[0]
+    assert len(set(keys)) == len(keys) and key() == keys[0]
+    assert keys[0].startswith("resnet18-cbml_log-16-0-")
+    assert keys[0].rpartition("-")[2] == keys[3].rpartition("-")[2]  # seeds of one row
+
+
+def test_the_key_does_not_follow_where_things_are_from(project):
+    key = cell_of().key("images", "content")
+    assert cell_of(**with_entry(weights="somewhere/a.pth")).key("images", "content") == key
+    assert cell_of(**with_entry(weights="/elsewhere/b.pth")).key("images", "content") == key
+    assert cell_of(**with_entry(recipe={"other": {"lr": 1.0}})).key("images", "content") == key
 
 
 def test_a_backbone_brings_its_own_pixels_and_changes_to_the_recipe(project):
-    entry = tiny_params()["backbone"]["resnet18"]
-    entry |= {"recipe": {"tiny": {"lr_steps": [3]}, "other": {"lr_steps": [9]}}, "input": entry["input"] | {"crop": 16}}
-    Path("params.yaml").write_text(yaml.safe_dump(tiny_params(backbone={"resnet18": entry})))
-    recipe = load_params().cell("glyphs", "resnet18", "cbml_log", 16, 0).recipe
-    assert (recipe.lr_steps, recipe.crop, recipe.resize) == ([3], 16, 24)
-
-    entry["recipe"] = {"tiny": {"lr_step": [3]}}
-    Path("params.yaml").write_text(yaml.safe_dump(tiny_params(backbone={"resnet18": entry})))
+    own = tiny_params()["backbone"]["resnet18"]["input"] | {"crop": 16, "interpolation": "bicubic"}
+    cell = cell_of(**with_entry(recipe={"tiny": {"lr_steps": [3]}, "other": {"lr_steps": [9]}}, input=own))
+    assert (cell.recipe.lr_steps, cell.recipe.crop, cell.recipe.resize) == ([3], 16, 24)
+    assert cell.recipe.interpolation == "bicubic"
+    assert cell.changes == {
+        "crop": (20, 16),
+        "interpolation": ("bilinear", "bicubic"),
+        "lr_steps": ([], [3]),
+    }
     with pytest.raises(UserError, match=r"backbone\.resnet18 with recipe\.tiny: .*unknown parameter lr_step"):
-        load_params().cell("glyphs", "resnet18", "cbml_log", 16, 0)
+        cell_of(**with_entry(recipe={"tiny": {"lr_step": [3]}}))
+
+
+def test_what_is_set_for_a_run_wins_over_the_backbones_entry(project):
+    """Else `-S recipe.paper.lr_steps=[2000]` would do nothing, in silence, for GoogLeNet."""
+    Path("conf/recipe").mkdir(parents=True)
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": TINY_RECIPE}))
+    own = tiny_params()["backbone"]["resnet18"]["input"] | {"crop": 16}
+    entry = with_entry(recipe={"tiny": {"lr_steps": [3]}}, input=own)
+    untouched = cell_of(conf=Path("conf"), **entry)
+    assert (untouched.recipe.lr_steps, untouched.recipe.crop) == ([3], 16)
+    cell = cell_of(conf=Path("conf"), **entry, **with_recipe(lr_steps=[2], crop=24))
+    assert (cell.recipe.lr_steps, cell.recipe.crop) == ([2], 24) and not cell.changes
+
+
+def test_the_name_of_a_metric_stands_for_a_selection(project):
+    short = cell_of(**with_recipe(select_by="map_at_r"))
+    full = cell_of(**with_recipe(select_by={"metric": "map_at_r", "validation_classes": 0.2}))
+    assert short.recipe == full.recipe and short.key("", None) == full.key("", None)
 
 
 @pytest.mark.parametrize("size", [512, 64])
@@ -137,7 +181,21 @@ def test_the_presets_are_the_cells_that_the_paper_publishes(size, tmp_path):
             r"recipe\.tiny: iterations is true, but is not a switch",
         ),
         ({"loss": {}}, "loss: .*at least 1 item"),
-        ({"validation_classes": 2}, "validation_classes: .*less than or equal to 1"),
+        ({"validation_classes": 0.2}, "unknown parameter validation_classes; allowed: .*"),
+        ({"seed": [2**32]}, "seed.0: .*less than 4294967296"),
+        ({"seed": [2**64]}, "seed.0: .*less than 4294967296"),
+        ({"embedding_dim": [10**9]}, "embedding_dim.0: .*less than or equal to 65536"),
+        ({"loss": {"a/b": {"type": "cbml"}}}, r"loss\.a/b: .*match pattern"),
+        ({"loss": {"..": {"type": "cbml"}}}, r"loss\.\.\.: .*match pattern"),
+        ({"recipe": {"x" * 101: TINY_RECIPE}}, "recipe.x*: .*at most 100 characters"),
+        (
+            {"recipe": {"tiny": TINY_RECIPE | {"select_by": {"metric": "nmi"}}}},
+            r"recipe\.tiny\.select_by\.metric: .*'recall_at_1' or 'map_at_r'",
+        ),
+        (
+            {"recipe": {"tiny": TINY_RECIPE | {"select_by": {"metric": "map_at_r", "validation_classes": 1}}}},
+            r"recipe\.tiny\.select_by\.validation_classes: .*less than 1",
+        ),
     ],
 )
 def test_a_bad_axis(bad, message, tmp_path):
@@ -147,7 +205,7 @@ def test_a_bad_axis(bad, message, tmp_path):
 
 
 def test_flat_names_do_not_depend_on_the_option(project):
-    flat = load_params().cell("glyphs", "resnet18", "cbml_log", 16, 0).flat()
+    flat = load_params(Path("params.yaml")).cell("glyphs", "resnet18", "cbml_log", 16, 0).flat()
     assert (flat["loss"], flat["loss.margin"], flat["recipe.lr"], flat["seed"]) == ("cbml_log", 0.1, 1e-3, 0)
     assert flat["backbone.input.channels"] == "RGB"
 
@@ -157,8 +215,9 @@ def test_flat_names_do_not_depend_on_the_option(project):
     [
         ("download birds", "params.yaml: dataset 'birds' is not there; allowed: glyphs"),
         ("build_lists birds", "params.yaml: dataset 'birds' is not there; allowed: glyphs"),
-        ("evaluate runs/glyphs/none", "runs/glyphs/none/cell.yaml: no such file"),
-        ("tabulate glyphs", "metrics.json: no such file; the stage evaluate writes it"),
+        ("evaluate runs/glyphs/none", "runs/glyphs/none/cell.yaml: no such file; the stage train writes it"),
+        ("draw evaluations/glyphs/none", "none/cell.yaml: no such file"),
+        ("tabulate glyphs", "run.json: no such file; the stage train writes it"),
     ],
 )
 def test_a_stage_without_its_input_ends_with_one_line(project, stage, message):

@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbml.errors import UserError
-from cbml.evaluation import evaluate, retrieve
+from cbml.evaluation.metrics import evaluate
+from cbml.evaluation.retrieval import RESOLUTION, retrieve
 
 SCORES = ["recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "r_precision", "map_at_r"]
 
@@ -38,6 +39,25 @@ def literal_evaluate(queries, labels, gallery=None, gallery_labels=None, ks=(1, 
         "queries": len(rows),
         "queries_without_answer": len(unit_q) - len(rows),
     }
+
+
+def literal_retrieve(queries, labels, k, gallery=None, gallery_labels=None):
+    """One query at a time: sort all others by (similarity, other classes first, index)."""
+    self_retrieval = gallery is None
+    if self_retrieval:
+        gallery, gallery_labels = queries, labels
+    unit_q, unit_g = ([[x / math.hypot(*v) for x in v] for v in m.double().tolist()] for m in (queries, gallery))
+    indices, similarities = [], []
+    for i, q in enumerate(unit_q):
+        cosines = [sum(a * b for a, b in zip(q, g, strict=True)) for g in unit_g]
+        ranked = sorted(
+            (-round(cosine, 8), bool(gallery_labels[n] == labels[i]), n)
+            for n, cosine in enumerate(cosines)
+            if not (self_retrieval and n == i)
+        )
+        indices.append([n for *_, n in ranked[:k]])
+        similarities.append([cosines[n] for n in indices[-1]])
+    return indices, similarities
 
 
 def make_data(seed, n=90, d=6, classes=11, ties=False):
@@ -100,8 +120,9 @@ def test_agrees_with_pytorch_metric_learning(self_retrieval):
 def test_block_size_does_not_matter(block, ties):
     embeddings, labels = make_data(2, ties=ties)
     assert evaluate(embeddings, labels, block=block) == pytest.approx(evaluate(embeddings, labels), abs=1e-12)
-    for blocked, whole in zip(retrieve(embeddings, None, 20, block=block), retrieve(embeddings, None, 20), strict=True):
-        assert torch.equal(blocked, whole)
+    whole = retrieve(embeddings, labels, 20)
+    for ours, theirs in zip(retrieve(embeddings, labels, 20, block=block), whole, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -132,7 +153,7 @@ def test_nearly_collapsed_embeddings_are_still_ranked():
 def test_duplicates_of_the_query_are_kept():
     embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     assert evaluate(embeddings, torch.tensor([0, 0, 1, 1]))["recall_at_1"] == 1
-    similarities, indices = retrieve(embeddings, None, 1)
+    indices, similarities = retrieve(embeddings, torch.tensor([0, 0, 1, 1]), 1)
     assert indices.tolist() == [[1], [0], [3], [2]]
     assert similarities.tolist() == [[1.0]] * 4
 
@@ -144,32 +165,64 @@ def test_singleton_class_is_left_out_and_counted():
     assert evaluate(torch.eye(3), torch.tensor([0, 0, 1]), ks=(2,))["recall_at_2"] == 1
 
 
-def test_retrieve_agrees_with_brute_force():
-    queries, gallery = make_data(0, n=40)[0], make_data(1, n=70)[0]
-    for pool in (None, gallery):
-        q = queries / queries.norm(dim=1, keepdim=True)
-        cosine = q @ (q if pool is None else pool / pool.norm(dim=1, keepdim=True)).T
-        if pool is None:
-            cosine.fill_diagonal_(-2)
-        expected, order = cosine.sort(dim=1, descending=True)
-        similarities, indices = retrieve(queries, pool, 9)
-        assert torch.equal(indices, order[:, :9])
-        torch.testing.assert_close(similarities, expected[:, :9], atol=1e-6, rtol=0)
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("self_retrieval", [True, False])
+def test_retrieve_agrees_with_literal_loop(self_retrieval, ties):
+    queries, labels = make_data(0, n=50, classes=14, ties=ties)
+    data = () if self_retrieval else make_data(1, n=70, ties=ties)
+    indices, similarities = retrieve(queries, labels, 9, *data)
+    expected = literal_retrieve(queries, labels, 9, *data)
+    assert indices.dtype == torch.int64 and indices.tolist() == expected[0]
+    assert similarities.dtype == torch.float64
+    torch.testing.assert_close(similarities, torch.tensor(expected[1], dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [0, 0.5, 1 - 2**-12, 1, 1 + 2**-6, 1.5])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_first_neighbour_is_that_of_recall_at_1_also_at_a_tie(steps, turned):
+    """One of another class is so many times 2^-23 less similar than the query's own: up to 1 it comes first."""
+    cosines = torch.tensor([0.9, 0.9 - steps * RESOLUTION, *[0.1] * 98], dtype=torch.float64)
+    gallery = torch.stack([cosines, (1 - cosines.square()).sqrt()], dim=1)
+    labels = torch.tensor([0, 1] + [2] * 98)
+    if turned:  # the index does not matter
+        gallery, labels = gallery.flip(0), labels.flip(0)
+    query = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([0])
+    indices, _ = retrieve(*query, 3, gallery, labels)
+    assert labels[indices[0]].tolist() == ([1, 0, 2] if steps <= 1 else [0, 1, 2])
+    assert evaluate(*query, gallery, labels, ks=(1,))["recall_at_1"] == (steps > 1)
+
+
+@pytest.mark.parametrize("spread", [3e-4, 1e-3, 2e-3, 1e-2])
+def test_first_neighbours_are_those_of_recall_at_1_among_nearly_collapsed_embeddings(spread):
+    """From nearly all tied to hardly any."""
+    embeddings, labels = make_data(7, n=400)
+    embeddings = 1 + spread * embeddings.double()
+    right = labels[retrieve(embeddings, labels, 1)[0][:, 0]] == labels
+    assert right.double().mean() == pytest.approx(evaluate(embeddings, labels)["recall_at_1"], abs=1e-12)
 
 
 def test_retrieve_puts_lower_index_first_among_equals():
     """The third vector points the same way as the first, at a length that float32 rounds."""
     gallery = torch.tensor([[0.1, 0.7], [1.0, 0.0], [0.3, 2.1], [0.1, 0.7]]).repeat(30, 1)
-    _, indices = retrieve(torch.tensor([[0.1, 0.7]]), gallery, 90)
+    same = torch.zeros(120)
+    indices, _ = retrieve(torch.tensor([[0.1, 0.7]]), torch.zeros(1), 90, gallery, same)
     assert indices[0].tolist() == [i for i in range(120) if i % 4 != 1]
+    indices, _ = retrieve(torch.tensor([[0.1, 0.7]]), torch.zeros(1), 90, gallery, same + torch.arange(120) % 2)
+    assert indices[0].tolist() == [*range(3, 120, 4), *range(0, 120, 2)]
+
+
+def test_retrieve_returns_all_others_where_they_are_fewer():
+    indices, similarities = retrieve(torch.eye(3), torch.arange(3), 8)
+    assert indices.tolist() == [[1, 2], [0, 2], [0, 1]] and similarities.shape == (3, 2)
+    assert retrieve(torch.eye(3), torch.arange(3), 8, torch.eye(3)[:2], torch.arange(2))[0].shape == (3, 2)
 
 
 def test_autocast_does_not_coarsen_the_ranking():
     embeddings, labels = make_data(0, n=300)
-    expected, neighbours = evaluate(embeddings, labels), retrieve(embeddings, None, 20)[1]
+    expected, neighbours = evaluate(embeddings, labels), retrieve(embeddings, labels, 20)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert evaluate(embeddings, labels) == expected
-        assert torch.equal(retrieve(embeddings, None, 20)[1], neighbours)
+        assert torch.equal(retrieve(embeddings, labels, 20)[0], neighbours)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -191,11 +244,15 @@ def test_memory_is_bounded():
     embeddings, labels = make_data(0, n=1500, d=4)
     with LargestTensor() as largest:
         evaluate(embeddings, labels, block=20_000)
-        retrieve(embeddings, None, 8, block=20_000)
     assert 1500 * 8 <= largest.elements <= 20_000
     with LargestTensor() as largest:
-        evaluate(embeddings, labels)
-    assert largest.elements == 1500**2  # small enough for one block: the measurement does see it
+        retrieve(embeddings, labels, 8, block=20_000)
+        retrieve(embeddings, labels, 8, embeddings, labels, block=20_000)
+    assert 1500 * 8 <= largest.elements <= 20_000
+    for search in (lambda: evaluate(embeddings, labels), lambda: retrieve(embeddings, labels, 8)):
+        with LargestTensor() as largest:
+            search()
+        assert largest.elements == 1500**2  # small enough for one block: the measurement does see it
 
 
 def test_nmi():
@@ -240,8 +297,8 @@ def test_not_finite(value, dtype):
     for call in (
         lambda: evaluate(bad, LABELS),
         lambda: evaluate(ONES, LABELS, bad, LABELS),
-        lambda: retrieve(bad, None, 1),
-        lambda: retrieve(ONES, bad, 1),
+        lambda: retrieve(bad, LABELS, 1),
+        lambda: retrieve(ONES, LABELS, 1, bad, LABELS),
     ):
         with pytest.raises(UserError, match="embedding of image 2 is not finite"):
             call()
@@ -261,11 +318,9 @@ def test_not_finite(value, dtype):
         (lambda: evaluate(ONES, LABELS, ks=(0, 1)), r"ks: \[0, 1\]"),
         (lambda: evaluate(ONES, torch.arange(4)), "labels: no query has another image of its class"),
         (lambda: evaluate(ONES[:1], LABELS[:1]), "labels: no query has another image of its class"),
-        (lambda: retrieve(torch.empty(0, 2), None, 1), r"queries: shape \(0, 2\)"),
-        (lambda: retrieve(ONES, torch.ones(4, 3), 1), "gallery: embeddings have 3 dimensions"),
-        (lambda: retrieve(ONES, None, 4), "k: 4 neighbours asked for, allowed is 1 to 3"),
-        (lambda: retrieve(ONES, ONES, 5), "k: 5 neighbours asked for, allowed is 1 to 4"),
-        (lambda: retrieve(ONES, ONES, 0), "k: 0 neighbours asked for"),
+        (lambda: retrieve(torch.empty(0, 2), torch.empty(0), 1), r"queries: shape \(0, 2\)"),
+        (lambda: retrieve(ONES, LABELS, 1, torch.empty(0, 2), torch.empty(0)), r"gallery: shape \(0, 2\)"),
+        (lambda: retrieve(ONES, LABELS, 1, torch.ones(4, 3), LABELS), "gallery: embeddings have 3 dimensions.* 2;"),
     ],
 )
 def test_bad_input(call, message):

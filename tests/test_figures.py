@@ -1,73 +1,30 @@
-"""The pictures of a cell: what they show, against cases worked out by hand or by brute force."""
+"""Charts and sheets: what they show, and that the same input gives the same picture."""
 
-import json
-import math
+from collections import Counter
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image, ImageChops
-from test_evaluation import LargestTensor
+from test_queries import angles, clusters, judged
 
-from cbml.datasets.images import PackedImages
 from cbml.errors import UserError
-from cbml.evaluation import evaluate, retrieve
+from cbml.evaluation import queries
+from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.retrieval import unit_vectors
-from cbml.figures import neighbours, pages
-from cbml.figures.cell import display_name, draw_cell
-from cbml.figures.curves import draw_training
-from cbml.figures.embedding_map import project
-from cbml.figures.similarities import pair_similarities
-from cbml.figures.style import RIGHT, WRONG
+from cbml.evaluation.similarities import pair_similarities
+from cbml.figures import charts, comparisons, sheets
+from cbml.figures.embedding_map import map_chart, project
+from cbml.figures.style import INK, RIGHT, WRONG, chart, to_svg
 
-FILES = [
-    *("classes.csv", "confusions.jpg", "embedding_map.svg", "failures.jpg", "gallery.jpg", "recall_at_k.csv"),
-    *("recall_at_k.svg", "similarities.csv", "similarities.json", "similarities.svg", "training.svg"),
-]
+CLASSES = {7: "gull", 10: "tern", 13: "auk", 16: "skua"}
 
 
-def angles(*degrees):
-    """Unit vectors in the plane: a difference of angles is easy to think about."""
-    radians = torch.tensor(degrees, dtype=torch.float64).deg2rad()
-    return torch.stack([radians.cos(), radians.sin()], dim=1)
-
-
-def clusters(classes, per_class, *, dim=8, noise=1.0, seed=0):
-    """Embeddings scattered about a random centre a class, and labels that neither start at 0 nor are in order."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = (torch.randperm(classes, generator=generator) * 3 + 7).repeat(per_class)
-    centres = torch.randn(100, dim, generator=generator)
-    return centres[labels] + noise * torch.randn(len(labels), dim, generator=generator), labels
-
-
-def pictures(count, value=128):
-    return PackedImages.of([np.full((24 + n % 3, 30, 3), value, np.uint8) for n in range(count)])
-
-
-def inputs(test, labels, **changes):
-    iterations = range(1, 11)
-    return {
-        "title": "a cell",
-        "test": test,
-        "test_labels": labels,
-        "images": pictures(len(test)),
-        "class_names": {int(label): f"{label:03}.Class_{label}" for label in labels.unique()},
-        "train": test.flip(1),
-        "train_labels": labels,
-        "losses": pd.DataFrame({"iteration": iterations, "loss": 1.0, "lr": 0.1, "loss_a": 0.4, "loss_b": 0.6}),
-        "validations": pd.DataFrame({"iteration": [0, 5, 10], "recall_at_1": [0.1, 0.5, 0.4]}),
-        "best_iteration": 5,
-        "seed": 0,
-    } | changes
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """A folder of pictures, and what they are of."""
-    folder, given = tmp_path_factory.mktemp("cell"), inputs(*clusters(12, 6, noise=1.5))
-    draw_cell(folder, **given)
-    return folder, given
+def texts(svg):
+    """How often each text stands in a chart."""
+    return Counter(element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text"))
 
 
 def has_colour(image, colour):
@@ -75,319 +32,176 @@ def has_colour(image, colour):
     return (pixels == np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])).all(1).any()
 
 
-# Who is right
+def difference(a, b):
+    """The box in which two pictures differ, or None."""
+    return ImageChops.difference(a, b).getbbox()
 
 
-def test_memory_is_bounded():
-    embeddings, labels = clusters(20, 75)
-    unit = unit_vectors(embeddings, "test")
-    with LargestTensor() as largest:
-        neighbours.judge_queries(unit, labels, block=20_000)
-        pair_similarities(unit, labels, block=20_000)
-    assert unit.numel() <= largest.elements <= 40_000  # the positions of a mask's members are two numbers each
+@pytest.fixture
+def files(tmp_path):
+    """Pictures on disk, each of its own grey and none square."""
+    paths = [tmp_path / f"{n}.png" for n in range(6)]
+    for n, path in enumerate(paths):
+        Image.new("RGB", (30, 24 + n % 3), (40 * n,) * 3).save(path)
+    return paths
 
 
-def test_a_query_is_judged_as_evaluate_does():
-    embeddings, labels = clusters(9, 5, noise=1.5)
-    embeddings[7] = embeddings[20]  # a tie
-    queries = neighbours.judge_queries(unit_vectors(embeddings, "test"), labels, block=100)
-    right = queries.right[queries.has_answer]
-    assert right.mean() == pytest.approx(evaluate(embeddings, labels)["recall_at_1"])
-    assert 0.1 < right.mean() < 0.9
+# Sheets
 
 
-def test_equal_embeddings_are_all_wrong():
-    labels = torch.tensor([4, 4, 4, 9, 9, 9])
-    assert not neighbours.judge_queries(angles(*[30] * 6), labels).right.any()
-    assert neighbours.nearest(angles(*[30] * 6), labels, 0)[0][0] in (3, 4, 5)
-
-
-def test_what_float32_cannot_tell_apart_is_a_tie():
-    labels = torch.tensor([0, 0, 1])
-    for degrees, right in ((10 + 1e-6, False), (10.1, True)):
-        queries = neighbours.judge_queries(angles(0, 10, -degrees), labels)
-        assert queries.right[0] == right
-        assert neighbours.nearest(angles(0, 10, -degrees), labels, 0)[0][0] == (1 if right else 2)
-
-
-def test_the_nearest_image_of_another_class():
-    labels = torch.tensor([0, 0, 5, 5, 8])
-    queries = neighbours.judge_queries(angles(0, 50, 10, 170, 180), labels, block=5)
-    assert queries.wrong.tolist() == [2, 2, 0, 4, 3]
-    assert queries.wrong_label.tolist() == [5, 5, 0, 8, 5]
-    assert queries.right.tolist() == [False, False, False, False, False]
-    assert queries.has_answer.tolist() == [True, True, True, True, False]
-    np.testing.assert_allclose(queries.similarity, [math.cos(math.radians(d)) for d in (10, 40, 10, 10, 10)])
-
-
-def test_neighbours_are_those_of_retrieve():
-    embeddings, labels = clusters(9, 5)
-    similarities, indices = retrieve(embeddings, None, 8)
-    for query in (0, 17, 44):
-        found = neighbours.nearest(unit_vectors(embeddings, "test"), labels, query)
-        assert [index for index, _ in found] == indices[query].tolist()
-        assert [value for _, value in found] == pytest.approx(similarities[query].tolist(), abs=1e-6)
-
-
-def test_a_small_gallery_has_fewer_neighbours():
-    assert len(neighbours.nearest(angles(0, 10, 20), torch.tensor([0, 0, 1]), 1)) == 2
-
-
-# Which queries are shown
-
-
-def test_queries_are_one_a_class_with_an_answer_and_do_not_depend_on_the_model():
-    labels = torch.tensor([3, 3, 3, 5, 8, 8, 11, 11])
-    picks = set()
-    for seed in range(20):
-        a, b = (
-            neighbours.judge_queries(torch.nn.functional.normalize(torch.randn(8, 4).double()), labels) for _ in "ab"
-        )
-        chosen = neighbours.pick_queries(a, 2, seed)
-        assert chosen == neighbours.pick_queries(b, 2, seed)
-        of = labels[chosen].tolist()
-        assert len(set(of)) == 2 and 5 not in of
-        picks.add(tuple(chosen))
-    assert len(picks) > 3
-
-
-def test_failures_are_ordered_by_similarity_and_each_pair_is_shown_once():
-    embeddings = angles(0, 4, 100, 106, 200, 208, 300, 301, 309)
-    labels = torch.tensor([0, 1, 0, 2, 1, 0, 2, 2, 4])
-    queries = neighbours.judge_queries(embeddings, labels)
-    failed = neighbours.failures(queries)
-    assert failed.index.tolist() == [0, 1, 2, 3, 4, 5]
-    # query 1 is 0 the other way round, and 2 and 5 are of the class of 0
-    assert neighbours.worst_failures(failed, 8) == [0, 3, 4]
-    assert neighbours.worst_failures(failed, 1) == [0]
-
-
-# classes.csv and confusions
-
-
-def worked_example():
-    """Class 7: two of three right; 2: none of three right, twice nearest to 7 and once to 9; 9: one image; 4: right."""
-    labels = [7, 7, 2, 2, 7, 2, 9, 4, 4]
-    degrees = [0, 10, 13, -4, 100, 200, 203, 300, 301]
-    # 7: 0 → -4 (2) wrong, 10 → 13 (2) wrong, 100 → 13 (2) wrong; 2: 13 → 10, -4 → 0 (7), 200 → 203 (9)
-    return neighbours.judge_queries(angles(*degrees), torch.tensor(labels))
-
-
-def test_class_table():
-    table = neighbours.class_table(worked_example(), {7: "seven", 2: "two", 9: "nine", 4: "four"})
-    rows = table.astype(object).where(table.notna(), None).to_numpy().tolist()
-    assert list(table) == ["class", "images", "recall_at_1", "confused_with"]
-    assert rows == [
-        ["seven", 3, 0.0, "two"],
-        ["two", 3, 0.0, "seven"],
-        ["four", 2, 1.0, None],
-        ["nine", 1, None, None],
-    ]
-
-
-def test_confusions_are_counted_by_pair():
-    pairs = neighbours.confusions(worked_example())
-    columns = ["label", "wrong_label", "count", "queries", "query", "wrong"]
-    # the most frequent first; of three failures the example is the surest, 10° with 13°
-    assert pairs[columns].to_numpy().tolist() == [[7, 2, 3, 3, 1, 2], [2, 7, 2, 3, 2, 1], [2, 9, 1, 3, 5, 6]]
-    assert pairs.share.tolist() == pytest.approx([1, 2 / 3, 1 / 3])
-
-
-# Pages
-
-
-def test_right_and_wrong_frames_differ_in_colour_and_in_shape():
-    image = pages.thumbnail(pictures(1), 0)
-    right, wrong = pages.framed(image, True), pages.framed(image, False)
+def test_right_and_wrong_frames_differ_in_colour_and_in_shape(files):
+    image = sheets.thumbnail(files[3])
+    right, wrong = sheets.framed(image, True), sheets.framed(image, False)
     assert has_colour(right, RIGHT) and not has_colour(right, WRONG)
     assert has_colour(wrong, WRONG) and not has_colour(wrong, RIGHT)
-    inside = (pages.FRAME, pages.FRAME, pages.FRAME + pages.THUMBNAIL, pages.FRAME + pages.THUMBNAIL)
-    assert not ImageChops.difference(right.crop(inside), image).getbbox()
-    assert ImageChops.difference(wrong.crop(inside), image).getbbox()
+    inside = (sheets.FRAME, sheets.FRAME, sheets.FRAME + sheets.THUMBNAIL, sheets.FRAME + sheets.THUMBNAIL)
+    assert not difference(right.crop(inside), image)
+    assert difference(wrong.crop(inside), image)
 
 
-def test_a_page_frames_each_neighbour_by_its_class():
-    labels, names = [0, 0, 1], {0: "a", 1: "b"}
-    page = pages.neighbour_page("t", "s", {0: [(2, 0.9), (1, 0.8)]}, pictures(3), labels, names)
-    columns = [pages.MARGIN + 8 + column * pages.CELL for column in (1, 2)]
+def test_a_sheet_frames_each_neighbour_by_its_class(files):
+    sheet = sheets.neighbour_sheet("t", "s", {0: [(2, 0.9), (1, 0.8)]}, files, [0, 0, 1], {0: "a", 1: "b"})
+    columns = [sheets.MARGIN + 8 + column * sheets.CELL for column in (1, 2)]
     for left, colour in zip(columns, (WRONG, RIGHT), strict=True):
-        cell = page.crop((left, pages.HEADER, left + pages.FRAMED, pages.HEADER + pages.FRAMED))
+        cell = sheet.crop((left, sheets.HEADER, left + sheets.FRAMED, sheets.HEADER + sheets.FRAMED))
         assert has_colour(cell, colour)
         assert not has_colour(cell, {RIGHT: WRONG, WRONG: RIGHT}[colour])
 
 
-def test_a_thumbnail_is_the_centre_of_its_own_image():
-    wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 20:40] = 200
-    images = PackedImages.of([np.full((50, 40, 3), 90, np.uint8), wide])
-    assert np.unique(np.asarray(pages.thumbnail(images, 0))).tolist() == [90]
-    assert np.unique(np.asarray(pages.thumbnail(images, 1))).tolist() == [200]
+def test_every_picture_of_a_sheet_is_in_its_place(files):
+    rows = {0: [(2, 0.9), (1, 0.8)], 4: [(3, 0.7), (5, 0.6)]}
+    sheet = sheets.neighbour_sheet("t", "s", rows, files, [0] * 6, {0: "a"})
+    found = [
+        [
+            sheet.getpixel(
+                (
+                    sheets.MARGIN + 8 * (column > 0) + column * sheets.CELL + sheets.FRAMED // 2,
+                    sheets.HEADER + row * sheets.ROW + sheets.FRAMED // 2,
+                )
+            )
+            for column in range(3)
+        ]
+        for row in range(2)
+    ]
+    assert found == [[(0,) * 3, (80,) * 3, (40,) * 3], [(160,) * 3, (120,) * 3, (200,) * 3]]
 
 
-def test_a_page_of_long_names_is_no_wider():
+def test_a_sheet_of_confusions_has_two_pairs_abreast(files):
+    labels = torch.tensor([7, 10, 7, 13, 10, 7])
+    pairs = queries.confusions(judged(angles(0, 4, 100, 106, 200, 208), labels))
+    assert len(pairs) > 2
+    sheet = sheets.confusion_sheet("t", "s", pairs, files, CLASSES)
+    assert sheet.size == (
+        2 * sheets.PAIR_WIDTH + 2 * sheets.MARGIN,
+        sheets.HEADER + (len(pairs) + 1) // 2 * sheets.PAIR_HEIGHT,
+    )
+    middle = sheets.FRAMED // 2
+    for number, pair in enumerate(pairs.itertuples()):
+        left = sheets.MARGIN + number % 2 * sheets.PAIR_WIDTH + middle
+        top = sheets.HEADER + number // 2 * sheets.PAIR_HEIGHT + middle
+        assert sheet.getpixel((left, top)) == (40 * pair.query,) * 3
+        assert sheet.getpixel((left + sheets.FRAMED + 6, top)) == (40 * pair.nearest,) * 3
+
+
+def test_a_sheet_without_rows_is_a_header_alone():
+    assert sheets.neighbour_sheet("t", "s", {}, [], [], {}).height == sheets.HEADER
+    none = queries.confusions(judged(*clusters(4, 5, noise=0.01)))
+    assert sheets.confusion_sheet("t", "s", none, [], {}).height == sheets.HEADER
+
+
+def test_a_thumbnail_is_the_centre_of_its_own_image(tmp_path):
+    wide, tall = np.zeros((20, 60, 3), np.uint8), np.zeros((500, 400, 3), np.uint8)
+    wide[:, 18:42] = 200  # the centre, and as much beyond it as bicubic interpolation looks at
+    tall[40:-40] = 90
+    for name, pixels in (("wide", wide), ("tall", tall)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        shown = np.asarray(sheets.thumbnail(tmp_path / f"{name}.png"))
+        assert shown.shape == (sheets.THUMBNAIL, sheets.THUMBNAIL, 3)
+        assert np.unique(shown).tolist() == [pixels.max()]
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(UserError, match="broken.jpg: not an image") as caught:
+        sheets.neighbour_sheet("t", "s", {0: []}, [tmp_path / "broken.jpg"], [0], {0: "a"})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sheet_of_long_names_is_no_wider(files):
     rows = {0: [(1, 0.9)]}
     short, long = (
-        pages.neighbour_page(name, "s", rows, pictures(2), [0, 1], {0: name, 1: name})
+        sheets.neighbour_sheet(name, "s", rows, files, [0, 1], {0: name, 1: name})
         for name in ("a", "an_unbroken_name_of_very_many_letters_" * 9)
     )
     assert short.size == long.size
+    blank = sheets.neighbour_sheet("", "s", rows, files, [0, 1], {0: "", 1: ""})
+    left, _, right, _ = difference(long, blank)  # nothing is written beyond its margins
+    assert left >= sheets.MARGIN - 1 and right <= long.width - sheets.MARGIN + 1
 
 
-@pytest.mark.parametrize(
-    ("raw", "shown"),
-    [
-        ("101.White_Pelican", "White Pelican"),
-        ("005.LATIN_SMALL_LETTER_A", "latin small letter a"),
-        ("Chuck_will_Widow", "Chuck will Widow"),
-        ("12.4_Runner", "4 Runner"),
-    ],
-)
-def test_class_names_are_shown_for_reading(raw, shown):
-    assert display_name(raw) == shown
+# Charts of one cell
 
 
-# Similarities
+VALIDATIONS = pd.DataFrame({"iteration": [0, 5, 10], "recall_at_1": [0.1, 0.5, 0.4]})
 
 
-@pytest.mark.parametrize("block", [1, 50, 10**6])
-def test_similarities_are_those_of_all_pairs(block):
-    embeddings, labels = clusters(5, 7)
-    unit = unit_vectors(embeddings, "test")
-    densities, moments = pair_similarities(unit, labels, block=block)
-    later = torch.ones(35, 35).triu(1).bool()
-    for pair, same in (("positive", True), ("negative", False)):
-        values = (unit @ unit.T)[later & ((labels[:, None] == labels) == same)].numpy()
-        assert moments[pair]["pairs"] == len(values)
-        assert moments[pair]["mean"] == pytest.approx(values.mean())
-        assert moments[pair]["variance"] == pytest.approx(values.var())
-        table = densities[densities.pair == pair]
-        width = 2 / len(table)
-        assert (table.density * width).sum() == pytest.approx(1)
-        counts, edges = np.histogram(values, len(table), (-1, 1))
-        np.testing.assert_allclose(table.density * width * len(values), counts, atol=1e-9)
-        np.testing.assert_allclose(table.similarity, (edges[:-1] + edges[1:]) / 2)
+def losses_of(iterations):
+    values = np.linspace(2, 1, iterations)
+    return pd.DataFrame(
+        {"iteration": range(1, iterations + 1), "loss": values, "lr": 0.1, "loss_a": 0.4, "loss_b": 0.6}
+    )
 
 
-def test_equal_and_opposite_pairs_are_counted():
-    densities, moments = pair_similarities(unit_vectors(torch.tensor([[3.0, 1], [3, 1], [-3, -1]]), ""), torch.zeros(3))
-    assert moments["positive"]["pairs"] == 3
-    assert densities.density.iloc[[0, -1]].tolist() == pytest.approx([2 / 3 * 200, 1 / 3 * 200])
-    assert moments["negative"] == {"mean": None, "variance": None, "pairs": 0}
-    assert set(densities.pair) == {"positive"}
-
-
-def test_rounding_beyond_one_loses_no_pair():
-    unit = unit_vectors(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), "test").repeat(2, 1)
-    assert (unit @ unit.T).max() > 1
-    _, moments = pair_similarities(unit, torch.arange(60).repeat(2))
-    assert moments["positive"]["pairs"] == 60 and moments["negative"]["pairs"] == 120 * 119 // 2 - 60
-
-
-# All of it
-
-
-def test_all_files_are_written_and_small(drawn):
-    folder, _ = drawn
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
-    for path in folder.glob("*.jpg"):
-        with Image.open(path) as image:
-            image.load()
-        assert path.stat().st_size < 400_000
-
-
-def test_the_same_input_gives_the_same_bytes(drawn, tmp_path):
-    folder, given = drawn
-    draw_cell(tmp_path, **given)
-    assert [name for name in FILES if (folder / name).read_bytes() != (tmp_path / name).read_bytes()] == []
-
-
-def test_recall_at_k_is_that_of_evaluate(drawn):
-    folder, given = drawn
-    table = pd.read_csv(folder / "recall_at_k.csv")
-    assert table.k.tolist() == [1, 2, 4, 8, 16, 32, 64]  # 72 images
-    expected = evaluate(given["test"], given["test_labels"], ks=table.k.tolist())
-    assert table.recall.tolist() == pytest.approx([expected[f"recall_at_{k}"] for k in table.k])
-    classes = pd.read_csv(folder / "classes.csv")
-    assert (classes.recall_at_1 * classes.images).sum() / classes.images.sum() == pytest.approx(table.recall[0])
-    assert classes.recall_at_1.is_monotonic_increasing
-
-
-def test_similarities_are_kept_by_split(drawn):
-    folder, given = drawn
-    moments = json.loads((folder / "similarities.json").read_text())
-    for split in ("train", "test"):
-        unit = unit_vectors(given[split], split)
-        assert moments[split] == pair_similarities(unit, given[f"{split}_labels"])[1]
-        for values in moments[split].values():
-            assert f"mean {values['mean']:.3f}" in (folder / "similarities.svg").read_text()
-    table = pd.read_csv(folder / "similarities.csv")
-    assert list(table) == ["split", "pair", "similarity", "density"]
-    assert set(zip(table.split, table.pair, strict=True)) == {
-        (split, pair) for split in ("train", "test") for pair in ("positive", "negative")
-    }
-
-
-def test_training_marks_what_is_scored(drawn):
-    text = (drawn[0] / "training.svg").read_text()
-    for label in ("untrained: 10.0% at 0", "best on test: 50.0% at 5", "final: 40.0% at 10", ">a<", ">b<"):
+def test_training_marks_what_is_scored():
+    text = charts.training_chart("a cell", losses_of(10), VALIDATIONS, 5)
+    for label in ("untrained: 10.0% at 0", "best on test: 50.0% at 5", "final: 40.0% at 10", ">a<", ">b<", ">a cell<"):
         assert label in text
+    assert ">lr<" not in text
 
 
-def test_a_network_that_was_not_trained(tmp_path):
-    validations = pd.DataFrame({"iteration": [0], "recall_at_1": [0.25]})
-    draw_training(tmp_path / "training.svg", "a cell", pd.DataFrame(), validations, 0)
-    text = (tmp_path / "training.svg").read_text()
-    assert "untrained: 25.0% at 0" in text and "final" not in text and ">loss<" not in text
+def test_a_network_that_was_not_trained():
+    text = charts.training_chart("a cell", pd.DataFrame(), VALIDATIONS[:1], 0)
+    assert "untrained: 10.0% at 0" in text and "final" not in text and ">loss<" not in text
 
 
-def test_many_iterations_are_averaged(tmp_path):
-    losses = pd.DataFrame({"iteration": range(1, 5001), "loss": np.linspace(2, 1, 5000), "lr": 1.0})
+def test_many_iterations_are_averaged():
     validations = pd.DataFrame({"iteration": [0, 5000], "recall_at_1": [0.25, 0.5]})
-    draw_training(tmp_path / "training.svg", "a cell", losses, validations, 5000)
-    text = (tmp_path / "training.svg").read_text()
+    text = charts.training_chart("a cell", losses_of(5000), validations, 5000)
     assert "means of 13 iterations" in text and len(text) < 100_000
+    assert "means of" not in charts.training_chart("a cell", losses_of(10), VALIDATIONS, 5)
 
 
-def test_no_failure_is_said_in_the_pictures(tmp_path):
-    given = inputs(*clusters(4, 5, noise=0.01))
-    draw_cell(tmp_path, **given)
-    assert pd.read_csv(tmp_path / "classes.csv").confused_with.isna().all()
-    for name in ("failures.jpg", "confusions.jpg"):
-        with Image.open(tmp_path / name) as image:
-            assert image.height == pages.HEADER  # a header alone
+def test_recall_at_k_says_its_first_and_its_eighth_in_percent():
+    recalls = pd.DataFrame({"k": [1, 2, 4, 8, 16], "recall": [0.125, 0.3, 0.5, 0.754, 0.9]})
+    shown = texts(charts.recall_chart("a cell", recalls))
+    assert {"12.5%", "75.4%", "a cell", "1", "2", "4", "8", "16"} <= set(shown)
+    assert not {"30.0%", "50.0%", "90.0%"} & set(shown)
+    assert "12.5%" in texts(charts.recall_chart("a cell", recalls[:1]))
 
 
-def test_the_smallest_lists(tmp_path):
-    test, labels = angles(0, 20, 90), torch.tensor([12, 12, 40])
-    draw_cell(tmp_path, **inputs(test, labels, train=angles(0, 1), train_labels=torch.tensor([3, 3])))
-    assert pd.read_csv(tmp_path / "recall_at_k.csv").to_numpy().tolist() == [[1, 1], [2, 1]]
-    assert json.loads((tmp_path / "similarities.json").read_text())["train"]["negative"]["pairs"] == 0
-    table = pd.read_csv(tmp_path / "classes.csv")
-    assert table["class"].tolist() == ["Class 12", "Class 40"] and table.recall_at_1.isna().tolist() == [False, True]
+def similarities_of(**splits):
+    """What evaluation writes of these embeddings and labels: densities of all splits, and moments by split."""
+    found = {split: pair_similarities(*each) for split, each in splits.items()}
+    densities = pd.concat({split: table for split, (table, _) in found.items()}, names=["split"]).reset_index("split")
+    return densities, {split: moments for split, (_, moments) in found.items()}
 
 
-def test_collapsed_embeddings_and_one_test_class(tmp_path):
-    draw_cell(tmp_path / "collapsed", **inputs(torch.ones(40, 4), torch.arange(8).repeat(5)))
-    assert (pd.read_csv(tmp_path / "collapsed" / "classes.csv").recall_at_1 == 0).all()
-    draw_cell(tmp_path / "single", **inputs(clusters(1, 12)[0], torch.full((12,), 3)))
-    assert pd.read_csv(tmp_path / "single" / "classes.csv").recall_at_1.tolist() == [1]
+def test_similarities_are_drawn_by_split_with_their_moments():
+    embeddings, labels = clusters(12, 6, noise=1.5)
+    densities, moments = similarities_of(train=(embeddings.flip(1), labels.flip(0)), test=(embeddings, labels))
+    text = charts.similarities_chart("a cell", densities, moments)
+    for split in ("train", "test"):
+        assert f"cosine similarity of a pair, {split}" in text
+        for pair, values in moments[split].items():
+            assert f"{pair}: mean {values['mean']:.3f}, variance {values['variance']:#.2g}" in text
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"images": pictures(11)}, "images: 11 images"),
-        ({"class_names": {7: "a"}}, "class_names: no name for label 10"),
-        ({"train_labels": torch.zeros(3)}, "train_labels: shape"),
-        ({"test_labels": torch.arange(12)}, "no query has another image"),
-    ],
-)
-def test_input_that_does_not_match(tmp_path, changes, message):
-    given = inputs(*clusters(3, 4))
-    if "test_labels" in changes:
-        given["class_names"] = dict.fromkeys(range(12), "x")
-    with pytest.raises(UserError, match=message):
-        draw_cell(tmp_path, **given | changes)
+def test_a_kind_of_pair_that_does_not_occur_is_not_drawn():
+    densities, moments = similarities_of(
+        train=(angles(0, 1), torch.tensor([3, 3])), test=(angles(0, 20, 90), torch.tensor([12, 12, 40]))
+    )
+    text = charts.similarities_chart("a cell", densities, moments)
+    assert text.count("positive: mean") == 2 and text.count("negative: mean") == 1
 
 
 def test_a_map_keeps_clusters_together():
@@ -395,3 +209,146 @@ def test_a_map_keeps_clusters_together():
     positions, method = project(unit_vectors(embeddings, "test").numpy(), 0)
     assert positions.shape == (90, 2) and method in ("t-SNE", "UMAP")
     assert evaluate(torch.from_numpy(positions) - positions.mean(0), labels)["recall_at_1"] > 0.9
+
+
+def test_a_map_names_its_classes_and_how_it_was_made():
+    embeddings, labels = clusters(4, 10)
+    names = CLASSES | {7: "a gull of a name that is much too long to be shown"}
+    assert set(labels.tolist()) == set(names)
+    shown = texts(map_chart("a cell", embeddings.numpy(), labels.numpy(), names, 0))
+    title = [text for text in shown if text.startswith("a cell: ")]
+    assert title in (["a cell: t-SNE of 4 test classes"], ["a cell: UMAP of 4 test classes"])
+    assert set(shown) == {*title, "a gull of a name that is mu…", "tern", "auk", "skua"}
+
+
+def test_the_length_of_embeddings_does_not_matter_for_a_map():
+    embeddings, labels = (each.numpy() for each in clusters(4, 10))
+    lengths = 2.0 ** np.arange(-20, 20)[:, None]  # powers of two: not a bit of a direction changes
+    expected = map_chart("a cell", embeddings, labels, CLASSES, 0)
+    assert map_chart("a cell", embeddings * lengths.astype(np.float32), labels, CLASSES, 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels"),
+    [
+        (angles(0, 90), [7, 10]),
+        (angles(0, 20, 90), [7, 7, 10]),
+        (torch.ones(40, 4), [7, 10, 13, 16] * 10),
+        (torch.zeros(40, 4), [7, 10, 13, 16] * 10),
+        (clusters(1, 12)[0], [7] * 12),
+    ],
+    ids=["two images", "three images", "collapsed", "zero", "one class"],
+)
+def test_a_map_of_few_or_equal_embeddings(embeddings, labels):
+    shown = texts(map_chart("a cell", embeddings.numpy(), np.array(labels), CLASSES, 0))
+    assert {CLASSES[label] for label in labels} <= set(shown)
+
+
+# Charts of many cells
+
+
+def curves_of(methods, settings=(("resnet18", 64),), seeds=(0,), variant=""):
+    """Recall@1 of the i-th method: 20 + i, 50 + i, 40 + i percent."""
+    parts = [
+        pd.DataFrame({"iteration": [0, 5, 10], "recall_at_1": [20.0 + i, 50.0 + i, 40.0 + i]}).assign(
+            cell=f"{backbone}-{method}-{size}-{seed}",
+            embedding_dim=size,
+            backbone=backbone,
+            method=method,
+            variant=variant,
+            seed=seed,
+        )
+        for i, method in enumerate(methods)
+        for backbone, size in settings
+        for seed in seeds
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_few_methods_share_the_panel_of_their_backbone_and_size():
+    curves = curves_of(["cbml_log", "triplet"], settings=[("resnet18", 64), ("googlenet", 512)], seeds=(0, 1))
+    shown = texts(comparisons.curves_chart(curves))
+    assert shown["resnet18, 64"] == shown["googlenet, 512"] == 1
+    assert shown["cbml_log"] == shown["triplet"] == 1  # in the legend
+    alone = texts(comparisons.curves_chart(curves_of(["cbml_log"])))
+    assert alone["resnet18, 64"] == 1 and "cbml_log" not in alone  # no legend of one method
+
+
+def test_many_methods_have_a_panel_each_the_best_first():
+    methods = [f"loss_{i}" for i in range(13)]
+    svg = comparisons.curves_chart(curves_of(methods))
+    assert all(texts(svg)[method] == 1 for method in methods)
+    places = [svg.index(f">{method}<") for method in methods]
+    assert places == sorted(places, reverse=True)  # the last has the highest Recall@1
+
+
+def test_variants_of_a_method_are_methods():
+    curves = pd.concat([curves_of(["cbml_log"], variant=variant) for variant in ("margin=0.1", "margin=0.2")])
+    shown = texts(comparisons.curves_chart(curves))
+    assert shown["cbml_log (margin=0.1)"] == shown["cbml_log (margin=0.2)"] == 1
+
+
+def test_distributions_have_a_panel_for_each_cell():
+    embeddings, labels = clusters(12, 6, noise=1.5)
+    table, _ = pair_similarities(embeddings, labels)
+    cells = [f"cell {i}" for i in range(5)]
+    shown = texts(comparisons.distributions_chart(pd.concat([table.assign(cell=cell) for cell in cells])))
+    assert all(shown[cell] == 1 for cell in cells)
+    assert shown["positive pairs"] == shown["negative pairs"] == 1
+
+
+def test_the_papers_figures_stand_beside_those_that_have_one():
+    table = pd.DataFrame(
+        {
+            "embedding_dim": 64,
+            "backbone": "resnet18",
+            "method": ["cbml_log", "cbml_log", "cbml_log", "triplet"],
+            "variant": ["", "", "margin=0.2", ""],
+            "protocol": ["best_on_test", "final", "final", "final"],
+            "recall_at_1": [61.0, 60.0, 59.0, 50.0],
+            "recall_at_1_sd": [0.5, np.nan, 0.4, 0.3],
+            "paper_recall_at_1": [59.0, 59.0, 59.0, np.nan],
+        }
+    )
+    shown = texts(comparisons.paper_chart(table))
+    assert shown["64 · resnet18 · cbml_log"] == shown["64 · resnet18 · cbml_log (margin=0.2)"] == 1
+    assert shown["paper"] == shown["final"] == shown["best_on_test"] == 1
+    assert not any("triplet" in text for text in shown)
+
+
+# All charts
+
+
+def every_chart(title):
+    embeddings, labels = clusters(4, 10)
+    densities, moments = similarities_of(train=(embeddings, labels), test=(embeddings, labels))
+    recalls = pd.DataFrame({"k": [1, 2, 4, 8], "recall": [0.1, 0.2, 0.3, 0.4]})
+    return {
+        "training": charts.training_chart(title, losses_of(10), VALIDATIONS, 5),
+        "recall": charts.recall_chart(title, recalls),
+        "similarities": charts.similarities_chart(title, densities, moments),
+        "map": map_chart(title, embeddings.numpy(), labels.numpy(), dict.fromkeys(CLASSES, title), 0),
+        "curves": comparisons.curves_chart(curves_of([title, "b"])),
+        "distributions": comparisons.distributions_chart(densities[densities.split == "test"].assign(cell=title)),
+    }
+
+
+def test_the_same_input_gives_the_same_bytes():
+    assert every_chart("a cell") == every_chart("a cell")
+
+
+def test_charts_are_elements_in_the_colours_of_their_page_and_names_are_text():
+    for name, svg in every_chart('<b>&"').items():
+        assert svg.startswith("<svg"), name
+        assert "currentColor" in svg and INK not in svg, name
+        assert any('<b>&"' in text for text in texts(svg)), name
+
+
+def test_a_chart_leaves_no_figure_and_no_style_behind():
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    with chart(2, 1) as (figure, ax):
+        ax.plot([1, 2])
+        assert 'width="144pt"' in to_svg(figure)
+    assert dict(mpl.rcParams) == before

@@ -27,11 +27,13 @@ def repository(tmp_path_factory):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, folder / file)
     config = (folder / "conf" / "config.yaml").read_text()
-    for old, new in (("[cbml_const, ", "["), ("[512]", "[16]"), ("validation_classes: 0.2", "validation_classes: 0.4")):
+    for old, new in (("[cbml_const, ", "["), ("[512]", "[16]")):
         assert old in config
         config = config.replace(old, new)
     (folder / "conf" / "config.yaml").write_text(config)
-    (folder / "conf" / "dataset" / "glyphs.yaml").write_text(yaml.safe_dump({"glyphs": TINY_GLYPHS}))
+    for name, seed in (("glyphs", 0), ("runes", 1)):
+        option = {name: TINY_GLYPHS | {"seed": seed}}
+        (folder / "conf" / "dataset" / f"{name}.yaml").write_text(yaml.safe_dump(option))
     (folder / "conf" / "recipe" / "quick.yaml").write_text(yaml.safe_dump({"quick": TINY_RECIPE}))
     for command in (
         "git init -q",
@@ -53,44 +55,90 @@ def ran(repository, command):
     return re.findall(r"Running stage '(.*)'", done.stdout)
 
 
+def stages(loss, *names, dataset="glyphs"):
+    return [f"{name}@resnet18-{loss}-16-0-{dataset}" for name in names]
+
+
+CELL = ("train", "evaluate", "draw")
+
+
+def add_line(repository, file, line):
+    path = repository / file
+    path.write_text(f"{path.read_text()}\n{line}\n")
+
+
 def test_from_nothing_to_the_table_and_only_what_changed_afterwards(repository):
     # Hydra composes params.yaml, then every stage runs.
-    assert ran(repository, "dvc exp run") == [
-        "download@glyphs",
-        "build_lists@glyphs",
-        "train@resnet18-cbml_sqrt-16-0-glyphs",
-        "train@resnet18-cbml_log-16-0-glyphs",
-        "evaluate@resnet18-cbml_sqrt-16-0-glyphs",
-        "evaluate@resnet18-cbml_log-16-0-glyphs",
-        "tabulate@glyphs",
-    ]
+    first = ran(repository, "dvc exp run")
+    assert first[:2] == ["download@glyphs", "build_lists@glyphs"] and first[-1] == "tabulate@glyphs"
+    assert sorted(first[2:-1]) == sorted(stages("cbml_sqrt", *CELL) + stages("cbml_log", *CELL))
     table = (repository / "reports" / "glyphs" / "tables.md").read_text()
-    assert "| resnet18 | cbml_sqrt | final | 1 |" in table and "| resnet18 | cbml_log | best_on_test | 1 |" in table
+    assert re.search(r"\| cbml_sqrt +\| final ", table) and re.search(r"\| cbml_log +\| best_on_test ", table)
 
     assert ran(repository, "dvc repro") == []
     assert ran(repository, "dvc exp run -S loss=cbml_sqrt") == ["tabulate@glyphs"]
     assert json.loads((repository / "reports" / "glyphs" / "metrics.json").read_text())["cells"] == 1
-    assert ran(repository, "dvc exp run -S loss.cbml_sqrt.margin=0.2") == [
-        "train@resnet18-cbml_sqrt-16-0-glyphs",
-        "evaluate@resnet18-cbml_sqrt-16-0-glyphs",
-        "tabulate@glyphs",
-    ]
+    again = [*stages("cbml_sqrt", *CELL), "tabulate@glyphs"]
+    assert ran(repository, "dvc exp run -S loss.cbml_sqrt.margin=0.2 -S loss=cbml_sqrt") == again
 
     client = mlflow.MlflowClient(f"sqlite:///{repository}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("glyphs").experiment_id])
-    cells = [run for run in runs if "loss" in run.data.tags]
-    assert sorted(run.data.params["loss.margin"] for run in cells) == ["0.1", "0.1", "0.2"]
-    assert sum(run.info.run_name == "tables" for run in runs) == 3
+    cells, sets = (
+        client.search_runs([client.get_experiment_by_name(name).experiment_id]) for name in ("glyphs", "tables")
+    )
+    assert sorted(run.data.params["loss.margin"] for run in cells) == ["0.1", "0.1", "0.2"] and len(sets) == 3
+
+    # The store has both values of the parameter, though the workspace has the last one alone.
+    assert ran(repository, "PYTHONPATH=src python -m pipeline.tabulate glyphs --all") == []
+    table = (repository / "reports" / "glyphs" / "tables.md").read_text()
+    assert "cbml_sqrt (margin=0.1)" in table and "cbml_sqrt (margin=0.2)" in table and "cbml_log " in table
 
 
-def test_an_unknown_option_is_refused_before_anything_runs(repository):
-    for override in ("loss=cmbl", "backbone=vgg16", "dataset=birds", "loss.cbml_log.margn=1"):
-        done = subprocess.run(
-            ["dvc", "exp", "run", "-S", override],
-            cwd=repository,
-            env=environment() | {"PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode != 0 and "Running stage" not in done.stdout
-        assert override.partition("=")[2 if "." not in override else 0] in done.stderr
+def test_a_change_of_code_runs_what_it_changes_and_nothing_else(repository):
+    assert ran(repository, "dvc exp run -S loss=cbml_sqrt")[-1:] == ["tabulate@glyphs"]
+    add_line(repository, "src/cbml/reporting/tables.py", "# Another table.")
+    assert ran(repository, "dvc repro") == ["tabulate@glyphs"]
+    add_line(repository, "src/cbml/figures/charts.py", "# Another figure.")
+    assert ran(repository, "dvc repro") == [*stages("cbml_sqrt", "draw"), "tabulate@glyphs"]
+    add_line(repository, "src/cbml/evaluation/metrics.py", "# Another metric.")
+    assert ran(repository, "dvc repro") == stages("cbml_sqrt", "evaluate")  # which came to the same
+    assert "other code" not in (repository / "reports" / "glyphs" / "tables.md").read_text()
+    add_line(repository, "src/cbml/losses/cbml.py", "MENDED = True")
+    assert ran(repository, "dvc repro") == ["tabulate@glyphs"]
+    table = (repository / "reports" / "glyphs" / "tables.md").read_text()
+    (command,) = re.findall(r"`(dvc repro -f -s .*?)`", table)
+    assert "other code than today's** (src/cbml/losses/cbml.py)" in table
+    assert ran(repository, command) == stages("cbml_sqrt", "train")
+    assert ran(repository, "dvc repro")[-1] == "tabulate@glyphs"
+    assert "other code" not in (repository / "reports" / "glyphs" / "tables.md").read_text()
+
+
+def test_two_datasets_have_a_page_each_and_one_over_both(repository):
+    done = ran(repository, "dvc exp run -S loss=cbml_sqrt -S 'dataset=[glyphs,runes]'")
+    assert set(stages("cbml_sqrt", *CELL, dataset="runes")) | {"tabulate@runes", "download@runes"} <= set(done)
+    assert "train@resnet18-cbml_sqrt-16-0-glyphs" not in done
+    index = (repository / "reports" / "index.html").read_text()
+    for name in ("glyphs", "runes"):
+        assert f'href="{name}/index.html"' in index and (repository / "reports" / name / "index.html").is_file()
+
+
+def test_changed_images_are_noticed_through_the_lists(repository):
+    ran(repository, "dvc exp run -S loss=cbml_sqrt")
+    image = next((repository / "data" / "glyphs" / "images").glob("*/*.png"))
+    content = image.read_bytes()
+    image.unlink()  # a link into DVC's cache, perhaps
+    image.write_bytes(content + b"\0")
+    done = ran(repository, "dvc repro -s --downstream build_lists@glyphs -f")
+    assert "train@resnet18-cbml_sqrt-16-0-glyphs" in done
+
+
+@pytest.mark.parametrize("override", ["loss=cmbl", "backbone=vgg16", "dataset=birds", "loss.cbml_log.margn=1"])
+def test_an_unknown_option_is_refused_before_anything_runs(repository, override):
+    done = subprocess.run(
+        ["dvc", "exp", "run", "-S", override],
+        cwd=repository,
+        env=environment() | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and "Running stage" not in done.stdout
+    assert override.partition("=")[2 if "." not in override else 0] in done.stderr

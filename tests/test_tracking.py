@@ -1,52 +1,76 @@
-"""MLflow: where the store is, what a run holds, and that it goes on where it stopped."""
+"""MLflow: where the store is, what a run holds, that it goes on where it stopped, and that it never costs a result."""
 
+import http.server
+import json
+import signal
+import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import mlflow
+import mlflow.store.db.utils
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import environment
+from test_training import run, train_command
 
-from cbml import tracking
-from cbml.config import load_cell, load_params
+from cbml import network, tracking
+from cbml.config import load_cell
 from cbml.datasets.images import pack_images
 from cbml.datasets.lists import read_list
-from cbml.evaluation.cell import evaluate_cell
 from cbml.evaluation.embedding import embed
-from cbml.serving import load_network
-from cbml.training import run_cell
+from cbml.stages.draw import draw_cell
+from cbml.stages.evaluate import evaluate_cell
+from cbml.stages.train import train_cell
 
 
-def cell():
-    return load_params().cell("glyphs", "resnet18", "cbml_log", 16, 0)
+def the_cell(workspace):
+    return workspace.params().cells("glyphs")[0]
 
 
-def test_a_cell_is_one_run_from_training_to_evaluation(project):
-    folder = run_cell(cell(), state=project)
-    metrics = evaluate_cell(folder, state=project, register=True)
-    client = mlflow.MlflowClient(f"sqlite:///{project}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("glyphs").experiment_id])
+def open_cell(workspace, **options):
+    return tracking.open_cell(workspace, the_cell(workspace), "key", "0", **options)
+
+
+def runs(root):
+    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    return client, client.search_runs([client.get_experiment_by_name("glyphs").experiment_id])
+
+
+def test_a_cell_is_one_run_from_training_to_its_pictures(workspace):
+    folder = train_cell(the_cell(workspace), workspace)
+    metrics = evaluate_cell(folder, workspace, register=True)
+    page = draw_cell(workspace.evaluation(the_cell(workspace)), workspace)
+    client, (run,) = runs(workspace.root)
     assert run.info.run_name == "resnet18-cbml_log-16-0" and run.info.status == "FINISHED"
     assert run.data.params["loss.margin"] == "0.1" and run.data.params["recipe.iterations"] == "6"
-    assert {"backbone", "loss", "embedding_dim", "seed", "dataset_fingerprint", "git_revision"} <= set(run.data.tags)
+    key = json.loads((folder / "run.json").read_text())["key"]
+    assert run.data.tags["cell_key"] == key and run.data.tags["evaluated"] == "true"
+    assert {"backbone", "loss", "embedding_dim", "seed", "dataset_fingerprint", "recipe"} <= set(run.data.tags)
     for name in ("recall_at_1", "recall_at_8", "r_precision", "map_at_r", "nmi"):
         assert run.data.metrics[name] == pytest.approx(metrics["final"][name])
     assert run.data.metrics["untrained_recall_at_1"] == pytest.approx(metrics["untrained"]["recall_at_1"])
     assert run.data.metrics["best_on_test_recall_at_1"] >= run.data.metrics["recall_at_1"]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
-    assert {m.step for m in client.get_metric_history(run.info.run_id, "recall_at_1")} == {0, 2, 4, 6}
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "recall_at_1")] == [0, 2, 4, 6]
+    (dataset,) = run.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("glyphs", run.data.tags["dataset_fingerprint"])
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert {"params.yaml", "versions.json", "metrics.json", "index.html", "gallery.jpg", "classes.csv"} <= artifacts
+    assert {"params.yaml", "versions.json", "index.html", "gallery.jpg"} <= artifacts
+    # What tables are made from: the store is the archive.
+    needed = {"cell.yaml", "run.json", "metrics.json", "validations.csv", "similarities.csv", "summary.json"}
+    assert needed <= artifacts
     note = run.data.tags["mlflow.note.content"]
-    assert f"| final | {100 * metrics['final']['recall_at_1']:.1f} |" in note and "-S 'loss=[cbml_log]'" in note
+    assert f"| {100 * metrics['final']['recall_at_1']:.1f} " in note and "-S 'loss=[cbml_log]'" in note
     (model,) = client.search_registered_models()
     assert model.name == "glyphs-resnet18-cbml_log-16-0" and model.latest_versions[0].run_id == run.info.run_id
-    page = (Path("evaluations/glyphs") / folder.name / "index.html").read_text()
-    assert "data:image/jpeg;base64," in page and "<svg" in page and "Most often taken for" in page
+    text = (page / "index.html").read_text()
+    assert "data:image/jpeg;base64," in text and "<svg" in text and "Most often taken for" in text
 
     # The logged model embeds as `evaluate` does, from paths and from bytes.
     model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")
@@ -54,47 +78,183 @@ def test_a_cell_is_one_run_from_training_to_evaluation(project):
     paths = [str(Path("data/glyphs") / path) for path in images.paths[:5]]
     from_paths = model.predict(pd.DataFrame({"path": paths}))
     from_bytes = model.predict(pd.DataFrame({"image": [Path(path).read_bytes() for path in paths]}))
-    packed = pack_images(
-        images, Path("data/glyphs"), project / ".cache", resize=24, interpolation="bilinear", fingerprint="-"
-    )
-    network = load_network(load_cell(folder / "cell.yaml"), folder / "final.pt")
-    expected = embed(network, packed, crop=20, interpolation="bilinear", device=torch.device("cpu"))[:5].numpy()
+    size = {"resize": 24, "interpolation": "bilinear"}
+    packed = pack_images(images, Path("data/glyphs"), workspace.cache, fingerprint="-", **size)
+    trained = network.load(load_cell(folder / "cell.yaml"), folder / "final.pt")
+    expected = embed(trained, packed, crop=20, interpolation="bilinear", device=torch.device("cpu"))[:5].numpy()
     assert np.abs(from_paths - expected).max() < 1e-5 and np.array_equal(from_paths, from_bytes)
     assert np.linalg.norm(from_paths, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_loading_a_network_does_not_import_what_only_people_look_at():
+    code = "import sys, cbml.serving; print([n for n in sys.modules if n.startswith(('cbml', 'sklearn.manifold'))])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    for name in ("cbml.figures", "cbml.reporting", "cbml.tracking", "cbml.stages", "sklearn.manifold"):
+        assert name not in done.stdout
 
 
 def test_the_store_is_at_the_root_that_dvc_names_unless_overridden(project, tmp_path_factory, monkeypatch):
     root, other = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("other")
     monkeypatch.setenv("DVC_ROOT", str(root))
     monkeypatch.setenv("DVC_EXP_NAME", "tidal-wave")
-    with tracking.cell_run(cell(), fingerprint="0") as run:
+    workspace = tracking.Workspace.here()
+    with open_cell(workspace) as run:
         assert (root / "mlflow.db").is_file()
-        assert run.client.get_run(run.id).data.tags["dvc_exp_name"] == "tidal-wave"
-        assert run.client.get_run(run.id).info.artifact_uri.startswith((root / "mlruns" / "glyphs").as_uri())
+        info = run.store.client.get_run(run.id)
+        assert info.data.tags["dvc_exp_name"] == "tidal-wave"
+        assert info.info.artifact_uri.startswith((root / "mlruns" / "glyphs").as_uri())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}/mine.db")
-    with tracking.cell_run(cell(), fingerprint="0"):
+    with open_cell(workspace):
         assert (other / "mine.db").is_file()
 
 
-def test_a_failed_run_says_so_and_is_continued_by_its_id(project):
-    with pytest.raises(ValueError), tracking.cell_run(cell(), fingerprint="0") as run:
+def test_a_failed_run_says_so_and_is_continued_by_its_id(workspace):
+    with pytest.raises(ValueError), open_cell(workspace) as run:
         raise ValueError("out of luck")
-    info = run.client.get_run(run.id)
-    assert info.info.status == "FAILED" and info.data.tags["error"] == "out of luck"
-    with tracking.cell_run(cell(), fingerprint="0", run_id=run.id) as again:
+    client = run.store.client
+    assert client.get_run(run.id).info.status == "FAILED" and client.get_run(run.id).data.tags["error"] == "out of luck"
+    with open_cell(workspace, run_id=run.id) as again:
         assert again.id == run.id
-    assert run.client.get_run(run.id).info.status == "FINISHED"
-    with tracking.cell_run(cell(), fingerprint="0", run_id="deleted") as new:
+    assert client.get_run(run.id).info.status == "FINISHED" and "error" not in client.get_run(run.id).data.tags
+    with open_cell(workspace, run_id="0" * 32) as new:
         assert new.id != run.id
 
 
+def test_points_that_are_sent_again_are_there_once(workspace):
+    rows = [{"iteration": i, "loss": 1 / i} for i in range(1, 6)]
+    with open_cell(workspace) as run:
+        run.log(rows[:4])
+    with open_cell(workspace, run_id=run.id) as again:  # from a checkpoint after iteration 2
+        again.log(rows[2:])
+        again.log([{"iteration": 5, "nmi": 0.5}], replace=True)
+    with open_cell(workspace, run_id=run.id) as again:
+        again.log([{"iteration": 5, "nmi": 0.5, "loss": 0.7}], replace=True)
+    history = run.store.client.get_metric_history(run.id, "loss")
+    assert [point.step for point in history] == [1, 2, 3, 4, 5, 5] and history[-1].value == 0.7
+    assert len(run.store.client.get_metric_history(run.id, "nmi")) == 1
+
+
 def test_processes_that_open_a_new_store_at_once_share_it(project):
-    code = "from cbml.tracking import open_run\nwith open_run('glyphs', 'x', config={}, params={}, tags={}): pass"
+    code = """
+from cbml import tracking
+from cbml.workspace import Workspace
+with tracking.open_run(Workspace.here(), 'glyphs', 'x', config={}, params={}, tags={}) as run: pass
+assert run.complete
+"""
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env=environment()) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env=environment()) for _ in range(3)
     ]
     assert [(process.wait(), process.stderr.read()[-500:] if process.returncode else b"") for process in processes] == [
         (0, b"")
-    ] * 2
-    client = mlflow.MlflowClient(f"sqlite:///{project}/mlflow.db")
-    assert len(client.search_runs([client.get_experiment_by_name("glyphs").experiment_id])) == 2
+    ] * 3
+    assert len(runs(project)[1]) == 3
+
+
+def test_killed_while_the_database_is_made_the_next_run_makes_it(workspace):
+    for moment in (0.1, 0.5, 1.0):
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import test_tracking as t; t.open_and_say()"],
+            env=environment() | {"PYTHONPATH": f"{environment()['PYTHONPATH']}:{Path(__file__).parent}"},
+            stdout=subprocess.PIPE,
+        )
+        process.stdout.readline()
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with open_cell(workspace) as run:
+        pass
+    assert run.complete and not list(Path().glob(".mlflow.db*"))
+
+
+def open_and_say():
+    """Open the store of the working directory, after a line that says that this is next."""
+    print("now", flush=True)
+    workspace = tracking.Workspace.here()
+    with open_cell(workspace):
+        pass
+
+
+def test_an_empty_database_is_made_anew(workspace):
+    workspace.database.touch()
+    with open_cell(workspace) as run:
+        pass
+    assert run.complete
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Attempts at a store that is away follow one another at once."""
+    monkeypatch.setattr(tracking, "PATIENCE", 0.0)
+
+
+@pytest.fixture
+def locked_database(workspace, monkeypatch):
+    """A store that another process has locked; call the fixture's value to release it."""
+    text = mlflow.store.db.utils.sql.text  # MLflow waits for 20 seconds
+    monkeypatch.setattr(mlflow.store.db.utils.sql, "text", lambda words: text(words.replace("20000", "100")))
+    with open_cell(workspace):
+        pass
+    connection = sqlite3.connect(workspace.database, check_same_thread=False)
+    connection.execute("BEGIN EXCLUSIVE")
+    yield connection.rollback
+    connection.close()
+
+
+def test_a_locked_database_is_waited_for_with_a_message(workspace, impatient, locked_database, capsys):
+    with open_cell(workspace) as run:
+        run.log([{"iteration": 1, "loss": 0.5}])
+        assert run.id is None and "does not answer, going on without: MlflowException" in capsys.readouterr().err
+        locked_database()
+        run.log([{"iteration": 2, "loss": 0.4}])
+    assert [m.step for m in run.store.client.get_metric_history(run.id, "loss")] == [1, 2]
+    assert run.store.client.get_run(run.id).info.status == "FINISHED"
+
+
+def test_training_ends_without_the_store_and_evaluation_hands_everything_over(workspace, locked_database, capsys):
+    folder = train_cell(the_cell(workspace), workspace)
+    assert "did not take all of resnet18-cbml_log-16-0" in capsys.readouterr().err
+    assert json.loads((folder / "run.json").read_text())["run_id"] is None
+    locked_database()
+    evaluate_cell(folder, workspace)
+    client, found = runs(workspace.root)
+    (run,) = (run for run in found if run.data.tags.get("evaluated"))
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
+    assert run.data.params["loss.margin"] == "0.1" and run.info.status == "FINISHED"
+
+
+class Silent(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        time.sleep(3600)
+
+    do_POST = do_GET
+
+
+@pytest.mark.parametrize("kind", ["refuses", "is silent"])
+def test_a_store_that_cannot_be_reached_is_said_soon_and_costs_nothing(project, kind):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    if kind == "refuses":
+        server.server_close()
+    uri = f"http://me:secret@127.0.0.1:{server.server_port}"
+    fast = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = subprocess.run(
+        train_command(), env=environment() | fast, capture_output=True, text=True, timeout=120, check=True
+    )
+    server.shutdown()
+    assert "MLflow at http://127.0.0.1" in done.stderr and "does not answer" in done.stderr
+    assert "secret" not in done.stderr and "Traceback" not in done.stderr
+    assert Path("runs/glyphs/resnet18-cbml_log-16-0/final.pt").is_file()
+
+
+def test_a_full_disk_ends_in_one_line_and_a_failed_run(workspace, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "state.pt")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr("cbml.training.checkpoint.write_tensors", full)
+        run(workspace)
+    _, (failed,) = runs(workspace.root)
+    assert failed.info.status == "FAILED" and "No space left" in failed.data.tags["error"]
+    run(workspace)
+    _, (continued,) = runs(workspace.root)
+    assert continued.info.status == "FINISHED"

@@ -275,7 +275,10 @@ def load_cell(path: Path) -> Cell:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; the stage train writes it")
-    params = load_params(path)
+    try:
+        params = load_params(path)
+    except UserError as error:
+        raise UserError(f"{error}; run the stage train again, which writes it") from None
     (dataset, backbone, loss, (recipe_name, recipe)) = (
         next(iter(getattr(params, group).items())) for group in ("dataset", "backbone", "loss", "recipe")
     )

@@ -1,12 +1,14 @@
 """Files that are either complete or absent, and one line about those that are damaged."""
 
+import errno
+import itertools
 import json
 import os
 import shutil
 import socket
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         temporary = folder / path.name
         yield temporary
-        if temporary.is_dir() and path.is_dir():
-            os.replace(path, folder / "replaced")  # a folder cannot be renamed over another one
-        os.replace(temporary, path)
+        for attempt in itertools.count():
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if temporary.is_dir():  # which cannot be renamed over another folder
+                    os.replace(f"{path}/", folder / f"replaced-{attempt}")
+            try:
+                os.replace(temporary, path)
+                break
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:  # another process was faster
+                    raise
     finally:
         shutil.rmtree(folder)
 
@@ -132,9 +141,25 @@ def read_tensors(path: Path, stage: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def read_arrays(path: Path, stage: str, names: tuple[str, ...]) -> Any:
+    """The NumPy arrays of these names that an .npz file holds, by name.
+
+    Raises:
+        UserError: it is missing or damaged, or lacks one of `names`; `stage` is the one that writes it.
+    """
+    import numpy as np
+
+    with _reading(path, stage), np.load(path) as arrays:
+        return {name: arrays[name] for name in names}
+
+
+def damaged(path: Path, reason: str, stage: str) -> UserError:
+    """What to raise where the content of a file is not what `stage` writes."""
+    return UserError(f"{path}: damaged ({reason}); run the stage {stage} again, which writes it")
+
+
 @contextmanager
 def _reading(path: Path, stage: str) -> Iterator[None]:
-    again = f"run the stage {stage} again, which writes it"
     try:
         yield
     except FileNotFoundError:
@@ -143,4 +168,4 @@ def _reading(path: Path, stage: str) -> Iterator[None]:
         raise
     except Exception as error:  # damage shows in as many types as there are readers
         reason = " ".join(f"{error}".split())[:200]
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {reason}); {again}") from error
+        raise damaged(path, f"{type(error).__name__}: {reason}", stage) from error

@@ -139,7 +139,7 @@ class Run:
         self.waiting: deque[Callable[[], None]] = deque()
         self._next_attempt = 0.0
         self.continued = False
-        self._logged: dict[str, dict[int, float]] = {}  # of a continued run, the values by metric and step
+        self._logged: dict[str, dict[int, float]] = {}  # values by metric and step
 
     @property
     def complete(self) -> bool:
@@ -158,17 +158,17 @@ class Run:
             try:
                 self.waiting[0]()
             except Exception as error:  # MLflow, its database and every kind of remote store have their own types
-                reason = f"{type(error).__name__}: " + " ".join(str(error).partition("\n")[0].split())[:200]
+                reason = public(f"{type(error).__name__}: {error}".partition("\n")[0])[:200]
                 message(f"MLflow at {public(self.store.uri)} does not answer, going on without: {reason}")
                 self._next_attempt = time.monotonic() + PATIENCE
                 return
             self.waiting.popleft()
 
     def log(self, rows: Iterable[dict[str, float]], *, replace: bool = False) -> None:
-        """Log rows of metrics; `iteration` in each is the step.
+        """Log rows of metrics; `iteration` in each is the step. A step that is there already is left.
 
         Args:
-            replace: of a continued run, also log steps that are there already, if their value is another.
+            replace: log it again if its value is another.
         """
         now = int(time.time() * 1000)
         points = [
@@ -182,15 +182,17 @@ class Run:
 
     def _log_points(self, points: list[tuple[str, float, int, int]], replace: bool) -> None:
         client = self.store.client
-        if self.continued:
-            for name in {point[0] for point in points} - self._logged.keys():
-                self._logged[name] = {point.step: point.value for point in client.get_metric_history(self.id, name)}
-            points = [
-                point
-                for point in points
-                if point[3] not in (known := self._logged[point[0]]) or (replace and known[point[3]] != point[1])
-            ]
-        client.log_batch(self.id, metrics=[Metric(*point) for point in points])
+        for name in {name for name, *_ in points} - self._logged.keys():
+            history = client.get_metric_history(self.id, name) if self.continued else []
+            self._logged[name] = {point.step: point.value for point in history}
+        new = []
+        for name, value, time_logged, step in points:
+            known = self._logged[name].get(step)
+            if known is None or (replace and known != value):
+                new.append(Metric(name, value, time_logged, step))
+        client.log_batch(self.id, metrics=new)
+        for metric in new:
+            self._logged[metric.key][metric.step] = metric.value
 
     def call(self, method: str, *args: Any) -> None:
         """Call that method of MLflow's client for this run."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os.path
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,19 @@ class ImageList:
 
     @property
     def class_names(self) -> dict[int, str]:
-        """The name of every label: the folder that its images lie in."""
-        return {label: Path(path).parent.name for path, label in zip(self.paths, self.labels.tolist(), strict=True)}
+        """The name of every label for reading, after the folder that its images lie in."""
+        folders = {label: Path(path).parent.name for path, label in zip(self.paths, self.labels.tolist(), strict=True)}
+        return {label: display_name(folder) for label, folder in folders.items()}
 
     def subset(self, indices: np.ndarray) -> "ImageList":
         """Those of the images, in the order of `indices`."""
         return ImageList([self.paths[index] for index in indices], self.labels[indices])
+
+
+def display_name(folder: str) -> str:
+    """The name of a class for reading: its folder's without number and underscores, capitals alone in lower case."""
+    name = re.sub(r"^\d+\.", "", folder).replace("_", " ")
+    return name.lower() if name.isupper() else name
 
 
 def build_lists(dataset: Path, out: Path) -> dict:

@@ -11,6 +11,7 @@ from cbml.progress import progress
 
 BLOCK = 2**22  # similarities held at once (32 MiB): never queries × gallery
 RESOLUTION = 2.0**-23  # of a float32 at 1.0: similarities nearer to each other than this are a tie
+STEP = 2.0**-32  # of all similarities: sums and differences with `RESOLUTION` are exact, and so are ties at it
 
 
 def unit_vectors(embeddings: Tensor, name: str) -> Tensor:
@@ -35,13 +36,14 @@ def unit_vectors(embeddings: Tensor, name: str) -> Tensor:
 def similarity_blocks(queries: Tensor, gallery: Tensor | None, block: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, similarities (rows, M)) of unit vectors, at most `block` similarities or one row at a time.
 
-    Without a gallery the queries are their own, and each one's similarity to itself, by index, is -inf.
+    They are whole multiples of `STEP`. Without a gallery the queries are their own, and each one's similarity to
+    itself, by index, is -inf.
     """
     self_retrieval, gallery = gallery is None, queries if gallery is None else gallery
     step = max(1, block // len(gallery))
     for start in progress(range(0, len(queries), step), "retrieve", "blocks"):
         rows = slice(start, start + step)
-        similarities = queries[rows] @ gallery.T
+        similarities = (queries[rows] @ gallery.T).div_(STEP).round_().mul_(STEP)
         if self_retrieval:
             similarities.diagonal(start).fill_(-torch.inf)
         yield rows, similarities
@@ -80,13 +82,13 @@ def retrieve(
         check_width(queries, gallery)
     size = len(others)
     k = min(k, size - (gallery is None))
-    # Far below the resolution: it decides between equals alone.
-    order = torch.arange(size, device=queries.device, dtype=torch.float64) * (RESOLUTION / 2**10 / size)
+    # Below half a step of the similarities: it decides between equals alone.
+    order = torch.arange(size, device=queries.device, dtype=torch.float64) * (STEP / 2 / size)
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     similarities = queries.new_empty(len(queries), k)
     for rows, block_similarities in similarity_blocks(queries, gallery, block):
         different = labels[rows, None].to(queries.device) != others.to(queries.device)
-        indices[rows] = (block_similarities + RESOLUTION * different - order).topk(k).indices
+        indices[rows] = (block_similarities + (RESOLUTION + STEP / 2) * different - order).topk(k).indices
         similarities[rows] = block_similarities.gather(1, indices[rows])
     return indices, similarities
 

@@ -1,20 +1,17 @@
 """Draw one evaluated cell: its pictures, and the page with them."""
 
-import re
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from cbml import tracking
 from cbml.config import load_cell
-from cbml.errors import UserError
 from cbml.evaluation import queries
 from cbml.figures import charts, sheets
 from cbml.figures.embedding_map import map_chart
-from cbml.files import atomic_write, read_csv, read_json
+from cbml.files import atomic_write, damaged, read_arrays, read_csv, read_json
 from cbml.reporting.cell_page import cell_page
-from cbml.stages.inputs import list_of, record_of
+from cbml.stages.inputs import curves_of, list_of, record_of
 from cbml.workspace import Workspace
 
 ROWS = 8  # of a sheet
@@ -49,20 +46,22 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     test_list = list_of(workspace, cell, "test")
     labels = test_list.labels
     files = [workspace.data(cell.dataset) / path for path in test_list.paths]
-    names = {label: display_name(name) for label, name in test_list.class_names.items()}
+    names = test_list.class_names
     title = f"{cell.name} on {cell.dataset}"
 
-    found = _arrays(evaluation / "neighbours.npz", indices=len(labels), similarities=len(labels))
+    found = _arrays(evaluation / "neighbours.npz", ("indices", "similarities"), len(labels))
+    if len(found["indices"]) != len(labels):
+        raise damaged(evaluation / "neighbours.npz", "of another list", "evaluate")
     judged = queries.judge(found["indices"], found["similarities"], labels)
     failed = queries.failures(judged)
     pairs = queries.confusions(judged).head(ROWS)
-    mapped = _arrays(evaluation / "map.npz", indices=None, embeddings=None)
-    losses = read_csv(evaluation / "losses.csv", "train") if cell.recipe.iterations else pd.DataFrame()
-    validations = read_csv(evaluation / "validations.csv", "train", ("iteration", "recall_at_1"))
+    mapped = _arrays(evaluation / "map.npz", ("indices", "embeddings"), len(labels))
+    losses, validations = curves_of(evaluation, cell)
+    best = record["iterations"]["best_on_test"]
     densities = read_csv(evaluation / "similarities.csv", "evaluate", ("split", "pair", "similarity", "density"))
-    moments = read_json(evaluation / "similarities.json", "evaluate")
+    moments = read_json(evaluation / "similarities.json", "evaluate", ("train", "test"))
     svgs = {
-        "training": charts.training_chart(title, losses, validations, record["iterations"]["best_on_test"]),
+        "training": charts.training_chart(title, losses, validations, best),
         "recall_at_k": charts.recall_chart(
             title, read_csv(evaluation / "recall_at_k.csv", "evaluate", ("k", "recall"))
         ),
@@ -92,21 +91,11 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     return out
 
 
-def display_name(name: str) -> str:
-    """A class's folder name for reading: without its number and underscores, capitals alone in lower case."""
-    name = re.sub(r"^\d+\.", "", name).replace("_", " ")
-    return name.lower() if name.isupper() else name
-
-
-def _arrays(file: Path, **lengths: int | None) -> dict[str, np.ndarray]:
-    """The arrays of those names in a file that evaluation wrote, of those lengths where one is given."""
-    try:
-        with np.load(file) as arrays:
-            found = {name: arrays[name] for name in lengths}
-        if any(length not in (None, len(found[name])) for name, length in lengths.items()):
-            raise ValueError("of another list")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; the stage evaluate writes it") from None
-    except Exception as error:  # damage shows in many types
-        raise UserError(f"{file}: damaged ({error}); run the stage evaluate again, which writes it") from None
+def _arrays(file: Path, names: tuple[str, ...], images: int) -> dict[str, np.ndarray]:
+    """The arrays of a file that evaluation wrote: all of one length, and `indices` of a list of so many images."""
+    found = read_arrays(file, "evaluate", names)
+    indices = found["indices"]
+    same = len({len(array) for array in found.values()}) == 1
+    if not (same and indices.size and 0 <= indices.min() <= indices.max() < images):
+        raise damaged(file, "of another list", "evaluate")
     return found

@@ -15,9 +15,9 @@ from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
-from cbml.files import atomic_write, read_csv
+from cbml.files import atomic_write
 from cbml.stages.hand_over import hand_over
-from cbml.stages.inputs import images_of, list_of, record_of
+from cbml.stages.inputs import curves_of, images_of, list_of, record_of
 from cbml.training import checkpoint
 from cbml.training.device import numerics
 from cbml.workspace import Workspace
@@ -62,7 +62,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     images = images_of(workspace, cell, test_list)
     sample = train_list.subset(queries.choose(train_list.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
     train_images = images_of(workspace, cell, sample)
-    validations = read_csv(run_folder / "validations.csv", "train", ("iteration", "recall_at_1"))
+    _, validations = curves_of(run_folder, cell)
 
     with numerics(cell.recipe) as fabric:
         where = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation, "device": fabric.device}
@@ -72,10 +72,10 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
             return [embed(model, each, **where) for each in lists]
 
         test, train = embeddings_of(run_folder / "final.pt", images, train_images)
-        curve = [k for k in CURVE if k in KS or k < len(test)]
-        scores = evaluate(test, images.labels, ks=curve, nmi=True)
+        curve = [k for k in CURVE if k == 1 or k < len(test)]
+        scores = evaluate(test, images.labels, ks=sorted({*KS, *curve}), nmi=True)
         recalls = pd.DataFrame({"k": curve, "recall": [scores[f"recall_at_{k}"] for k in curve]})
-        beyond = {f"recall_at_{k}" for k in curve} - {f"recall_at_{k}" for k in KS}
+        beyond = {f"recall_at_{k}" for k in set(curve) - set(KS)}
         metrics = {"final": {name: value for name, value in scores.items() if name not in beyond}}
         for protocol, iteration in record["iterations"].items():
             if protocol != "final" and (file := run_folder / f"{protocol}.pt").is_file():  # else it is the final model

@@ -7,10 +7,10 @@ import pandas as pd
 
 from cbml import tracking
 from cbml.config import Cell
-from cbml.files import read_csv, read_json
+from cbml.files import read_json
 from cbml.reporting.commands import command
 from cbml.reporting.markdown import pipe_table
-from cbml.stages.inputs import record_of
+from cbml.stages.inputs import curves_of, record_of
 from cbml.workspace import Workspace
 
 
@@ -36,9 +36,8 @@ def hand_over(
     record, metrics = record_of(evaluation), read_json(evaluation / "metrics.json", "evaluate")
     id, key = record["run_id"], record["key"]
     with tracking.open_cell(workspace, cell, key, record["fingerprint"], run_id=id, **tags) as run:
-        if cell.recipe.iterations:
-            run.log(read_csv(evaluation / "losses.csv", "train").to_dict("records"))
-        run.log(read_csv(evaluation / "validations.csv", "train").to_dict("records"))
+        for curve in curves_of(evaluation, cell):
+            run.log(curve.to_dict("records"))
         run.log([tracking.summary(metrics)], replace=True)
         run.log_text(json.dumps(record["versions"], indent=2), "versions.json")
         run.log_folder(evaluation)

@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from cbml.config import Cell
 from cbml.datasets.images import PackedImages, pack_images
 from cbml.datasets.lists import ImageList, read_list
-from cbml.errors import UserError
-from cbml.files import read_json
+from cbml.files import damaged, read_csv, read_json
 from cbml.workspace import Workspace
 
 # What stages take from a run.json.
@@ -38,6 +39,25 @@ def images_of(workspace: Workspace, cell: Cell, images: ImageList) -> PackedImag
     )
 
 
+def curves_of(folder: Path, cell: Cell) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The losses and the validations of a trained cell by iteration; see `train_cell`.
+
+    Raises:
+        UserError: one is missing or damaged, or not of all iterations.
+    """
+    recipe = cell.recipe
+    validated = range(0, recipe.iterations, recipe.validate_every) if recipe.validate_every else (0,)
+    expected = {"losses": [*range(1, recipe.iterations + 1)], "validations": sorted({*validated, recipe.iterations})}
+    tables = []
+    for name, columns in (("losses", ("iteration", "loss")), ("validations", ("iteration", "recall_at_1"))):
+        file = folder / f"{name}.csv"
+        table = read_csv(file, "train", columns) if expected[name] else pd.DataFrame(columns=columns)
+        if table.iteration.tolist() != expected[name]:
+            raise damaged(file, "not of all iterations", "train")
+        tables.append(table)
+    return tuple(tables)
+
+
 def record_of(folder: Path) -> dict[str, Any]:
     """The run.json of a trained cell; see `train_cell`.
 
@@ -47,6 +67,6 @@ def record_of(folder: Path) -> dict[str, Any]:
     file = folder / "run.json"
     record = read_json(file, "train", RECORD)
     # A key becomes a part of paths, and the file may be somebody else's.
-    if not re.fullmatch(r"\w[\w.-]*", str(record["key"])):
-        raise UserError(f"{file}: damaged (no key of a cell); run the stage train again, which writes it")
+    if not isinstance(record["key"], str) or not re.fullmatch(r"\w[\w.-]*", record["key"]):
+        raise damaged(file, "no key of a cell", "train")
     return record

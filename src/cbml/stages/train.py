@@ -43,9 +43,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
             loss is not finite.
     """
     for name, (value, used) in cell.changes.items():
-        message(
-            f"{cell.name}: recipe.{cell.recipe_name}.{name}: {used} by backbone.{cell.backbone}, instead of {value}"
-        )
+        message(f"{cell.name}: recipe.{cell.recipe_name}.{name} is {used} by backbone.{cell.backbone}, not {value}")
     selection = cell.recipe.select_by
     train_list, test_list = (list_of(workspace, cell, name) for name in ("train", "test"))
     train_on_all, code = _prepare(cell, workspace, train_list, test_list)
@@ -54,7 +52,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
 
     data = fingerprint(workspace, cell.dataset)
     key = cell.key(data, weights_content(cell.backbone_config, workspace.root))
-    with hold(workspace.checkpoint(key), cell.name, code | provenance.packages()) as checkpoint:
+    with hold(workspace.checkpoint(key), key, code | provenance.packages()) as checkpoint:
         id_file = checkpoint.folder / "run_id"
         run_id = id_file.read_text() if id_file.is_file() else None
         opened = tracking.open_cell(workspace, cell, key, data, run_id=run_id, remember=id_file)
@@ -64,14 +62,14 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
                 # Its checkpoint stays with the other: a run that continues finds there what was selected.
                 selected = select(
                     fabric=fabric,
-                    label=f"{cell.name} without the validation classes",
+                    label=f"{key} without the validation classes",
                     checkpoint=checkpoint.part("selection"),
                     log=lambda rows: run.log([_prefixed(row, "selection_") for row in rows]),
                     select_by=selection.metric,
                 )
                 states.append(selected)
             keep = selected["best"]["iteration"] if selection else None
-            trained = train_on_all(fabric=fabric, label=cell.name, checkpoint=checkpoint, log=run.log, keep=keep)
+            trained = train_on_all(fabric=fabric, label=key, checkpoint=checkpoint, log=run.log, keep=keep)
             states.append(trained)
 
             iterations = {"final": cell.recipe.iterations, "best_on_test": trained["best"]["iteration"]}

@@ -82,7 +82,7 @@ def hold(folder: Path, label: str, made_with: dict[str, str]) -> Iterator[Checkp
         if resume == "never":
             shutil.rmtree(own, ignore_errors=True)
         if not _usable(own, label):
-            others = [other for other in folder.glob("*/") if other != own and _usable(other, label)]
+            others = [other for other in folder.glob("[!.]*/") if other != own and _usable(other, label)]
             if others and resume != "never":
                 other = max(others, key=lambda other: (other / "made_with.json").stat().st_mtime)
                 what = _differences(read_json(other / "made_with.json", "train"), made_with)
@@ -100,7 +100,7 @@ def hold(folder: Path, label: str, made_with: dict[str, str]) -> Iterator[Checkp
 def _usable(folder: Path, label: str) -> bool:
     """Whether there is a checkpoint; if it or a part of it is damaged, it is deleted."""
     try:
-        states = [Checkpoint(part).read() for part in (folder, *folder.glob("*/"))]
+        states = [Checkpoint(part).read() for part in (folder, *folder.glob("[!.]*/"))]
     except UserError as error:
         message(f"{label}: starts again: {error}")
         shutil.rmtree(folder)

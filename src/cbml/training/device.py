@@ -1,5 +1,6 @@
 """The device, and everything about it that changes numbers or speed."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,8 @@ def numerics(recipe: Recipe) -> Iterator[Fabric]:
     fabric = Fabric(accelerator="auto", devices=1, precision=recipe.precision)
     # On a CPU determinism costs next to nothing.
     deterministic = recipe.deterministic or fabric.device.type == "cpu"
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first call
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
     matmul.allow_tf32 = False  # similarities and exponents need all digits of a float32, whatever the precision

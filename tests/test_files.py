@@ -1,0 +1,165 @@
+"""Files are complete or absent, damage is one line, and so is what the machine has too little of."""
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import environment
+from test_training import run
+
+from cbml.errors import UserError, run_main, shortage
+from cbml.files import atomic_write, read_tensors, write_tensors, write_text
+from cbml.stages.evaluate import evaluate_cell
+from cbml.workspace import Workspace
+
+
+def test_a_folder_takes_the_place_of_another_at_once(tmp_path):
+    target = tmp_path / "folder"
+    for content in ("old", "new"):
+        with atomic_write(target) as folder:
+            folder.mkdir()
+            (folder / "file").write_text(content)
+            # Until the block ends there is the old one, whole.
+            assert not target.exists() or (target / "file").read_text() == "old"
+    assert (target / "file").read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_block_that_fails_leaves_what_was_there(tmp_path):
+    write_text(tmp_path / "file", "old")
+    with pytest.raises(ValueError), atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise ValueError
+    assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_two_processes_may_write_the_same_folder(tmp_path):
+    code = f"""
+from pathlib import Path
+from cbml.files import atomic_write, read_tensors, write_tensors, write_text
+for number in range(200):
+    with atomic_write(Path({str(tmp_path / "folder")!r})) as folder:
+        folder.mkdir()
+        for name in "abc":
+            (folder / name).write_text(str(number))
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment(), stderr=subprocess.PIPE) for _ in range(2)
+    ]
+    assert [process.communicate()[1] for process in processes] == [b"", b""]
+    contents = {file.read_text() for file in (tmp_path / "folder").iterdir()}
+    assert contents == {"199"} and list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    with atomic_write(tmp_path / "file") as temporary:
+        temporary.touch()
+        mine = temporary.parent
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = mine.with_name(mine.name.replace(str(os.getpid()), str(dead.pid)))
+    alive = mine.with_name(mine.name.replace(str(os.getpid()), "1"))
+    left.mkdir(), alive.mkdir()
+    write_text(tmp_path / "file", "x")
+    assert not left.exists() and alive.exists()
+
+
+def test_tensors_whose_bytes_have_changed_are_not_read(tmp_path):
+    file = tmp_path / "a.pt"
+    write_tensors(file, {"a": torch.arange(1000.0)})
+    assert read_tensors(file, "train")["a"][999] == 999
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    torch.load(file, weights_only=True)  # does not notice
+    with pytest.raises(UserError, match=r"a\.pt: damaged .*run the stage train again"):
+        read_tensors(file, "train")
+
+
+def ended(error):
+    """The line that a script ends with."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run_main(main)
+    return exit.value.code
+
+
+def test_what_the_machine_has_too_little_of_is_one_line():
+    full = OSError(errno.ENOSPC, "No space left on device", "x.pt")
+    line = "error: the disk is full (x.pt): make room, and the same command continues where it stopped"
+    assert ended(full) == line
+    wrapped = RuntimeError("unexpected pos 704 vs 598")
+    wrapped.__context__ = full
+    assert "the disk is full" in ended(wrapped)
+    assert "too little memory" in ended(MemoryError())
+    assert "too little memory (CUDA out of memory)" in ended(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as allocation:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert "too little memory" in ended(allocation.value) and "\n" not in ended(allocation.value)
+    assert ended(NotADirectoryError(errno.ENOTDIR, "Not a directory", "data/x")).startswith("error: [Errno 20]")
+    assert shortage(ValueError("x")) is None
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 / 0)
+
+
+def test_a_disk_without_room_for_the_result_ends_in_one_line(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+import torch
+from cbml import files
+from cbml.errors import run_main
+files.atomic_write = lambda path: __import__("contextlib").nullcontext(Path("/dev/full"))
+run_main(lambda: files.write_tensors(Path("x.pt"), {"a": torch.zeros(10**6)}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: the disk is full") and done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dataset, tmp_path_factory):
+    """A workspace with a trained cell, for tests that leave both as they were."""
+    with contextlib.chdir(tmp_path_factory.mktemp("trained")):
+        for name in ("data", "lists"):
+            shutil.copytree(tiny_dataset / name, name)
+        folder = run(Workspace.here()).resolve()
+    return folder.parents[2], folder
+
+
+@pytest.mark.parametrize("damage", ["absent", "empty", "garbage", "truncated"])
+@pytest.mark.parametrize(
+    "file, stage",
+    [
+        ("final.pt", "train"),
+        ("cell.yaml", "train"),
+        ("run.json", "train"),
+        ("validations.csv", "train"),
+        ("losses.csv", "train"),
+        ("lists/summary.json", "build_lists"),
+        ("lists/test.txt", "build_lists"),
+    ],
+)
+def test_a_damaged_input_of_evaluate_is_one_line(trained, file, stage, damage):
+    root, folder = trained
+    path = root / "lists/glyphs" / Path(file).name if file.startswith("lists/") else folder / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "absent":
+        path.write_bytes({"empty": b"", "garbage": b"\xff\x00{[", "truncated": content[: len(content) // 3]}[damage])
+    try:
+        with pytest.raises(UserError) as error:
+            evaluate_cell(folder, Workspace(root, root))
+    finally:
+        path.write_bytes(content)
+    assert "\n" not in str(error.value) and Path(file).name in str(error.value)
