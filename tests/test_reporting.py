@@ -1,8 +1,8 @@
 """Tables: means over seeds, the published figures beside them, and the same metric names whatever ran."""
 
 import json
-import shlex
-from pathlib import Path
+import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -10,60 +10,68 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, tiny_params
-from dvc.utils.hydra import compose_and_dump
+from finished_cells import TEST, cells, draw, finish
 
-from cbml.config import Params, load_params
+from cbml import provenance, tracking
 from cbml.errors import UserError
-from cbml.reporting import commands, tables, tableset
+from cbml.reporting import tables
+from cbml.reporting.cell_page import cell_page
+from cbml.reporting.latex import to_latex
+from cbml.reporting.markdown import to_markdown
+from cbml.stages.hand_over import hand_over
+from cbml.stages.tabulate import tabulate
+from cbml.workspace import Workspace
 
 SEEDS = [0, 1, 2]
+LOSSES = {name: {"type": "cbml", "form": name[5:]} for name in ("cbml_log", "cbml_sqrt")}
+CUB = {"type": "cub200", "url": "http://x/CUB_200_2011.tgz", "size": 1, "md5": "0" * 32}
+DATASETS = tiny_params()["dataset"] | {"cub200": CUB}
+TRAIN = "dvc repro -f -s train@resnet18-cbml_log-16-0-glyphs"
 
 
-def score(cell, recall, best):
-    """Write the evaluation of a cell as the stage does; recalls in [0, 1]."""
-
-    def metrics(value):
-        recalls = {f"recall_at_{k}": value + 0.02 * i for i, k in enumerate((1, 2, 4, 8))}
-        return recalls | {"r_precision": value / 2, "map_at_r": value / 4, "nmi": 0.5}
-
-    folder = Path("evaluations", cell.dataset, cell.name)
-    folder.mkdir(parents=True)
-    content = {"final": metrics(recall), "best_on_test": metrics(best), "untrained": metrics(0.1)}
-    (folder / "metrics.json").write_text(json.dumps(content))
-    (folder / "cell.yaml").write_text(yaml.safe_dump(cell.to_dict()))
-    pd.DataFrame({"iteration": [0, 10], "recall_at_1": [0.1, recall]}).to_csv(folder / "validations.csv", index=False)
-    facts = {"finished": "2026-01-01T00:00:00+00:00", "device": "abacus", "versions": {"torch": "2.11"}}
-    (folder / "run.json").write_text(json.dumps(facts | {"train_seconds": 90, "data_seconds": 9}))
+def set_params(workspace, **groups):
+    """Two data sets, two losses and three seeds, unless `groups` say otherwise, as the workspace's params.yaml."""
+    content = {"dataset": DATASETS, "loss": LOSSES, "embedding_dim": [64], "seed": SEEDS} | groups
+    (workspace.tree / "params.yaml").write_text(yaml.safe_dump(tiny_params(**content)))
+    return workspace.params()
 
 
 @pytest.fixture
-def params(project):
-    losses = {name: {"type": "cbml", "form": name[5:]} for name in ("cbml_log", "cbml_sqrt")}
-    cub = {"type": "cub200", "url": "http://x/CUB_200_2011.tgz", "size": 1, "md5": "0" * 32}
-    entry = tiny_params()["backbone"]["resnet18"]
-    content = tiny_params(
-        dataset={"glyphs": tiny_params()["dataset"]["glyphs"], "cub200": cub},
-        seed=SEEDS,
-        loss=losses,
-        backbone={"resnet18": entry},
-        embedding_dim=[64],
-    )
-    Path("params.yaml").write_text(yaml.safe_dump(content))
-    params = load_params()
-    Path("lists").unlink()
-    for dataset in ("glyphs", "cub200"):
-        Path("lists", dataset).mkdir(parents=True)
-        Path("lists", dataset, "summary.json").write_text(json.dumps({"test": {"images": 1140, "classes": 20}}))
+def empty(tmp_path, monkeypatch):
+    """A workspace without cells and without a tracking store."""
+    monkeypatch.setattr(tracking, "mlflow", None)
+    return Workspace(tmp_path, tmp_path)
+
+
+@pytest.fixture
+def workspace(empty):
+    """All cells of two data sets, finished."""
+    params = set_params(empty)
+    for dataset in DATASETS:
         for cell in params.cells(dataset):
-            recall = 0.60 + 0.01 * cell.seed + (0.05 if cell.loss == "cbml_sqrt" else 0)
-            score(cell, recall, best=recall + 0.03)
-    return params
+            finish(empty, cell, 0.60 + 0.01 * cell.seed + (0.05 if cell.loss == "cbml_sqrt" else 0))
+    return empty
 
 
-def test_mean_and_standard_deviation_over_seeds(params):
-    table = tables.summarise(tables.collect(params.cells("glyphs")), with_published=False).set_index(
-        ["method", "protocol"]
-    )
+@pytest.fixture
+def finished(tmp_path):
+    """Finish cells that may have the same name, each in a place of its own, and tell them apart."""
+    count = iter(range(100))
+
+    def finish_all(*several, **options):
+        return tables.told_apart([finish(Workspace(tmp_path / str(next(count))), one, **options) for one in several])
+
+    return finish_all
+
+
+def squeezed(text):
+    """Markdown without the spaces that align its tables."""
+    return re.sub(" +", " ", text)
+
+
+def test_mean_and_standard_deviation_over_seeds(workspace):
+    tabulate(workspace, "glyphs")
+    table = pd.read_csv(workspace.report("glyphs") / "tables.csv").set_index(["method", "protocol"])
     row = table.loc["cbml_log", "final"]
     assert (row.n, row.recall_at_1, row.recall_at_1_sd) == (
         3,
@@ -75,9 +83,9 @@ def test_mean_and_standard_deviation_over_seeds(params):
     assert table.index[0] == ("cbml_sqrt", "best_on_test")  # best first
 
 
-def test_the_papers_figures_stand_beside_ours_for_cub_alone(params):
-    text = tableset.write_tables(params, "cub200")
-    table = pd.read_csv("reports/cub200/tables.csv").set_index(["method", "protocol"])
+def test_the_papers_figures_stand_beside_ours_for_cub_alone(workspace):
+    text = squeezed(tabulate(workspace, "cub200"))
+    table = pd.read_csv(workspace.report("cub200") / "tables.csv").set_index(["method", "protocol"])
     row = table.loc["cbml_sqrt", "final"]  # the paper: ResNet18, 64, CBML-sqrt: 59.4
     assert (row.paper_recall_at_1, row.difference_recall_at_1) == (59.4, pytest.approx(66 - 59.4))
     assert table.loc["EPSHN", "published"].recall_at_1 == 54.2  # literature, same backbone and size
@@ -86,9 +94,9 @@ def test_the_papers_figures_stand_beside_ours_for_cub_alone(params):
     assert "Test list: 1,140 images of 20 classes." in text and "not comparable with this part" in text
     assert "googlenet" not in text  # other backbones' rows are not asked for
 
-    assert "paper" not in tableset.write_tables(params, "glyphs")
-    assert Path("reports/cub200/tables.md").read_text() == text
-    picture = ElementTree.parse("reports/cub200/curves.svg")
+    assert "paper" not in tabulate(workspace, "glyphs")
+    assert squeezed((workspace.report("cub200") / "tables.md").read_text()) == text
+    picture = ElementTree.parse(workspace.report("cub200") / "curves.svg")
     assert {"cbml_log", "cbml_sqrt"} < {element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")}
 
 
@@ -99,6 +107,7 @@ def cells_with(recalls):
             "embedding_dim": 64,
             "backbone": "b",
             "method": method,
+            "variant": "",
             "protocol": "final",
             "seed": seed,
             "recall_at_1": value,
@@ -123,60 +132,187 @@ def test_a_difference_is_paired_by_seed_and_has_an_interval():
     assert table.method.tolist() == ["worse"] and not table.within_noise[0]
 
 
-def test_fewer_than_three_seeds_make_no_claim(params):
+def test_fewer_than_three_seeds_make_no_claim(workspace):
     assert tables.versus_best(cells_with({"good": [60, 65], "worse": [10, 11]})).empty
-    two = params.model_copy(update={"seed": [0, 1]})
-    text = tableset.write_tables(two, "glyphs")
+    set_params(workspace, seed=[0, 1])
+    text = tabulate(workspace, "glyphs")
     assert "against the best" not in text and "rank nothing" in text
-    text = tableset.write_tables(params, "glyphs")
+    set_params(workspace)
+    text = tabulate(workspace, "glyphs")
     assert "-5.0 [-5.0, -5.0]" in text and "rank nothing" not in text
 
 
-def test_all_cells_are_those_of_the_folder(params):
-    one = params.model_copy(update={"loss": {"cbml_log": params.loss["cbml_log"]}})
-    assert "cbml_sqrt" not in tableset.write_tables(one, "glyphs")
-    assert "cbml_sqrt" in tableset.write_tables(one, "glyphs", all_cells=True)
-    file = Path("evaluations/glyphs/resnet18-cbml_log-64-2/cell.yaml")
-    file.write_text(file.read_text().replace("margin: 0.1", "margin: 0.2"))
-    with pytest.raises(UserError, match="resnet18-cbml_log-64-2 and resnet18-cbml_log-64-0 differ in more than"):
-        tableset.write_tables(one, "glyphs", all_cells=True)
+def test_one_lucky_seed_is_not_the_best():
+    recalls = {"good": [60, 65, 70], "close": [59, 63, 69]}
+    lucky = tables.versus_best(cells_with(recalls | {"lucky": [99]}))
+    assert lucky.method.tolist() == ["close"]
+    assert lucky.equals(tables.versus_best(cells_with(recalls)))
 
 
-def test_the_command_of_a_row_names_what_differs_from_the_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    text = (ROOT / "params.yaml").read_text()
-    changed = yaml.safe_load(text)
-    changed["loss"]["cbml_log"]["margin"] = 0.2
-    changed["backbone"]["resnet18"] |= {"weights": "my weights.pth", "recipe": {"quick": {"lr": 0.01}}}
-    changed["recipe"]["quick"] |= {"lr_steps": [50, 80], "select_by": "map_at_r"}
-    cell = Params.model_validate(changed).cell("glyphs", "resnet18", "cbml_log", 512, 0)
-    words = shlex.split(commands.command(cell, [0, 1]))
-    assert words[:3] == ["dvc", "exp", "run"] and set(words[3::2]) == {"-S"}
-    assert words[4::2] == [
-        "dataset=glyphs",
-        "recipe=quick",
-        "backbone=[resnet18]",
-        "loss=[cbml_log]",
-        "embedding_dim=[512]",
-        "seed=[0,1]",
-        'backbone.resnet18.weights="my weights.pth"',
-        "++backbone.resnet18.recipe.quick.lr=0.01",
-        "loss.cbml_log.margin=0.2",
-        "recipe.quick.lr_steps=[50,80]",
-        "recipe.quick.select_by=map_at_r",
+def losses(**parameters):
+    return {"cbml_log": LOSSES["cbml_log"] | parameters}
+
+
+def recipe(name="tiny", **parameters):
+    return {name: tiny_params()["recipe"]["tiny"] | parameters}
+
+
+def test_cells_of_the_same_names_are_told_apart_by_what_differs(finished):
+    pair = [*cells(loss=losses(margin=0.1)), *cells(loss=losses(margin=0.2), seed=[0, 1])]
+    assert [one.variant for one in finished(*pair)] == ["margin=0.1", "margin=0.2", "margin=0.2"]
+    other_sizes = cells(loss=losses(margin=0.2), embedding_dim=[32])
+    assert [one.variant for one in finished(*cells(loss=losses(margin=0.1)), *other_sizes)] == ["", ""]
+
+
+def test_seeds_are_told_apart_by_nothing(finished):
+    assert [one.variant for one in finished(*cells(seed=SEEDS))] == ["", "", ""]
+
+
+def test_another_recipe_is_named_without_what_follows_from_it(finished):
+    tiny, cpu = cells(recipe=recipe()), cells(recipe=recipe("cpu", lr=0.5, flip=False))
+    assert [one.variant for one in finished(*tiny, *cpu)] == ["recipe=tiny", "recipe=cpu"]
+    faster = cells(recipe=recipe("cpu", lr=0.7, flip=False))
+    assert [one.variant for one in finished(*tiny, *cpu, *faster)] == [
+        "recipe=tiny, recipe.lr=0.001",
+        "recipe=cpu, recipe.lr=0.5",
+        "recipe=cpu, recipe.lr=0.7",
     ]
-    # Hydra, as DVC calls it, makes the same cell of it.
-    compose_and_dump(tmp_path / "p.yaml", str(ROOT / "conf"), None, "config", None, words[4::2])
-    again = load_params(tmp_path / "p.yaml")
-    assert again.cell("glyphs", "resnet18", "cbml_log", 512, 0) == cell and again.seed == [0, 1]
 
 
-def test_the_metrics_have_the_same_names_whatever_cells_ran(params):
-    tableset.write_tables(params, "glyphs")
-    all_cells = json.loads(Path("reports/glyphs/metrics.json").read_text())
-    one = params.model_copy(update={"loss": {"cbml_log": params.loss["cbml_log"]}, "seed": [2]})
-    tableset.write_tables(one, "glyphs")
-    one_cell = json.loads(Path("reports/glyphs/metrics.json").read_text())
+def test_a_parameter_that_a_cell_does_not_have_is_not_its_name(finished):
+    selected = cells(recipe=recipe(select_by="map_at_r"))
+    assert [one.variant for one in finished(*cells(), *selected)] == [
+        "recipe.select_by=null",
+        "recipe.select_by.metric=map_at_r, recipe.select_by.validation_classes=0.2",
+    ]
+
+
+def test_where_things_come_from_tells_nothing_apart(finished, tmp_path):
+    def of(weights, **dataset):
+        entry = tiny_params()["backbone"]["resnet18"] | {"weights": weights}
+        (cell,) = cells(dataset={"glyphs": tiny_params()["dataset"]["glyphs"] | dataset}, backbone={"resnet18": entry})
+        return cell
+
+    assert [one.variant for one in finished(of("a.pth"), of("b/a.pth"), weights="same")] == ["", ""]
+    other = [
+        finish(Workspace(tmp_path / weights), of(weights, classes=classes), weights=weights)
+        for weights, classes in (("a.pth", 12), ("b.pth", 14))
+    ]
+    digits = [one.record["key"][-10:] for one in other]
+    assert [one.variant for one in tables.told_apart(other)] == digits and digits[0] != digits[1]
+
+
+def test_no_two_variants_are_the_same(tmp_path):
+    """One pair differs in a parameter, another in what it started from."""
+    one, two = cells(loss=losses(margin=0.1)) + cells(loss=losses(margin=0.2))
+    started = [(one, "a"), (two, "a"), (one, "b")]
+    evaluated = [
+        finish(Workspace(tmp_path / str(i)), cell, weights=weights) for i, (cell, weights) in enumerate(started)
+    ]
+    evaluated = tables.told_apart(evaluated)
+    digits = [one.record["key"][-10:] for one in evaluated]
+    assert [one.variant for one in evaluated] == [f"margin=0.1, {digits[0]}", "margin=0.2", f"margin=0.1, {digits[2]}"]
+    assert (tables.summarise(tables.collect(evaluated, ROOT / "conf"), with_published=False).n == 1).all()
+
+
+def test_both_variants_are_rows_of_every_table(finished):
+    evaluated = finished(*cells(loss=losses(margin=0.1), seed=SEEDS), *cells(loss=losses(margin=0.2), seed=SEEDS))
+    table = tables.summarise(tables.collect(evaluated, ROOT / "conf"), with_published=False)
+    assert sorted(zip(table.variant, table.protocol, table.n, strict=True)) == [
+        (variant, protocol, 3) for variant in ("margin=0.1", "margin=0.2") for protocol in ("best_on_test", "final")
+    ]
+    text = squeezed(to_markdown(table, "glyphs", TEST, evaluated))
+    assert all(f"| cbml_log (margin={margin}) | final | 3 |" in text for margin in (0.1, 0.2))
+    assert "cbml\\_log (margin=0.2)" in to_latex(table, "glyphs", TEST)
+    assert "(margin=0." in tables.headline(table)["best_cell"]
+    assert tables.versus_best(tables.collect(evaluated, ROOT / "conf")).shape[0] == 2  # final, best_on_test
+    curves = tables.curves(evaluated)
+    assert list(curves) == ["cell", *tables.ROW, "seed", "iteration", "recall_at_1"]
+    assert curves.groupby("variant").cell.nunique().to_dict() == {"margin=0.1": 3, "margin=0.2": 3}
+
+
+def test_every_finished_cell_of_the_store_is_tabulated(tmp_path, monkeypatch, capsys):
+    for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    workspace = Workspace(tmp_path, tmp_path)
+    set_params(workspace)
+    with pytest.raises(UserError, match="glyphs: the tracking store has no evaluated cell"):
+        tabulate(workspace, "glyphs", all_cells=True)
+    # DVC has but one place for the first two; the third is of other images.
+    others = {"fingerprint": "4567", "finished": "2025-12-31T00:00:00+00:00"}
+    for margin, record in {0.1: {}, 0.2: {}, 0.3: others}.items():
+        tree = Workspace(tmp_path / str(margin))
+        (cell,) = cells(loss=losses(margin=margin))
+        one = finish(tree, cell, **record)
+        page = one.page if margin == 0.1 else None
+        hand_over(workspace, cell, one.folder, tree.run(cell), page=page)
+    text = squeezed(tabulate(workspace, "glyphs", all_cells=True))
+    assert all(f"| resnet18 | cbml_log (margin={margin}) | final | 1 |" in text for margin in (0.1, 0.2))
+    assert "runs: 2," in text and "1 cells of other images or lists are left out" in capsys.readouterr().err
+    curves = pd.read_csv(workspace.report("glyphs") / "curves.csv")
+    assert set(curves.variant) == {"margin=0.1", "margin=0.2"} and len(curves) == 8
+    page = (workspace.report("glyphs") / "index.html").read_text()
+    seeds = re.findall(r"\((margin=0.\d)\)</span></th>\n<td>resnet18</td>\n<td>final</td>\n<td>(.*)</td>", page)
+    link = re.fullmatch(r'<a href="(.+)">0</a>', dict(seeds)["margin=0.1"])[1]
+    assert (workspace.report("glyphs") / link).read_text() == "the page of a cell" and dict(seeds)["margin=0.2"] == "0"
+
+    client = tracking.Store(workspace).client
+    (run,) = client.search_runs([client.get_experiment_by_name("tables").experiment_id])
+    assert run.data.params["loss"] == "cbml_log" and run.data.tags["dataset"] == "glyphs"
+    assert squeezed(run.data.tags["mlflow.note.content"]) == text
+    kept = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"tables.md", "tables.csv", "tables.tex", "index.html", "curves.csv", "curves.svg", "tables.json"} <= kept
+
+
+def test_two_datasets_have_a_page_each_and_one_page_leads_to_both(workspace):
+    tabulate(workspace, "glyphs")
+    (workspace.report("birds")).mkdir()  # as git has it: the figures of a page that was made elsewhere
+    (workspace.report("birds") / "metrics.json").write_text((workspace.report("glyphs") / "metrics.json").read_text())
+    links = re.findall(r'<li><a href="([^"]+)">', workspace.index.read_text())
+    assert links == ["glyphs/index.html"]
+    tabulate(workspace, "cub200")
+    text = workspace.index.read_text()
+    assert re.findall(r'<li><a href="([^"]+)">', text) == ["cub200/index.html", "glyphs/index.html"]
+    for dataset in DATASETS:
+        page = (workspace.reports / dataset / "index.html").read_text()
+        assert f"<h1>Recall@K on {dataset}</h1>" in page and 'href="../index.html"' in page
+    assert text.count("2 rows, best Recall@1 66.0 % (resnet18-cbml_sqrt-64)") == 2
+
+
+def test_a_cell_that_other_code_trained_is_announced_with_the_command_that_trains_it_again(finished):
+    now = provenance.training_code()
+    evaluated = finished(*cells())
+    assert tables.outdated(evaluated) == []
+    old = finished(*cells(), code=now | {"training/loop.py": "000000000000", "losses/gone.py": "111111111111"})
+    (line,) = tables.outdated(old)
+    assert line.startswith("**Trained by other code than today's** (src/cbml/losses/gone.py, src/cbml/training/loop.py")
+    assert f"`{TRAIN}`" in line
+    table = tables.summarise(tables.collect(old, ROOT / "conf"), with_published=False)
+    assert line in to_markdown(table, "glyphs", TEST, old).partition("## Embeddings")[0]  # before any figure
+    assert "other code" not in to_markdown(table, "glyphs", TEST, evaluated)
+
+
+def test_one_command_trains_all_such_cells_again_and_names_each_once(finished):
+    old = {"code": {"network.py": "000000000000"}}
+    evaluated = finished(*cells(loss=losses(margin=0.1), seed=[0, 1]), *cells(loss=losses(margin=0.2)), **old)
+    (line,) = tables.outdated([*evaluated, *finished(*cells(embedding_dim=[32]))])
+    assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs`" in line and "-32-" not in line
+
+
+def test_a_change_of_training_code_runs_tabulate_again():
+    """Else nothing would tell that the cells are of other code."""
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["tabulate"]
+    code = {f"src/cbml/{name}" for name in (*provenance.TRAINING, "losses/cbml.py", "backbones/model.py")}
+    assert not [name for name in code if not any(name == dep or name.startswith(f"{dep}/") for dep in stage["deps"])]
+
+
+def test_the_metrics_have_the_same_names_whatever_cells_ran(workspace):
+    file = workspace.report("glyphs") / "metrics.json"
+    tabulate(workspace, "glyphs")
+    all_cells = json.loads(file.read_text())
+    set_params(workspace, loss={"cbml_log": LOSSES["cbml_log"]}, seed=[2])
+    tabulate(workspace, "glyphs")
+    one_cell = json.loads(file.read_text())
     assert list(all_cells) == list(one_cell)
     assert (all_cells["best_cell"], all_cells["recall_at_1"]) == ("resnet18-cbml_sqrt-64", 66.0)
     assert (one_cell["best_cell"], one_cell["recall_at_1"], one_cell["cells"]) == ("resnet18-cbml_log-64", 62.0, 1)
@@ -185,5 +321,90 @@ def test_the_metrics_have_the_same_names_whatever_cells_ran(params):
 def test_the_published_tables_are_complete():
     paper = tables.published()
     assert len(paper) == 47 and (paper.source == "paper").sum() == 18
-    recalls = paper[tables.RECALLS]
+    recalls = paper[tables.recalls(paper)]
+    assert recalls.shape == (47, 4)
     assert (recalls.diff(axis=1).iloc[:, 1:].fillna(1) > 0).all(axis=None)
+
+
+def test_similarities_are_means_over_bins(finished):
+    densities = tables.similarities(finished(*cells(seed=[0, 1])), 0.6)  # 2, 3, 3, 2 of those that are 0.2 apart
+    assert list(densities) == ["cell", "split", "pair", "similarity", "density"]
+    assert len(densities) == 2 * 2 * 2 * 4
+    assert densities.similarity[:4].tolist() == [-0.8, -0.3, 0.3, 0.8] and set(densities.density) == {0.5}
+
+
+def test_latex_has_one_tabular_per_size_with_the_papers_figures(finished):
+    evaluated = finished(*cells(embedding_dim=[64, 16], seed=[0, 1]))
+    table = tables.summarise(tables.collect(evaluated, ROOT / "conf"), with_published=True)
+    text = to_latex(table, "glyphs", TEST)
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    first, second = text.split("% Recall@K")[1:]
+    assert "glyphs in percent: Embeddings of 64; test list: 1,140 images" in first.splitlines()[0]
+    assert "Embeddings of 16" in second.splitlines()[0]
+    for tabular in (first, second):
+        columns = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", tabular)[1])
+        lines = [line for line in tabular.splitlines() if line.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {columns - 1}
+    assert r"resnet18 & cbml\_log & final & 2 & 50.0 $\pm$ 0.0 & 61.3 (-11.3) &" in first
+    assert "paper" not in second
+
+
+def test_latex_prints_every_character_as_it_stands(finished):
+    (one,) = finished(*cells())
+    evaluated = [replace(one, variant=r"a_b & 50% #1 $x$ {y} ~ ^ \z")]
+    cells_of_it = tables.collect(evaluated, ROOT / "conf")
+    table = tables.summarise(cells_of_it, with_published=False).assign(map_at_r=np.nan)
+    text = to_latex(table, "glyphs", TEST)
+    assert (
+        r"cbml\_log (a\_b \& 50\% \#1 \$x\$ \{y\} \textasciitilde \space \textasciicircum \space \textbackslash z)"
+        in text
+    )
+    body = text.partition("\n")[2]  # after the comment
+    assert not re.search(r"(?<!\\)[%#_]|[^\x00-\x7f]", body) and "& -- &" in body
+
+
+WRITTEN_BY = {
+    "run.json": "train",
+    "validations.csv": "train",
+    "metrics.json": "evaluate",
+    "similarities.csv": "evaluate",
+    "classes.csv": "evaluate",
+    "summary.json": "evaluate",
+}
+DAMAGED = [(name, content) for name in WRITTEN_BY for content in (None, b"", b"\x89PNG\n\0\xff", b"[]")] + [
+    ("run.json", b'{"key": "resnet18-cb'),
+    ("run.json", b'{"key": "resnet18-cbml_log-64-0-0123456789"}'),
+    ("metrics.json", b'{"final": {"recall_at_1": 0.'),
+    ("metrics.json", b"{}"),
+    ("summary.json", b"{}"),
+    ("validations.csv", b"iteration,recall_at_1\n"),
+    ("similarities.csv", b"split,pair,similarity,density\n"),
+    ("classes.csv", b"class,images,recall_at_1,confused_with\n"),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGED)
+def test_one_line_names_a_file_that_is_missing_or_damaged_and_the_stage_that_writes_it(empty, name, content):
+    (cell,) = set_params(empty, loss=losses(), seed=[0]).cells("glyphs")
+    evaluated = finish(empty, cell)
+    draw(evaluated.page)
+    file = evaluated.folder / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        if name == "classes.csv":
+            cell_page(cell, evaluated.folder, evaluated.page)
+        else:
+            tabulate(empty, "glyphs")
+    text = str(raised.value)
+    assert text.startswith(f"{file}: ") and "\n" not in text and f"the stage {WRITTEN_BY[name]}" in text
+    assert not empty.reports.exists()
+
+
+def test_a_missing_evaluation_is_named_with_its_stage(workspace):
+    set_params(workspace, seed=[3])
+    with pytest.raises(UserError, match=r"resnet18-cbml_log-64-3/run\.json: no such file; the stage train writes it"):
+        tabulate(workspace, "glyphs")
+    with pytest.raises(UserError, match="dataset 'birds' is not there; allowed: cub200, glyphs"):
+        tabulate(workspace, "birds")

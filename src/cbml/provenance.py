@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-SOURCE = Path(__file__).parent
+SOURCE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "pytorch-metric-learning", "timm", "numpy", "pillow")
 TOOLS = ("mlflow", "dvc")  # they run a cell, and do not change it
 # Beside the modules of network and loss themselves.
@@ -71,13 +71,20 @@ def changed(code: dict[str, str]) -> list[str]:
 
 def code_hash(file: Path) -> str:
     """12 hex digits that change with a file's code, and not with its comments, docstrings and blank lines."""
-    if not file.resolve().is_relative_to(SOURCE) or not file.is_file():  # a name from somebody's run.json
+    try:
+        if not file.resolve().is_relative_to(SOURCE):  # a name from somebody's run.json
+            return "absent"
+        text = file.read_text()
+        tree = ast.parse(text)
+    except (OSError, ValueError, SyntaxError):  # no such file, no name of one, no Python
         return "absent"
-    text = file.read_text()
-    lines = text.splitlines()
-    for node in ast.walk(ast.parse(text)):
+    lines = text.split("\n")
+    for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+            rows = slice(node.lineno - 1, node.end_lineno)
+            beside = lines[rows][0].encode()[: node.col_offset] + lines[rows][-1].encode()[node.end_col_offset :]
+            if not beside.strip():
+                lines[rows] = [""] * len(lines[rows])
     for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start

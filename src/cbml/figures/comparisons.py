@@ -1,6 +1,7 @@
 """Charts that put the cells of a table beside one another. Each returns an `<svg>` element, see `to_svg`."""
 
 import math
+import textwrap
 from itertools import cycle
 
 import pandas as pd
@@ -9,6 +10,17 @@ from matplotlib.ticker import MaxNLocator
 from cbml.figures.style import COLOURS, INK, PAIRS, chart, to_svg
 
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+LINE = 0.15  # inches, of a text's line
+
+
+def _wrapped(names: list[str], width: int) -> dict[str, str]:
+    """The same names in lines of so many characters: one with its variant may be longer than a chart is wide."""
+    return {name: "\n".join(textwrap.fill(line, width) for line in name.split("\n")) for name in names}
+
+
+def _lines(texts: dict[str, str]) -> int:
+    """Of the highest."""
+    return max(text.count("\n") + 1 for text in texts.values())
 
 
 def _grid(panels: int, max_columns: int) -> tuple[int, int]:
@@ -43,10 +55,16 @@ def curves_chart(curves: pd.DataFrame) -> str:
     panels, looks = order[panel_by], _looks(order[line_by])
     means = curves.pivot_table("recall_at_1", "iteration", ["setting", "method"])
     rows, columns = _grid(len(panels), 4 if crowded else 3)
-    width, height = (2.0 * columns, 1.5 * rows + 0.6) if crowded else (1.5 + 2.8 * columns, 2.8 * rows)
+    titles, labels = _wrapped(panels, 26), _wrapped(order[line_by], 40)
+    if crowded:
+        width, height = 2.0 * columns, (1.35 + LINE * _lines(titles)) * rows + 0.6
+    else:
+        longest = max(len(line) for label in labels.values() for line in label.split("\n"))
+        legend = (sum(label.count("\n") + 1.5 for label in labels.values()) + 1) * LINE
+        width, height = 2.8 * columns + max(1.5, 0.6 + 0.07 * longest), max(2.8 * rows, legend)
     with chart(width, height, nrows=rows, ncols=columns, sharex=True, sharey=True, squeeze=False) as (figure, axes):
         for axis, panel in zip(axes.flat, panels, strict=False):
-            axis.set_title(panel, fontsize=9)
+            axis.set_title(titles[panel], fontsize=9)
             if crowded:
                 axis.plot(means, color=INK, alpha=0.2, linewidth=0.6)
             for name, runs in curves[curves[panel_by] == panel].groupby(line_by, sort=False):
@@ -63,7 +81,7 @@ def curves_chart(curves: pd.DataFrame) -> str:
         figure.supylabel("Recall@1, %", fontsize=9)
         if len(looks) > 1:
             handles = [
-                axes[0, 0].plot([], [], label=name, linewidth=1.1, markersize=4.5, fillstyle="none", **look)[0]
+                axes[0, 0].plot([], [], label=labels[name], linewidth=1.1, markersize=4.5, fillstyle="none", **look)[0]
                 for name, look in looks.items()
             ]
             place = {"loc": "outside upper center", "ncols": 3} if crowded else {"loc": "outside right upper"}
@@ -80,10 +98,11 @@ def distributions_chart(similarities: pd.DataFrame) -> str:
     """
     cells = list(similarities.cell.unique())
     rows, columns = _grid(len(cells), 4)
-    size = (max(2.0 * columns, 4.0), 1.5 * rows + 0.8)
+    titles = _wrapped(cells, 26)
+    size = (max(2.0 * columns, 4.0), (1.35 + LINE * _lines(titles)) * rows + 0.8)
     with chart(*size, nrows=rows, ncols=columns, squeeze=False) as (figure, axes):
         for axis, cell in zip(axes.flat, cells, strict=False):
-            axis.set_title(cell, fontsize=9)
+            axis.set_title(titles[cell], fontsize=9)
             axis.set_yticks([])
             axis.spines["left"].set_visible(False)
             axis.xaxis.set_major_locator(MaxNLocator(3))
@@ -115,7 +134,8 @@ def paper_chart(table: pd.DataFrame) -> str:
     keys += rows.variant.map(lambda text: f" ({text})" if text else "")
     names = list(keys.unique())
     protocols = sorted(rows.protocol.unique(), key=lambda protocol: protocol != "final")  # the headline first
-    with chart(7.5, 0.32 * len(names) + 1.2) as (figure, axis):
+    labels = _wrapped(names, 40)
+    with chart(7.5, max(0.32, LINE * _lines(labels)) * len(names) + 1.2) as (figure, axis):
         paper = rows.groupby(keys).paper_recall_at_1.first()
         axis.plot(paper[names], range(len(names)), "D", color=INK, fillstyle="none", label="paper")
         for i, (protocol, look) in enumerate(_looks(protocols).items()):
@@ -133,7 +153,7 @@ def paper_chart(table: pd.DataFrame) -> str:
                 label=protocol,
                 **look,
             )
-        axis.set_yticks(range(len(names)), names)
+        axis.set_yticks(range(len(names)), labels.values())
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.2)
         axis.set_xlabel("Recall@1, %")

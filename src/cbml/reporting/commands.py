@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from cbml.config import Cell, Params, Recipe, flatten, option_file
 
-PLAIN = re.compile(r"[\w./+-]+")  # what Hydra reads as a string without quotes
+PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z/][\w./+-]*", re.ASCII | re.IGNORECASE)  # a string to Hydra
+ABSENT = object()
 
 
 def command(cell: Cell, seeds: list[int], conf: Path) -> str:
@@ -34,7 +35,10 @@ def command(cell: Cell, seeds: list[int], conf: Path) -> str:
             new = path not in known
             if group == "recipe" and known.get(path, ...) == value:  # else what the backbone has would win
                 owner, new = f"backbone.{cell.backbone}.{owner}", True
-            settings.append(f"{'++' if new else ''}{owner}.{path}={_hydra(value)}")
+            if value is not ABSENT:
+                settings.append(f"{'++' if new else ''}{owner}.{path}={_hydra(value)}")
+            elif any(name == path or name.startswith(f"{path}.") for name in known):
+                settings.append(f"~{owner}.{path}")
     return " ".join(["dvc exp run", *(f"-S {shlex.quote(setting)}" for setting in settings)])
 
 
@@ -51,10 +55,10 @@ def _default(cell: Cell, files: dict[str, dict]) -> dict[str, Any]:
 
 
 def _differences(prefix: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
-    """The innermost entries of a configuration that are not those of the default, by their path."""
+    """The innermost entries of a configuration that are not those of the default, by their path; or `ABSENT`."""
     if isinstance(value, dict) and isinstance(default, dict):
-        for key, inner in value.items():
-            yield from _differences(f"{prefix}.{key}".lstrip("."), inner, default.get(key, ...))
+        for key in [*value, *(key for key in default if key not in value)]:
+            yield from _differences(f"{prefix}.{key}".lstrip("."), value.get(key, ABSENT), default.get(key, ABSENT))
     elif value != default:
         yield prefix, value
 
@@ -65,4 +69,9 @@ def _hydra(value: Any) -> str:
         return f"{{{','.join(f'{key}:{_hydra(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, list):
         return f"[{','.join(map(_hydra, value))}]"
-    return value if isinstance(value, str) and PLAIN.fullmatch(value) else json.dumps(value)
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if PLAIN.fullmatch(value):
+        return value
+    escaped = re.sub(r'\\+(?="|\Z)', lambda found: 2 * found[0], value).replace('"', r"\"")
+    return f'"{escaped}"'

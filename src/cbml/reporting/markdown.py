@@ -11,13 +11,11 @@ def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int], evaluat
     Args:
         test: the number of `images` and `classes` of the test list.
     """
-    first, *others = notes(table, test, evaluated)
-    parts = [f"# Recall@K on {dataset}, in percent\n\n{first}"]
+    parts = [f"# Recall@K on {dataset}, in percent", *notes(table, test, evaluated)]
     for size, rows in table.groupby("embedding_dim", sort=False):
         parts += [f"## {title(size)}", pipe_table(shown(rows))]
     parts.append("Mean ± standard deviation over seeds. Protocols:")
     parts.append("\n".join(f"- `{name}`: {text}" for name, text in PROTOCOLS.items() if name in set(table.protocol)))
-    parts += others
     commands = "\n".join(dict.fromkeys(table.command.dropna()))
     parts.append(f"## Every row again, by one command\n\n```\n{commands}\n```")
     parts.append("## Measured with\n\n" + "\n".join(f"- {line}" for line in provenance(evaluated)))

@@ -77,12 +77,23 @@ def metrics(names: Iterable[str]) -> list[str]:
 def told_apart(evaluated: list[Evaluated]) -> list[Evaluated]:
     """The same cells with a `variant` where several of them that are no seeds of one another have the same names.
 
-    It reads like `margin=0.2, recipe=cpu`. A parameter that follows from the choice of another recipe is left out.
+    It reads like `margin=0.2, recipe=cpu`. A parameter that follows from the choice of another recipe is left out. What
+    no parameter shows is told by the last digits of the cells' keys.
     """
-    groups: dict[tuple, list[Evaluated]] = defaultdict(list)
+    named = [replace(one, variant=_variant(one, alike)) for one, alike in _with_its_row(evaluated)]
+    return [
+        replace(one, variant=", ".join(filter(None, [one.variant, _row_hash(one)])))
+        if len({_row_hash(each) for each in alike}) > 1
+        else one
+        for one, alike in _with_its_row(named)
+    ]
+
+
+def _with_its_row(evaluated: list[Evaluated]) -> list[tuple[Evaluated, list[Evaluated]]]:
+    rows: dict[tuple, list[Evaluated]] = defaultdict(list)
     for one in evaluated:
-        groups[one.row].append(one)
-    return [replace(one, variant=_variant(one, groups[one.row])) for one in evaluated]
+        rows[one.row].append(one)
+    return [(one, rows[one.row]) for one in evaluated]
 
 
 def _variant(one: Evaluated, alike: list[Evaluated]) -> str:
@@ -90,14 +101,14 @@ def _variant(one: Evaluated, alike: list[Evaluated]) -> str:
         return ""
     flats = [{name: json.dumps(value) for name, value in each.cell.flat().items()} for each in [one, *alike]]
     parts = []
-    for name in dict.fromkeys(name for flat in flats for name in flat):
+    for name, value in flats[0].items():
         group = name.partition(".")[0]
         pairs = {(flat[group], flat.get(name)) for flat in flats}
         follows = name != group and len(pairs) == len({option for option, _ in pairs}) > 1
         if name != "seed" and not name.startswith(SOURCES) and len({value for _, value in pairs}) > 1 and not follows:
-            value = flats[0].get(name, "none").strip('"')
-            parts.append(f"{name.removeprefix('loss.')}={value}")
-    return ", ".join(parts) or _row_hash(one)
+            text = value.strip('"')
+            parts.append(f"{name.removeprefix('loss.')}={text}")
+    return ", ".join(parts)
 
 
 def _row_hash(evaluated: Evaluated) -> str:
@@ -263,14 +274,12 @@ def notes(table: pd.DataFrame, test: dict[str, int], evaluated: list[Evaluated])
 
 def outdated(evaluated: list[Evaluated]) -> list[str]:
     """A warning about cells that were trained by other code than today's, with the command that trains them again."""
-    found = {one.cell: files for one in evaluated if (files := changed(one.record["code"]))}
+    found = [(one.cell, files) for one in evaluated if (files := changed(one.record["code"]))]
     if not found:
         return []
-    names = ", ".join(f"{cell.name}" for cell in found)
-    modules = ", ".join(sorted({f"src/cbml/{file}" for files in found.values() for file in files}))
-    stages = " ".join(
-        f"train@{cell.backbone}-{cell.loss}-{cell.embedding_dim}-{cell.seed}-{cell.dataset}" for cell in found
-    )
+    modules = ", ".join(sorted({f"src/cbml/{file}" for _, files in found for file in files}))
+    names = ", ".join(dict.fromkeys(cell.name for cell, _ in found))
+    stages = " ".join(dict.fromkeys(f"train@{cell.name}-{cell.dataset}" for cell, _ in found))
     return [
         f"**Trained by other code than today's** ({modules}): {names}. Again, just those: "
         f"`dvc repro -f -s {stages}`, then `dvc repro`."
@@ -304,7 +313,7 @@ def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
     final = table[table.protocol == "final"]
     best = final.loc[final.recall_at_1.idxmax()]
     return {
-        "best_cell": f"{best.backbone}-{best.method}-{best.embedding_dim}",
+        "best_cell": f"{best.backbone}-{best.method}-{best.embedding_dim}" + (best.variant and f" ({best.variant})"),
         "cells": len(final),
         **{name: round(float(best[name]), 2) for name in metrics(table)},
         "mean_recall_at_1": round(float(final.recall_at_1.mean()), 2),

@@ -20,7 +20,7 @@ MAX_DISTRIBUTIONS = 12
 def tables_page(
     table: pd.DataFrame, evaluated: list[Evaluated], dataset: str, test: dict[str, int], folder: Path
 ) -> str:
-    """The page of a table set: tables, the paper beside them, curves, similarities, links to the cells' pages.
+    """The page of a table set: tables, the paper beside them, curves, similarities, links to the cells' own pages.
 
     Args:
         table: what `summarise` returns.
@@ -30,17 +30,21 @@ def tables_page(
     """
     links = defaultdict(list)
     for one in evaluated:
-        page = os.path.relpath(one.page / "index.html", folder)
-        links[one.row].append(Markup('<a href="{}">{}</a>').format(page, one.cell.seed))
+        page = one.page / "index.html"  # one of another checkout may not have come with its cell
+        link = '<a href="{}">{}</a>' if page.is_file() else "{1}"
+        links[one.row].append(Markup(link).format(os.path.relpath(page, folder), one.cell.seed))
     parts = []
     for size, rows in table.groupby("embedding_dim", sort=False):
         text = tables.shown(rows)
         text.insert(0, "Method", text.pop("Method"))
         rows = rows.astype(object).to_dict("records")
-        of_row = [links.get(tuple(row[name] for name in tables.ROW), []) for row in rows]
-        text["Seeds"] = [Markup(" ").join(pages) for pages in of_row]
+        of_row = [
+            links[tuple(row[name] for name in tables.ROW)] if row["protocol"] != "published" else [] for row in rows
+        ]
         details = Markup("<details><summary>command</summary><pre>{}</pre></details>")
-        text["Reproduce"] = [details.format(row["command"]) if isinstance(row["command"], str) else "" for row in rows]
+        commands = [details.format(row["command"]) if isinstance(row["command"], str) else "" for row in rows]
+        for name, cells in (("Seeds", [Markup(" ").join(pages) for pages in of_row]), ("Reproduce", commands)):
+            text[name] = pd.Series(cells, text.index, dtype=object)  # as strings they would be markup no more
         parts.append((tables.title(size), text, [row["protocol"] for row in rows]))
     figures = {}
     if "paper_recall_at_1" in table and table.paper_recall_at_1.notna().any():
@@ -48,11 +52,12 @@ def tables_page(
         figures["The paper and ours"] = svg(paper_chart(table), "paper", caption), caption
     caption = "Recall@1 on the test list over iterations, one line per run, with a marker where the run is highest."
     figures["Recall@1 over iterations"] = svg(curves_chart(tables.curves(evaluated)), "curves", caption), caption
-    best = _best(table, [one for one in evaluated if one.cell.seed == evaluated[0].cell.seed])
+    first_seed = [one for one in evaluated if one.cell.seed == evaluated[0].cell.seed]
+    best = _best(table, first_seed)
     caption = (
         "Cosine similarity of positive and of negative pairs of the test list, first seed, each over its own range"
     )
-    caption += f", the best {MAX_DISTRIBUTIONS} by Recall@1." if len(best) == MAX_DISTRIBUTIONS else "."
+    caption += f", the best {MAX_DISTRIBUTIONS} by Recall@1." if len(best) < len(first_seed) else "."
     densities = tables.similarities(best, 0.005).query("split == 'test'")
     densities = densities.assign(cell=densities.cell.map({one.record["key"]: _short_name(one, best) for one in best}))
     figures["Similarities"] = svg(distributions_chart(densities), "similarities", caption), caption

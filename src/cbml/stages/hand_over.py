@@ -15,13 +15,21 @@ from cbml.workspace import Workspace
 
 
 def hand_over(
-    workspace: Workspace, cell: Cell, evaluation: Path, run_folder: Path, *, register: bool = False, **tags: str
+    workspace: Workspace,
+    cell: Cell,
+    evaluation: Path,
+    run_folder: Path,
+    *,
+    page: Path | None = None,
+    register: bool = False,
+    **tags: str,
 ) -> None:
     """Log what evaluation left, and the model of `run_folder` if it is there.
 
     The run is that which training opened, if the store has it. The curves are logged as far as it has not taken them.
 
     Args:
+        page: the folder of its page, if that is drawn already.
         register: put the model into MLflow's registry, as a new version of `<dataset>-<cell>`.
         tags: of a new run.
     """
@@ -33,6 +41,8 @@ def hand_over(
         run.log([tracking.summary(metrics)], replace=True)
         run.log_text(json.dumps(record["versions"], indent=2), "versions.json")
         run.log_folder(evaluation)
+        if page:
+            run.log_folder(page)
         if (run_folder / "final.pt").is_file():
             run.log_model(run_folder, register_as=f"{cell.dataset}-{cell.name}" if register else None)
         run.note(_note(cell, metrics, workspace.conf))

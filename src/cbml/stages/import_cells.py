@@ -19,7 +19,8 @@ def import_cells(source: Path, workspace: Workspace) -> list[str]:
     if its weights are there, and a tag `imported_from`.
 
     Args:
-        source: a folder that holds evaluations/<dataset>/<cell>, and runs/<dataset>/<cell> if the weights are to come.
+        source: a folder that holds evaluations/<dataset>/<cell>; and runs/<dataset>/<cell> if the weights are to come,
+            pages/<dataset>/<cell> if the pages are.
 
     Returns:
         The keys of the cells that came; one that the store has already is left as it is.
@@ -45,6 +46,7 @@ def import_cells(source: Path, workspace: Workspace) -> list[str]:
         else:
             message(f"{key}: here already")
     for cell, folder, key in new:
-        hand_over(workspace, cell, folder, theirs.run(cell), imported_from=str(source.resolve()))
+        page = theirs.page(cell) if theirs.page(cell).is_dir() else None
+        hand_over(workspace, cell, folder, theirs.run(cell), page=page, imported_from=str(source.resolve()))
         message(f"{key}: imported")
     return [key for _, _, key in new]

@@ -52,9 +52,9 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     folder = workspace.report(dataset)
     for name, content in contents.items():
         write_text(folder / name, content)
-    reports = {
-        file.parent.name: read_json(file, "tabulate") for file in sorted(workspace.reports.glob("*/metrics.json"))
-    }
+    pages = sorted(workspace.reports.glob("*/index.html"))  # git has the figures of datasets whose page is not here
+    shown = ("cells", "recall_at_1", "best_cell")
+    reports = {page.parent.name: read_json(page.with_name("metrics.json"), "tabulate", shown) for page in pages}
     write_text(workspace.index, render("index", reports=reports))
     with tracking.open_tables(workspace, dataset, [one.cell for one in evaluated]) as run:
         for name in contents:

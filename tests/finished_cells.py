@@ -1,0 +1,84 @@
+"""Cells as training, evaluation and drawing leave them, without any of the three."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import yaml
+from conftest import tiny_params
+from PIL import Image
+
+from cbml.config import Params
+from cbml.figures.style import chart, to_svg
+from cbml.provenance import training_code
+from cbml.reporting.cell_page import FIGURES
+from cbml.reporting.tables import Evaluated
+
+TEST = {"images": 1140, "classes": 20}
+
+
+def cells(**groups):
+    """Those of a params.yaml like `tiny_params`."""
+    return Params.model_validate(tiny_params(**groups)).cells("glyphs")
+
+
+def finish(workspace, cell, recall=0.5, *, best=None, weights=None, **facts):
+    """Write run, evaluation and page of a cell.
+
+    Args:
+        recall: of the final model, in [0, 1]; Recall@2, 4, 8 are 0.02 more each.
+        best: of the protocol `best_on_test`; 0.03 more than `recall` if not given.
+        weights: what the backbone starts from, for the cell's key.
+        facts: of its run.json, instead of those that are written otherwise.
+    """
+
+    def scores(value):
+        recalls = {f"recall_at_{k}": value + 0.02 * i for i, k in enumerate((1, 2, 4, 8))}
+        return recalls | {"r_precision": value / 2, "map_at_r": value / 4, "nmi": 0.5}
+
+    best = recall + 0.03 if best is None else best
+    final = scores(recall) | {"queries": 1137, "queries_without_answer": 3, "iteration": 6}
+    untrained = {"iteration": 0.0, **{name: value for name, value in scores(0.1).items() if "recall" in name}}
+    record = {
+        "key": cell.key("0123", weights),
+        "run_id": None,
+        "fingerprint": "0123",
+        "iterations": {"final": 6, "best_on_test": 4},
+        "train_seconds": 90.0,
+        "data_seconds": 9.0,
+        "finished": "2026-02-03T04:05:06+00:00",
+        "device": "abacus",
+        "code": training_code(),
+        "versions": {"python": "3.11", "torch": "2.11"},
+    } | facts
+    folder, page = workspace.evaluation(cell), workspace.page(cell)
+    for each in (folder, page):
+        each.mkdir(parents=True)
+    (folder / "cell.yaml").write_text(yaml.safe_dump(cell.to_dict(), sort_keys=False))
+    (folder / "run.json").write_text(json.dumps(record))
+    metrics = {"final": final, "best_on_test": scores(best) | {"iteration": 4}, "untrained": untrained}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "summary.json").write_text(json.dumps({"fingerprint": "0123", "test": TEST}))
+    pd.DataFrame({"iteration": range(1, 7), "loss": 0.5}).to_csv(folder / "losses.csv", index=False)
+    validations = {"iteration": [0, 2, 4, 6], "recall_at_1": [0.1, recall - 0.1, best, recall]}
+    pd.DataFrame(validations).to_csv(folder / "validations.csv", index=False)
+    pairs = [(split, pair) for split in ("train", "test") for pair in ("positive", "negative")]
+    bins = {"similarity": np.linspace(-0.9, 0.9, 10), "density": 0.5}
+    densities = pd.concat([pd.DataFrame({"split": split, "pair": pair, **bins}) for split, pair in pairs])
+    densities.to_csv(folder / "similarities.csv", index=False)
+    classes = ["class,images,recall_at_1,confused_with", "Laysan <Albatross>,9,0.25,Crow", "None,1,,"]
+    classes.append("036.LATIN_LETTER_SMALL_CAPITAL_INVERTED_R,10,1.0,")
+    (folder / "classes.csv").write_text("\n".join(classes) + "\n")
+    (page / "index.html").write_text("the page of a cell")
+    return Evaluated(cell, record, folder, page)
+
+
+def draw(folder):
+    """A picture of each kind that the page of a cell shows."""
+    for name in FIGURES:
+        if name.endswith(".svg"):  # all with the same ids
+            with chart(2, 2) as (figure, axis):
+                axis.plot([0, 1], [0, 1], marker="o")
+                (folder / name).write_text(to_svg(figure))
+        else:
+            Image.new("RGB", (900, 300), "red").save(folder / name)

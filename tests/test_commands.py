@@ -1,0 +1,111 @@
+"""The command of a row: Hydra, as DVC calls it, makes the same cells of it."""
+
+import importlib.util
+import shlex
+import shutil
+
+import pytest
+import yaml
+from conftest import ROOT
+from dvc.utils.cli_parse import to_path_overrides
+from dvc.utils.hydra import compose_and_dump
+
+from cbml.config import Params, load_params
+from cbml.reporting.commands import command
+
+
+@pytest.fixture
+def compose(tmp_path):
+    """The parameters that `dvc exp run -S …` runs with, for settings in addition to the default configuration."""
+
+    def compose_settings(settings):
+        overrides = to_path_overrides(settings).get("params.yaml", [])
+        compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, overrides)
+        return load_params(tmp_path / "params.yaml", ROOT / "conf")
+
+    return compose_settings
+
+
+def settings_of(text):
+    words = shlex.split(text)
+    assert words[:3] == ["dvc", "exp", "run"] and set(words[3::2]) == {"-S"}
+    return words[4::2]
+
+
+def test_it_names_what_differs_from_the_files(compose):
+    changed = yaml.safe_load((ROOT / "params.yaml").read_text())
+    changed["loss"]["cbml_log"]["margin"] = 0.2
+    changed["backbone"]["resnet18"] |= {"weights": "my weights.pth", "recipe": {"quick": {"lr": 0.01}}}
+    changed["recipe"]["quick"] |= {"lr_steps": [50, 80], "select_by": "map_at_r"}
+    cell = Params.model_validate(changed).cell("glyphs", "resnet18", "cbml_log", 512, 0)
+    settings = settings_of(command(cell, [0, 1], ROOT / "conf"))
+    assert settings == [
+        "dataset=glyphs",
+        "recipe=quick",
+        "backbone=[resnet18]",
+        "loss=[cbml_log]",
+        "embedding_dim=[512]",
+        "seed=[0,1]",
+        'backbone.resnet18.weights="my weights.pth"',
+        "loss.cbml_log.margin=0.2",
+        "recipe.quick.lr=0.01",
+        "recipe.quick.lr_steps=[50,80]",
+        "recipe.quick.select_by={metric:map_at_r,validation_classes:0.2}",
+    ]
+    again = compose(settings)
+    assert again.cell("glyphs", "resnet18", "cbml_log", 512, 0) == cell and again.seed == [0, 1]
+
+
+TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+SETTINGS = {
+    "nothing": [],
+    "a metric alone to select by": ["recipe.quick.select_by=map_at_r"],
+    "a mapping to select by": ["recipe.quick.select_by={metric:recall_at_1,validation_classes:0.3}"],
+    "the backbone's own": ["recipe=paper", "backbone=[googlenet]"],
+    "against the backbone's own": ["recipe=paper", "backbone=[googlenet]", "recipe.paper.lr_steps=[2000]"],
+    "the recipe's file against the backbone's own": [
+        "recipe=paper",
+        "backbone=[googlenet]",
+        "++backbone.googlenet.recipe.paper.lr_steps=[1200]",
+    ],
+    "nothing against the backbone's own": ["recipe=paper", "backbone=[googlenet]", "recipe.paper.lr_steps=[]"],
+    "another crop than a timm model's": ["recipe=quick", "backbone=[timm]", "recipe.quick.crop=24"],
+    "the recipe's crop, not a timm model's": [
+        "recipe=cpu",
+        "backbone=[timm]",
+        "++backbone.timm.recipe.cpu={crop:96,resize:112}",
+    ],
+    "a timm backbone with an entry": ["recipe=cpu", "backbone=[tf_efficientnet_lite0]", "recipe.cpu.crop=64"],
+    "weights of one's own": ["recipe=cpu", "backbone.resnet18.weights=/data/my-weights.pth"],
+    "odd characters": ['backbone.resnet18.weights="é $x {a}, \'b\' \\"c\\" \\\\d:%.pth"'],
+    "words that are not words": ["backbone.resnet18.weights='null'", "dataset.glyphs.seed=1"],
+    "numbers that are not numbers": ["++backbone.resnet18.published.sha256='1378e020'"],
+    "a loss in a loss": ["loss=[xbm_contrastive]", "loss.xbm_contrastive.memory_size=64"],
+    "one term less": ["loss=[cbml_center]", "~loss.cbml_center.terms.center"],
+    "one term more": ["loss=[cbml_center]", "+loss.cbml_center.terms.more={type:triplet,margin:0.3}"],
+    "another type": ["loss=[triplet]", "loss.triplet.type=contrastive"]
+    + [f"~loss.triplet.{name}" for name in ("mining", "average", "one_sided")],
+    "no head": ["embedding_dim=[0]", "loss.cbml_log.margin=1e-5", "recipe.quick.flip=true"],
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=TIMM if "timm" in name else ()) for name in SETTINGS])
+def test_hydra_makes_the_same_cell_of_it(compose, case):
+    params = compose(SETTINGS[case])
+    cell = params.cells(*params.dataset)[-1]
+    again = compose(settings_of(command(cell, [cell.seed], ROOT / "conf")))
+    assert again.cells(cell.dataset) == [cell]
+
+
+def test_a_default_cell_needs_no_parameter(compose):
+    cell = compose(["recipe=paper", "backbone=[googlenet]"]).cells("glyphs")[0]
+    assert len(settings_of(command(cell, [0], ROOT / "conf"))) == 6
+
+
+def test_an_option_without_a_file_has_all_of_its_parameters(compose, tmp_path):
+    cell = compose(["loss=[cbml_log]", "loss.cbml_log.margin=0.3"]).cells("glyphs")[0]
+    conf = tmp_path / "conf"
+    shutil.copytree(ROOT / "conf", conf)
+    (conf / "loss" / "cbml_log.yaml").unlink()
+    settings = settings_of(command(cell, [0], conf))
+    assert "++loss.cbml_log.margin=0.3" in settings and "++loss.cbml_log.type=cbml" in settings

@@ -1,0 +1,142 @@
+"""What a result was computed with, and whether that is still the code of today."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from torch import nn
+
+from cbml import provenance
+from cbml.losses.cbml import CBML
+
+CODE = '''"""What it is."""
+
+import math
+
+
+class Circle:
+    """Round."""
+
+    def area(self, radius):  # of a disc
+        """Its content.
+
+        # Not a comment, but not code either.
+        """
+        text = "# not a comment"
+
+        return text, math.pi * radius**2
+'''
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A package of one module; what it returns gives the module another text and tells its hash."""
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr(provenance, "SOURCE", package)
+
+    def hash_of(text):
+        (package / "circle.py").write_text(text)
+        return provenance.code_hash(package / "circle.py")
+
+    return hash_of
+
+
+SAME = {
+    "another comment": ("# of a disc", "# of that radius, and no other"),
+    "no comment": ("  # of a disc", ""),
+    "a comment more": ("        return", "        # The formula of Archimedes.\n        return"),
+    "another docstring": ('"""Round."""', '"""A circle.\n\n    As round as can be.\n    """'),
+    "no docstring of the module": ('"""What it is."""\n', ""),
+    "blank lines": ("\n\n\nclass", "\nclass"),
+    "no blank line": ('"\n\n        return', '"\n        return'),
+}
+OTHER = {
+    "a number": ("**2", "**3"),
+    "a text that looks like a comment": ("# not a comment", "# no comment"),
+    "an indentation": ("        return", "    return"),
+    "a line less": ("import math\n", ""),
+    "a comment that becomes code": ("  # of a disc", "\n        radius = abs(radius)  # of a disc"),
+}
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_a_hash_of_code_does_not_change_with_comments_and_docstrings(source, change):
+    assert CODE.replace(*SAME[change]) != CODE
+    assert source(CODE.replace(*SAME[change])) == source(CODE)
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_it_changes_with_code(source, change):
+    assert CODE.replace(*OTHER[change]) != CODE
+    assert source(CODE.replace(*OTHER[change])) != source(CODE)
+
+
+def test_a_docstring_beside_code_does_not_hide_it(source):
+    line = 'class Failure(Exception): """It failed."""; code = {}\n'
+    assert source(line.format(1)) != source(line.format(2))
+
+
+def test_training_code_is_that_of_the_modules_and_of_the_loop():
+    code = provenance.training_code(nn.Sequential(nn.Linear(2, 2)), CBML())
+    assert {"losses/cbml.py", *provenance.TRAINING} == code.keys()
+    assert all(len(value) == 12 and int(value, 16) for value in code.values())
+    assert not any(name.startswith(("figures", "reporting", "evaluation", "stages")) for name in code)
+
+
+def test_changed_names_the_files_that_are_not_what_they_were():
+    code = provenance.training_code()
+    assert provenance.changed(code) == []
+    other = code | {"network.py": "0" * 12, "losses/gone.py": "1" * 12}
+    assert provenance.changed(other) == ["network.py", "losses/gone.py"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../pyproject.toml", "/etc/hostname", "losses", "", "a\0b", "../cbml2/x.py", "x" * 300]
+)
+def test_a_name_that_is_no_file_of_the_package_is_not_read(name):
+    """It comes from a run.json, which may be somebody else's."""
+    assert provenance.changed({name: "0" * 12}) == [name]
+    assert provenance.changed({name: "absent"}) == []
+
+
+def test_a_file_that_is_not_python_is_another():
+    assert provenance.changed({"reporting/paper_tables.csv": "0" * 12}) == ["reporting/paper_tables.csv"]
+
+
+def test_code_that_is_reached_through_a_link_is_hashed_all_the_same(tmp_path):
+    (tmp_path / "link").symlink_to(ROOT / "src")
+    script = "from cbml.provenance import training_code; print(training_code()['network.py'])"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "link")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == provenance.training_code()["network.py"] != "absent"
+
+
+def test_a_revision_is_a_commit_and_says_whether_the_tree_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "SOURCE", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert provenance.revision() == "unknown"  # no repository
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x"]
+    (tmp_path / "file").write_text("one")
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert provenance.revision() == commit.stdout[:12]
+    (tmp_path / "file").write_text("two")
+    assert provenance.revision() == f"{commit.stdout[:12]}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert provenance.revision() == "unknown"
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    assert provenance.packages(("numpy", "no-such-package")) == {"numpy": importlib.metadata.version("numpy")}
+    facts = provenance.versions()
+    assert {"python", "platform", "cbml", "torch", "mlflow", "dvc"} <= facts.keys() and all(facts.values())
