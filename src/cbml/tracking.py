@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from filelock import FileLock
 from PIL import Image
 
 from cbml import provenance
 from cbml.config import Cell, load_cell
-from cbml.files import atomic_write, write_text
+from cbml.files import atomic_write, locked, write_text
 from cbml.progress import message
 from cbml.workspace import Workspace
 
@@ -73,26 +72,28 @@ class Store:
 
     @cached_property
     def client(self) -> "MlflowClient":
-        if self.own and not (self.workspace.database.is_file() and self.workspace.database.stat().st_size):
-            self.workspace.cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.workspace.cache / "mlflow.lock"):
-                if not self.workspace.database.is_file():
-                    # Made beside and renamed: half a database would stop every later run.
-                    with atomic_write(self.workspace.database) as temporary:
-                        MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+        database = self.workspace.database
+        with self._alone():
+            if self.own and not (database.is_file() and database.stat().st_size):
+                # Made beside and renamed: half a database would stop every later run.
+                with atomic_write(database) as temporary:
+                    MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
         mlflow.set_tracking_uri(self.uri)
         return MlflowClient(self.uri)
 
     def experiment(self, name: str) -> str:
         """The id of an experiment, made on first use."""
-        self.workspace.cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.workspace.cache / "mlflow.lock"):  # two processes may want to make it at once
+        with self._alone():
             if found := self.client.get_experiment_by_name(name):
                 return found.experiment_id
             artifacts = (self.workspace.artifacts / name).as_uri() if self.own else None
             # Else the UI takes the experiment for one of language models and opens on their pages.
             kind = {"mlflow.experimentKind": "custom_model_development"}
             return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
+
+    def _alone(self):
+        """Hold what two processes might make at once: the database, an experiment."""
+        return locked(self.workspace.cache / "mlflow", "MLflow: waiting for another process")
 
     def finished(self, dataset: str) -> dict[str, Path]:
         """The files of every evaluated cell of a dataset, the newest of each key, in the order of their keys."""
@@ -252,7 +253,8 @@ def open_run(
         yield Run(None)
         return
     run = Run(Store(workspace), run_id)
-    run.do(lambda: _start(run, experiment, name, config, params, tags, fingerprint, remember))
+    run.do(lambda: _start(run, experiment, name, tags, remember))
+    run.do(lambda: _describe(run, experiment, config, params, fingerprint))
     try:
         yield run
     except BaseException as error:
@@ -268,7 +270,7 @@ def open_run(
     message(f"MLflow at {public(run.store.uri)} did not take all of {name}; import_cells can bring it there later")
 
 
-def _start(run, experiment, name, config, params, tags, fingerprint, remember) -> None:
+def _start(run: Run, experiment: str, name: str, tags: dict[str, str], remember: Path | None) -> None:
     client = run.store.client
     if run.id and _exists(client, run.id):
         run.continued = True
@@ -282,6 +284,14 @@ def _start(run, experiment, name, config, params, tags, fingerprint, remember) -
     run.id = client.create_run(run.store.experiment(experiment), run_name=name, tags=tags).info.run_id
     if remember:
         write_text(remember, run.id)
+
+
+def _describe(
+    run: Run, experiment: str, config: dict[str, Any], params: dict[str, Any], fingerprint: str | None
+) -> None:
+    if run.continued:
+        return
+    client = run.store.client
     flat = [Param(key, str(value)) for key, value in params.items()]
     for start in range(0, len(flat), PARAMS_A_CALL):
         client.log_batch(run.id, params=flat[start : start + PARAMS_A_CALL])
