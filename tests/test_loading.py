@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cbml.datasets.images import PackedImages
-from cbml.datasets.loading import load, prefetch
+from cbml.datasets.loading import load_batches, prefetch
 
 
 def test_results_come_in_order_although_later_ones_are_ready_first():
@@ -46,5 +46,5 @@ def test_on_a_cpu_batches_are_made_when_asked_for_in_the_thread_that_asks():
         return (torch.tensor([i]),)
 
     images = PackedImages(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, 2), torch.zeros(0))
-    loaded = load(make, itertools.count(), images, torch.device("cpu"))
+    loaded = load_batches(make, itertools.count(), images, torch.device("cpu"))
     assert next(loaded) == [torch.tensor([0])] and made == [threading.current_thread()]

@@ -177,14 +177,14 @@ def test_batches_made_ahead_change_nothing(workspace, monkeypatch):
     """What a GPU does that the images are not on: batches of later iterations in other threads, also after a break."""
     recipe = {"tiny": TINY_RECIPE | {"checkpoint_every": 1}}
     expected = from_the_beginning(workspace, recipe=recipe)
-    monkeypatch.setattr(loop, "load", lambda make, items, *_: prefetch(make, items, 3))
+    monkeypatch.setattr(loop, "load_batches", lambda make, items, *_: prefetch(make, items, 3))
     break_at(monkeypatch, 2)
     broken(workspace, recipe=recipe)
     assert result(run(workspace, recipe=recipe)) == expected
 
 
 def test_the_share_of_time_spent_on_batches_is_logged(workspace, monkeypatch):
-    rows, load = [], loop.load
+    rows, load = [], loop.load_batches
     monkeypatch.setattr(tracking.Run, "log", lambda self, new, **_: rows.extend(new))
 
     def slow_load(*args):
@@ -192,7 +192,7 @@ def test_the_share_of_time_spent_on_batches_is_logged(workspace, monkeypatch):
             time.sleep(0.5)
             yield batch
 
-    monkeypatch.setattr(loop, "load", slow_load)
+    monkeypatch.setattr(loop, "load_batches", slow_load)
     run(workspace, recipe={"tiny": TINY_RECIPE | {"iterations": 2, "checkpoint_every": 2}})
     (speed,) = [row for row in rows if "data_share" in row]
     assert speed["iteration"] == 2 and speed["images_per_second"] < 8 / 0.5

@@ -1,6 +1,6 @@
 """Backbones: trunks with pretrained weights, the pixels that they expect, and the embedding head on top."""
 
-from cbml.backbones.config import BackboneConfig, InputConvention, PublishedWeights
+from cbml.backbones.entries import BackboneConfig, InputConvention, PublishedWeights
 from cbml.backbones.model import EmbeddingModel, create_model
 from cbml.backbones.trunks import build_trunk, input_convention, weights_content
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbml.backbones.config import BackboneConfig, InputConvention
+from cbml.backbones.entries import BackboneConfig, InputConvention
 from cbml.backbones.trunks import build_trunk, input_convention
 
 POOLING = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}

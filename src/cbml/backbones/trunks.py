@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from cbml.backbones.bn_inception import BNInception
-from cbml.backbones.config import BackboneConfig, InputConvention
+from cbml.backbones.entries import BackboneConfig, InputConvention
 from cbml.backbones.weights import CLASSIFIERS, fetch_published, load_state, read_state
 from cbml.errors import UserError
 

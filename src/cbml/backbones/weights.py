@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from cbml.backbones.config import PublishedWeights
+from cbml.backbones.entries import PublishedWeights
 from cbml.errors import UserError
 from cbml.files import atomic_write
 

@@ -16,7 +16,7 @@ R = TypeVar("R")
 WORKERS = 4
 
 
-def load(
+def load_batches(
     make: Callable[[T], tuple[Tensor, ...]], items: Iterable[T], images: PackedImages, device: torch.device
 ) -> Iterator[list[Tensor]]:
     """Yield `make(item)` for each item, in order, as tensors on `device`.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cbml.datasets.images import PackedImages
-from cbml.datasets.loading import load
+from cbml.datasets.loading import load_batches
 from cbml.datasets.transforms import center_boxes
 from cbml.progress import progress
 
@@ -38,7 +38,7 @@ def embed(
         return (images.crops(indices, boxes, crop, interpolation=interpolation),)
 
     batches = torch.arange(len(images)).split(batch_size)
-    loaded = load(center_crops, batches, images, device)
+    loaded = load_batches(center_crops, batches, images, device)
     return torch.cat(
         [model(crops) for (crops,) in progress(loaded, "embed", "images", total=len(batches), scale=batch_size)]
     )

@@ -70,7 +70,7 @@ def confusion_sheet(
         lines += [(text, TEXT) for text in _wrap(names[pair.nearest_label], width)]
         lines.append((f"{pair.count} of {pair.queries} queries ({pair.share:.0%})", TEXT))
         lines.append((f"similarity of these two {pair.similarity:.3f}", FAINT))
-        _lines(draw, x, top + 6, lines)
+        _text_lines(draw, x, top + 6, lines)
     return sheet
 
 
@@ -124,10 +124,10 @@ def _sheet(
 
 
 def _caption(draw: ImageDraw.ImageDraw, left: int, top: int, name: str, note: str) -> None:
-    _lines(draw, left, top + FRAMED + 2, [(text, TEXT) for text in _wrap(name, FRAMED)] + [(note, FAINT)])
+    _text_lines(draw, left, top + FRAMED + 2, [(text, TEXT) for text in _wrap(name, FRAMED)] + [(note, FAINT)])
 
 
-def _lines(draw: ImageDraw.ImageDraw, left: int, top: int, lines: list[tuple[str, str]]) -> None:
+def _text_lines(draw: ImageDraw.ImageDraw, left: int, top: int, lines: list[tuple[str, str]]) -> None:
     for number, (text, colour) in enumerate(lines):
         draw.text((left, top + number * LINE), text, colour, _font())
 

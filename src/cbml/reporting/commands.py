@@ -30,7 +30,7 @@ def command(cell: Cell, seeds: list[int], conf: Path) -> str:
     default = _default(cell, files)
     for group, name in groups.items():
         known = flatten("", files[group])
-        for path, value in _differences("", cell.to_dict()[group][name], default.get(group, {}).get(name, {})):
+        for path, value in _changed_entries("", cell.to_dict()[group][name], default.get(group, {}).get(name, {})):
             owner = f"{group}.{name}"
             new = path not in known
             if group == "recipe" and known.get(path, ...) == value:  # else what the backbone has would win
@@ -54,11 +54,11 @@ def _default(cell: Cell, files: dict[str, dict]) -> dict[str, Any]:
     return params.cells(cell.dataset)[0].to_dict()
 
 
-def _differences(prefix: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
+def _changed_entries(prefix: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
     """The innermost entries of a configuration that are not those of the default, by their path; or `ABSENT`."""
     if isinstance(value, dict) and isinstance(default, dict):
         for key in [*value, *(key for key in default if key not in value)]:
-            yield from _differences(f"{prefix}.{key}".lstrip("."), value.get(key, ABSENT), default.get(key, ABSENT))
+            yield from _changed_entries(f"{prefix}.{key}".lstrip("."), value.get(key, ABSENT), default.get(key, ABSENT))
     elif value != default:
         yield prefix, value
 

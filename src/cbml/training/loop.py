@@ -18,7 +18,7 @@ from torch import Tensor
 from cbml.backbones import EmbeddingModel
 from cbml.config import Recipe
 from cbml.datasets.images import PackedImages
-from cbml.datasets.loading import load
+from cbml.datasets.loading import load_batches
 from cbml.datasets.transforms import random_boxes
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
@@ -104,7 +104,7 @@ def train(
 
     start, seconds = state["iteration"], state["seconds"]
     numbered = enumerate(islice(batches, start, recipe.iterations), start + 1)
-    loaded = load(lambda item: random_crops(images, recipe, seed, *item), numbered, images, fabric.device)
+    loaded = load_batches(lambda item: random_crops(images, recipe, seed, *item), numbered, images, fabric.device)
     pending: list[dict[str, Any]] = []  # rows whose values are still on the device
     unlogged: list[Row] = []
     logged = start, seconds.copy()
