@@ -153,7 +153,6 @@ def test_a_folder_for_a_file_or_a_file_for_a_folder(dataset, tmp_path, name):
     assert f"{name} not found; expected images (a folder), images.txt" in error_of(build_lists, dataset, tmp_path / "l")
 
 
-
 def test_missing_image_file(dataset, tmp_path):
     (dataset / "images/004.Bird/0.png").unlink()
     assert "images/004.Bird/0.png is missing; images.txt lists it as image 6" in error_of(

@@ -258,6 +258,55 @@ def test_the_lower_rate_starts_at_its_step(workspace):
     assert pd.read_csv(folder / "losses.csv").lr.tolist() == pytest.approx([1e-3] * 2 + [1e-4] * 2 + [1e-5] * 2)
 
 
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"warmup": 4}, [0.25, 0.5, 0.75, 1, 1, 1]),
+        ({"schedule": "cosine"}, [1, 0.9330, 0.75, 0.5, 0.25, 0.0670]),
+        ({"schedule": "cosine", "warmup": 2}, [0.5, 1, 1, 0.8536, 0.5, 0.1464]),
+        ({"warmup": 2, "lr_steps": [5], "lr_gamma": 0.5}, [0.5, 1, 1, 1, 0.5, 0.5]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(workspace, changes, expected):
+    folder = run(workspace, recipe={"tiny": TINY_RECIPE | {"lr": 1e-3} | changes})
+    assert (pd.read_csv(folder / "losses.csv").lr / 1e-3).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_optimizers_differ_and_continue_to_the_same_bits(workspace, monkeypatch):
+    results = set()
+    for optimizer in ("adam", "adamw", "sgd"):
+        recipe = {"tiny": TINY_RECIPE | {"optimizer": optimizer, "checkpoint_every": 1, "weight_decay": 0.1}}
+        unbroken = from_the_beginning(workspace, recipe=recipe)
+        with monkeypatch.context() as patch:
+            break_at(patch, 3)
+            broken(workspace, recipe=recipe)
+        assert result(run(workspace, recipe=recipe)) == unbroken
+        results.add(unbroken)
+    assert len(results) == 3
+
+
+def one_step(workspace, **changes):
+    """How far each parameter moves in one step of plain gradient descent."""
+    recipe = TINY_RECIPE | {"optimizer": "sgd", "momentum": 0, "weight_decay": 0, "iterations": 1} | changes
+    before = torch.load(run(workspace, recipe={"tiny": recipe | {"iterations": 0}}) / "final.pt")
+    after = torch.load(run(workspace, recipe={"tiny": recipe}) / "final.pt")
+    names = ("trunk.conv1.weight", "head.weight")
+    return [after[name].double() - before[name].double() for name in names]
+
+
+def test_the_head_has_a_learning_rate_of_its_own(workspace):
+    (trunk, head), (same, faster) = one_step(workspace), one_step(workspace, head_lr_factor=10)
+    assert torch.equal(trunk, same) and torch.allclose(faster, 10 * head, rtol=1e-2, atol=1e-6)
+
+
+def test_gradients_are_clipped_together(workspace):
+    (trunk, head), (small, small_head) = one_step(workspace), one_step(workspace, clip_norm=0.01)
+    scale = small_head.norm() / head.norm()
+    assert 0 < scale < 1 and torch.allclose(small, scale * trunk, rtol=0.05, atol=1e-6)
+    for plain, clipped in zip((trunk, head), one_step(workspace, clip_norm=1e6), strict=True):
+        assert torch.equal(plain, clipped)
+
+
 def test_what_a_backbone_changes_in_the_recipe_is_said(workspace, capsys):
     entry = tiny_params()["backbone"]["resnet18"] | {"recipe": {"tiny": {"lr": 0.5}}}
     folder = run(workspace, backbone={"resnet18": entry})

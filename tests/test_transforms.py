@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, RandomResizedCrop
 
 from cbml.datasets.images import PackedImages
-from cbml.datasets.transforms import center_boxes, crop_each, crop_together, random_boxes
+from cbml.datasets.transforms import center_boxes, color_jitter, crop_each, crop_together, random_boxes
 
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIZES = [(60, 80), (90, 60), (60, 60), (61, 97)]
@@ -107,3 +107,20 @@ def test_random_boxes_have_the_distribution_of_torchvision(height, width):
         and (ours[:, 0] + ours[:, 2] <= height).all()
         and (ours[:, 1] + ours[:, 3] <= width).all()
     )
+
+
+def test_colours_are_changed_as_torchvision_does_and_by_the_generator_alone():
+    crops = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def jittered(*shares, seed=1):
+        return color_jitter(crops, shares, torch.Generator().manual_seed(seed))
+
+    assert torch.equal(jittered(0, 0, 0, 0), crops)
+    assert torch.equal(jittered(0.4, 0.4, 0.4, 0.1), jittered(0.4, 0.4, 0.4, 0.1))
+    assert not torch.equal(jittered(0.4, 0.4, 0.4, 0.1), jittered(0.4, 0.4, 0.4, 0.1, seed=2))
+    brighter = jittered(0.5, 0, 0, 0).float() / crops.clamp(min=1)
+    factors = brighter.flatten(1).median(1).values
+    assert factors.min() > 0.49 and factors.max() < 1.51 and factors.std() > 0.1
+    grey = crops.float().mean((2, 3))
+    for part in (jittered(0, 0, 0.9, 0), jittered(0, 0, 0, 0.5)):  # saturation and hue leave brightness nearly alone
+        assert not torch.equal(part, crops) and (part.float().mean((2, 3)).mean(1) - grey.mean(1)).abs().max() < 25

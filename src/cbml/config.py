@@ -14,7 +14,7 @@ from cbml.backbones import BackboneConfig, input_convention
 from cbml.datasets import Dataset
 from cbml.errors import UserError
 from cbml.losses import LossConfig, config_union
-from cbml.schema import Count, Name, NonNegative, Positive, PositiveShare, Schema, Seed, first_error
+from cbml.schema import Count, Name, NonNegative, Positive, PositiveShare, Schema, Seed, Share, first_error
 
 
 def _distinct(values: list[int]) -> list[int]:
@@ -46,8 +46,14 @@ class Recipe(Schema):
         weights: what a backbone starts from if its entry does not say: "imagenet" or None, from scratch.
         iterations: number of batches; 0 evaluates the untrained network.
         batch_size, instances: images per batch, and of each class in it; classes per batch = batch_size / instances.
-        lr, weight_decay: of Adam.
-        lr_steps, lr_gamma: from each of these iterations on, the learning rate is multiplied by `lr_gamma` once more.
+        optimizer: "adam", "adamw" (its weight decay is no part of the gradient), or "sgd" with `momentum`.
+        lr, weight_decay, momentum: of the optimizer.
+        head_lr_factor: multiplies the learning rate of the head.
+        warmup: iterations over which the learning rate rises linearly to its value.
+        schedule: what it does then: "steps", or "cosine" down to zero at the end.
+        lr_steps, lr_gamma: from each of these iterations on, the learning rate is multiplied by `lr_gamma` once more;
+            of schedule "steps".
+        clip_norm: gradients of network and loss are scaled down to this norm; 0 leaves them as they are.
         freeze_bn: the trunk's batch normalisation uses its stored statistics; its affine parameters are trained all
             the same.
         resize: images are resized to this short side, in pixels, before any crop.
@@ -55,6 +61,8 @@ class Recipe(Schema):
         interpolation: of every resize.
         scale, ratio: of the random crop: share of the image's area, aspect ratio.
         flip: mirror half of the training images.
+        color_jitter: brightness, contrast, saturation and hue of each crop are changed by up to these shares, the
+            factors drawn as by torchvision's `ColorJitter`; None leaves them.
         validate_every: iterations between evaluations on the test list; 0: only before the first and after the last.
         select_by: also report the protocol `validated`: train without the validation classes first, find the validated
             iteration where a metric is highest on them, and score that iteration of the run on all training classes.
@@ -74,10 +82,16 @@ class Recipe(Schema):
     iterations: Whole
     batch_size: Count
     instances: Annotated[int, Field(ge=2)]
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: NonNegative
     weight_decay: NonNegative
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    head_lr_factor: Positive = 1.0
+    warmup: Whole = 0
+    schedule: Literal["steps", "cosine"] = "steps"
     lr_steps: list[Count] = []
     lr_gamma: PositiveShare = 0.1
+    clip_norm: NonNegative = 0.0
     freeze_bn: bool = True
     resize: Count
     crop: Count
@@ -85,6 +99,7 @@ class Recipe(Schema):
     scale: tuple[PositiveShare, PositiveShare] = (0.16, 1.0)
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     flip: bool = True
+    color_jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] | None = None
     validate_every: Whole = 0
     select_by: Annotated[
         Selection | None, BeforeValidator(lambda value: {"metric": value} if isinstance(value, str) else value)
@@ -101,6 +116,12 @@ class Recipe(Schema):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of instances {self.instances}")
         if self.crop > self.resize:
             raise ValueError(f"crop {self.crop} is larger than resize {self.resize}")
+        if self.schedule == "cosine" and self.lr_steps:
+            raise ValueError(
+                f"lr_steps {self.lr_steps} are for schedule steps, not for cosine: lr_steps=[] leaves them out"
+            )
+        if self.warmup > self.iterations:
+            raise ValueError(f"warmup {self.warmup} is longer than the {self.iterations} iterations")
         if self.select_by and not (self.validate_every and self.iterations):
             raise ValueError(f"select_by {self.select_by.metric} needs iterations and validate_every of at least 1")
         if self.scale[0] > self.scale[1] or self.ratio[0] > self.ratio[1]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -51,8 +52,11 @@ def facts(fabric: Fabric, recipe: Recipe) -> dict[str, str | bool]:
 
 
 def make_optimizer(recipe: Recipe, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
-    """Adam over parameter groups that each have their `lr`, in one kernel where the device has it."""
-    return torch.optim.Adam(groups, weight_decay=recipe.weight_decay, fused=device.type in ("cpu", "cuda"))
+    """The recipe's optimizer of parameter groups that each have their `lr`, in one kernel where the device has it."""
+    options: dict[str, Any] = {"weight_decay": recipe.weight_decay, "fused": device.type in ("cpu", "cuda")}
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=recipe.momentum, **options)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, **options)
 
 
 def compile_trunk(network: nn.Module, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from cbml.backbones import EmbeddingModel
 from cbml.config import Recipe
 from cbml.datasets.images import PackedImages
 from cbml.datasets.loading import load_batches
-from cbml.datasets.transforms import random_boxes
+from cbml.datasets.transforms import color_jitter, random_boxes
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
@@ -76,7 +76,13 @@ def train(
         UserError: the loss or an embedding is not finite.
     """
     criterion.to(fabric.device)
-    groups = [{"params": list(network.parameters()), "lr": recipe.lr}, *criterion.parameter_groups(recipe.lr)]
+    groups = [
+        {"params": [p for name, p in network.named_parameters() if not name.startswith("head.")], "lr": recipe.lr},
+        {"params": list(network.head.parameters()), "lr": recipe.lr * recipe.head_lr_factor},
+        *criterion.parameter_groups(recipe.lr),
+    ]
+    groups = [group for group in groups if group["params"]]
+    parameters = [p for group in groups for p in group["params"]]
     base_lrs = [group["lr"] for group in groups]
     if recipe.channels_last:
         network.to(memory_format=torch.channels_last)
@@ -116,18 +122,20 @@ def train(
         pixels, labels = next(loaded)
         seconds["data"] += time.monotonic() - began
         torch.manual_seed(stream(seed, iteration, 1))
-        lr_scale = recipe.lr_gamma ** sum(iteration >= step for step in recipe.lr_steps)
+        scale = lr_scale(recipe, iteration)
         for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
-            group["lr"] = base_lr * lr_scale
+            group["lr"] = base_lr * scale
 
         model.train()
         terms = criterion.terms(model(pixels), labels)
         loss = sum(terms.values())
         optimizer.zero_grad()
         fabric.backward(loss)
+        if recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
         optimizer.step()
 
-        row = {"iteration": iteration, "loss": loss.detach(), "lr": recipe.lr * lr_scale}
+        row = {"iteration": iteration, "loss": loss.detach(), "lr": recipe.lr * scale}
         if len(terms) > 1:
             row |= {f"loss_{name}": value.detach() for name, value in terms.items()}
         pending.append(row)
@@ -174,6 +182,15 @@ def stream(seed: int, iteration: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, iteration]).generate_state(2)[number])
 
 
+def lr_scale(recipe: Recipe, iteration: int) -> float:
+    """What the learning rate of an iteration, counted from 1, is multiplied by."""
+    if iteration <= recipe.warmup:
+        return iteration / recipe.warmup
+    if recipe.schedule == "cosine":
+        return (1 + math.cos(math.pi * (iteration - recipe.warmup - 1) / (recipe.iterations - recipe.warmup))) / 2
+    return recipe.lr_gamma ** sum(iteration >= step for step in recipe.lr_steps)
+
+
 def random_crops(
     images: PackedImages, recipe: Recipe, seed: int, iteration: int, indices: np.ndarray
 ) -> tuple[Tensor, Tensor]:
@@ -183,6 +200,8 @@ def random_crops(
     boxes = random_boxes(images.sizes[chosen], recipe.scale, recipe.ratio, generator)
     flip = torch.rand(len(chosen), generator=generator) < 0.5 if recipe.flip else None
     crops = images.crops(chosen, boxes, recipe.crop, flip=flip, interpolation=recipe.interpolation)
+    if recipe.color_jitter:
+        crops = color_jitter(crops, recipe.color_jitter, generator)
     return crops, images.labels[chosen]
 
 
