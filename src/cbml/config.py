@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from cbml.backbones import BackboneConfig, input_convention
+from cbml.backbones import BackboneConfig, input_convention, needs_size
 from cbml.datasets import Dataset
 from cbml.errors import UserError
 from cbml.losses import LossConfig, config_union
@@ -171,6 +171,9 @@ class Params(Schema):
             # What differs from the recipe's file was set for this run, and wins.
             if given.get(name) == self._recipe_file.get(name, given.get(name)):
                 changes[name] = value
+        size = (given | changes)["crop"]
+        if needs_size(network) and size != own["crop"]:
+            network = network.model_copy(update={"arguments": {"img_size": size} | network.arguments})
         started = {"weights": network.weights or (given | changes).get("weights"), "recipe": {}}
         try:
             recipe = Recipe.model_validate(given | changes)
@@ -248,6 +251,10 @@ class Cell:
             "seed": [self.seed],
         }
 
+    def to_yaml(self) -> str:
+        """`to_dict` as the text of a file that `load_cell` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
     def flat(self) -> dict[str, Any]:
         """The configuration as `loss`, `loss.margin`, `recipe.lr`, …: the same names whatever option was chosen."""
         flat: dict[str, Any] = {"embedding_dim": self.embedding_dim, "seed": self.seed}
@@ -289,7 +296,7 @@ def option_file(conf: Path, group: str, name: str) -> dict[str, Any]:
 
 
 def load_cell(path: Path) -> Cell:
-    """The cell of a file that `Cell.to_dict` was written to.
+    """The cell of a file that `Cell.to_yaml` was written to.
 
     Raises:
         UserError: it is missing or damaged.

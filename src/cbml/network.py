@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from cbml.backbones import EmbeddingModel, create_model
+from cbml.backbones.weights import read_state
 from cbml.config import Cell
 from cbml.errors import UserError
 from cbml.files import read_tensors
@@ -21,7 +22,10 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
     Raises:
         UserError: the weights cannot be had or do not fit; the loss's parameters do not fit together.
     """
-    network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=root)
+    try:
+        network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=root)
+    except UserError as error:
+        raise UserError(f"backbone {cell.backbone}: {error}") from error
     network.freeze_bn = cell.recipe.freeze_bn
     criterion = build_loss(cell.loss_config, embedding_dim=network.embedding_dim, num_classes=num_classes)
     return network, criterion
@@ -30,11 +34,14 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
 def load(cell: Cell, weights: Path) -> EmbeddingModel:
     """The trained network of a cell, in eval mode, on the CPU, in the memory format of its recipe.
 
+    Args:
+        weights: its state dict, `.pt` or `.safetensors`.
+
     Raises:
         UserError: `weights` is missing or damaged, or of another network.
     """
     network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=Path(), load_weights=False)
-    state = read_tensors(weights, "train")
+    state = read_state(weights) if weights.suffix == ".safetensors" else read_tensors(weights, "train")
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError) as error:  # other names or shapes; no state dict at all

@@ -28,6 +28,7 @@ from PIL import Image
 
 from cbml import provenance
 from cbml.config import Cell, load_cell
+from cbml.errors import UserError
 from cbml.files import atomic_write, locked, write_text
 from cbml.progress import message
 from cbml.workspace import Workspace
@@ -113,6 +114,18 @@ class Store:
             if not (token := page.token):
                 break
         return dict(sorted(found.items()))
+
+    def model(self, run_id: str) -> Path:
+        """The folder with the cell and the weights of a run's logged model.
+
+        Raises:
+            UserError: the store has no such run, or the run no model.
+        """
+        try:
+            self.client.get_run(run_id)
+            return Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/model")) / "artifacts"
+        except mlflow.MlflowException as error:
+            raise UserError(f"{run_id}: neither a folder nor a run with a model ({error})") from None
 
     def _files(self, run: Any) -> Path:
         """The artifacts of a run: where they are, or a copy of those that are elsewhere."""

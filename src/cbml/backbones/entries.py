@@ -42,6 +42,7 @@ class BackboneConfig(Schema):
     Attributes:
         type: how the trunk is built.
         model: the model's name, for `type: timm` only.
+        arguments: further arguments of `timm.create_model`, such as `img_size`; for `type: timm` only.
         stride_in: the convolution of a bottleneck that holds its stride: the 3×3 (`conv2`, torchvision) or the first
             1×1 (`conv1`, as He et al. published it). ResNet-50, -101 and -152 only.
         weights: None (as the recipe says), "imagenet" (the published file; for timm its own), or the path of a file,
@@ -54,6 +55,7 @@ class BackboneConfig(Schema):
 
     type: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "googlenet", "bn_inception", "timm"]
     model: str | None = None
+    arguments: dict[str, Any] = {}
     stride_in: Literal["conv1", "conv2"] = "conv2"
     weights: str | None = Field(default=None, min_length=1)
     published: PublishedWeights | None = None
@@ -71,8 +73,8 @@ class BackboneConfig(Schema):
             if given := [name for name, value in own.items() if value is not None]:
                 raise ValueError(f"a timm model brings its own {' and '.join(given)}: leave out or null")
         else:
-            if self.model is not None:
-                raise ValueError(f"`model` is for type timm only, not for {self.type}")
+            if self.model is not None or self.arguments:
+                raise ValueError(f"`model` and `arguments` are for type timm only, not for {self.type}")
             if absent := [name for name, value in own.items() if value is None]:
                 raise ValueError(f"type {self.type} needs `{'` and `'.join(absent)}`")
             if self.weights == "imagenet" and self.published is None:

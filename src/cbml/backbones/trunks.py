@@ -8,9 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
-import torchvision
 from torch import nn
-from torchvision.models.resnet import Bottleneck
 
 from cbml.backbones.bn_inception import BNInception
 from cbml.backbones.entries import BackboneConfig, InputConvention
@@ -31,9 +29,9 @@ def build_trunk(config: BackboneConfig, root: Path) -> nn.Module:
     Raises:
         UserError: the weights cannot be had, read or loaded, or timm or the timm model is missing.
     """
-    trunk = TRUNKS[config.type](config)
-    if (path := weights_file(config, root)) is None:
-        return trunk
+    trunk = TRUNKS[config.type](config, root)
+    if (path := weights_file(config, root)) is None or "img_size" in config.arguments:
+        return trunk  # timm has loaded its weights, and resized what depends on the size of images
     load_state(trunk, read_state(path), path, (*CLASSIFIERS, *getattr(trunk, "classifier_names", ())))
     return trunk
 
@@ -70,7 +68,7 @@ def input_convention(config: BackboneConfig) -> InputConvention:
     timm = _timm_with(config.model)
     pretrained = timm.get_pretrained_cfg(config.model)
     data = timm.data.resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
-    crop = data["input_size"][1]
+    crop = config.arguments.get("img_size", data["input_size"][1])
     return InputConvention(
         mean=data["mean"],
         std=data["std"],
@@ -80,33 +78,50 @@ def input_convention(config: BackboneConfig) -> InputConvention:
     )
 
 
-def _resnet(config: BackboneConfig) -> nn.Module:
+def needs_size(config: BackboneConfig) -> bool:
+    """Whether a network has to be built for one size of images, as most vision transformers are."""
+    if config.type != "timm":
+        return False
+    pretrained = _timm_with(config.model).get_pretrained_cfg(config.model)
+    return bool(pretrained and pretrained.fixed_input_size)
+
+
+def _resnet(config: BackboneConfig, root: Path) -> nn.Module:
+    import torchvision
+
     network = torchvision.models.get_model(config.type, weights=None)
     if config.stride_in == "conv1":
         for block in network.modules():
-            if isinstance(block, Bottleneck):
+            if isinstance(block, torchvision.models.resnet.Bottleneck):
                 block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
     return _until_pooling(network)
 
 
-def _googlenet(config: BackboneConfig) -> nn.Module:
+def _googlenet(config: BackboneConfig, root: Path) -> nn.Module:
+    import torchvision
+
     network = torchvision.models.googlenet(weights=None, transform_input=False, aux_logits=False, init_weights=False)
     return _kaiming(_until_pooling(network))
 
 
-def _bn_inception(config: BackboneConfig) -> nn.Module:
+def _bn_inception(config: BackboneConfig, root: Path) -> nn.Module:
     return _kaiming(BNInception())
 
 
-def _timm(config: BackboneConfig) -> nn.Module:
+def _timm(config: BackboneConfig, root: Path) -> nn.Module:
     timm = _timm_with(config.model)
+    options = dict(config.arguments, pretrained=config.weights == "imagenet", num_classes=0)
+    if "img_size" in options and config.weights not in (None, "imagenet"):
+        path = root / config.weights
+        read_state(path)  # for what it says of a bad file
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
     try:
-        trunk = timm.create_model(config.model, pretrained=config.weights == "imagenet", num_classes=0)
+        trunk = timm.create_model(config.model, **options)
     except Exception as error:  # timm, its hub client and their transports each have their own types
         reason = f"{error}".strip().partition("\n")[0]
         raise UserError(
-            f"timm model '{config.model}' cannot be had ({type(error).__name__}: {reason}); a file of "
-            "weights can be named as `weights`"
+            f"timm model '{config.model}' cannot be had ({type(error).__name__}: {reason}); a file of weights can be "
+            "named: -S backbone.NAME.weights=PATH"
         ) from error
     trunk.num_features = trunk.head_hidden_size  # differs where a layer follows the pooling, as in MobileNetV3
     classifiers = trunk.pretrained_cfg.get("classifier") or ()
@@ -116,7 +131,7 @@ def _timm(config: BackboneConfig) -> nn.Module:
     return trunk
 
 
-TRUNKS: dict[str, Callable[[BackboneConfig], nn.Module]] = {
+TRUNKS: dict[str, Callable[[BackboneConfig, Path], nn.Module]] = {
     **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), _resnet),
     "googlenet": _googlenet,
     "bn_inception": _bn_inception,

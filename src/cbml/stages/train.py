@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from torch import Tensor
 
 from cbml import network, provenance, tracking
@@ -100,7 +99,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
                 pd.DataFrame(trained["validations"]).to_csv(folder / "validations.csv", index=False)
                 if selection:
                     pd.DataFrame(selected["validations"]).to_csv(folder / "selection.csv", index=False)
-                (folder / "cell.yaml").write_text(yaml.safe_dump(cell.to_dict(), sort_keys=False))
+                (folder / "cell.yaml").write_text(cell.to_yaml())
                 (folder / "run.json").write_text(json.dumps(record, indent=2))
     # The checkpoint stays until `evaluate` begins: by then DVC has recorded this stage.
     return out

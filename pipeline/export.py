@@ -1,0 +1,20 @@
+"""A trained cell as a folder for use elsewhere: safetensors, configuration, ONNX."""
+
+import argparse
+from pathlib import Path
+
+from cbml.errors import run_main
+from cbml.stages.embed import load_model
+from cbml.workspace import Workspace
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="runs/<dataset>/<cell>, or the id of an MLflow run")
+    parser.add_argument("out", type=Path, help="a folder that does not exist yet")
+    options = parser.parse_args()
+    print(load_model(options.model, Workspace.here()).export(options.out))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,54 @@
+"""Use a trained cell on any images."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cbml import trained
+from cbml.errors import UserError
+from cbml.evaluation.retrieval import retrieve
+from cbml.files import atomic_write
+from cbml.tracking import Store
+from cbml.workspace import Workspace
+
+PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def load_model(model: str, workspace: Workspace) -> trained.Trained:
+    """The trained cell of a run folder, of a folder that was exported, or of an MLflow run by its id."""
+    return trained.load(model if Path(model).is_dir() else Store(workspace).model(model))
+
+
+def embed_images(model: trained.Trained, images: list[Path], out: Path) -> tuple[list[Path], np.ndarray]:
+    """Write the embeddings of images to an .npz file: `paths` (N,) and `embeddings` (N, D).
+
+    Args:
+        images: files, and folders that are searched for them.
+
+    Raises:
+        UserError: a folder has no images, or one cannot be read.
+    """
+    files = [file for path in images for file in (_pictures(path) if path.is_dir() else [path])]
+    embeddings = model.embed(files)
+    with atomic_write(out) as temporary, temporary.open("wb") as file:
+        np.savez(file, paths=[str(each) for each in files], embeddings=embeddings)
+    return files, embeddings
+
+
+def nearest(files: list[Path], embeddings: np.ndarray, k: int) -> str:
+    """Each image with the `k` most similar others, in text."""
+    no_classes = torch.zeros(len(files))
+    indices, similarities = (found.tolist() for found in retrieve(torch.from_numpy(embeddings), no_classes, k))
+    lines = []
+    for file, others, values in zip(files, indices, similarities, strict=True):
+        lines.append(str(file))
+        lines += [f"    {value:.3f} {files[other]}" for other, value in zip(others, values, strict=True)]
+    return "\n".join(lines)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    if not found:
+        raise UserError(f"{folder}: no images; expected {', '.join(PICTURES)}")
+    return found
