@@ -136,12 +136,28 @@ def test_a_backbone_brings_its_own_pixels_and_changes_to_the_recipe(project):
     assert (cell.recipe.lr_steps, cell.recipe.crop, cell.recipe.resize) == ([3], 16, 24)
     assert cell.recipe.interpolation == "bicubic"
     assert cell.changes == {
-        "crop": (20, 16),
-        "interpolation": ("bilinear", "bicubic"),
-        "lr_steps": ([], [3]),
+        "crop": (20, 16, "backbone.resnet18"),
+        "interpolation": ("bilinear", "bicubic", "backbone.resnet18"),
+        "lr_steps": ([], [3], "backbone.resnet18"),
     }
     with pytest.raises(UserError, match=r"backbone\.resnet18 with recipe\.tiny: .*unknown parameter lr_step"):
         cell_of(**with_entry(recipe={"tiny": {"lr_step": [3]}}))
+
+
+def test_a_loss_changes_the_recipe_after_the_backbone_and_what_is_set_for_a_run_wins(project):
+    Path("conf/recipe").mkdir(parents=True)
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": TINY_RECIPE}))
+    loss = {"loss": {"cbml_log": {"type": "cbml", "recipe": {"tiny": {"lr_steps": [4], "flip": False}}}}}
+    entry = with_entry(recipe={"tiny": {"lr_steps": [3]}}) | loss
+    cell = cell_of(conf=Path("conf"), **entry)
+    assert cell.changes == {"lr_steps": ([], [4], "loss.cbml_log"), "flip": (True, False, "loss.cbml_log")}
+    assert cell_of(conf=Path("conf"), **entry, **with_recipe(lr_steps=[2])).recipe.lr_steps == [2]
+    # What the recipe came to is what counts, not by whom.
+    same = cell_of(**with_recipe(lr_steps=[4], flip=False), loss={"cbml_log": {"type": "cbml"}})
+    assert cell.key("images", None) == same.key("images", None)
+    loss["loss"]["cbml_log"]["recipe"]["tiny"] = {"lr_step": [4]}
+    with pytest.raises(UserError, match=r"loss\.cbml_log with recipe\.tiny: .*unknown parameter lr_step"):
+        cell_of(conf=Path("conf"), **loss)
 
 
 def test_what_is_set_for_a_run_wins_over_the_backbones_entry(project):

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from cbml.datasets.sampler import class_balanced_batches
+from cbml.batches.classes import class_balanced_batches
 from cbml.errors import UserError
 
 LABELS = np.repeat(np.arange(6), [8, 9, 11, 3, 4, 12])

@@ -368,10 +368,10 @@ def test_half_precision_reaches_the_loss_in_float32(workspace, monkeypatch):
     seen = []
 
     class Watching(Diverging):
-        def terms(self, embeddings, labels):
+        def terms(self, embeddings, labels, **more):
             seen.append(embeddings.dtype)
             assert (embeddings.norm(dim=1) - 1).abs().max() < 1e-5
-            return super().terms(embeddings, labels)
+            return super().terms(embeddings, labels, **more)
 
     monkeypatch.setattr(network, "build_loss", lambda *_, **__: Watching(at=None))
     run(workspace, recipe={"tiny": TINY_RECIPE | {"precision": "bf16-mixed", "channels_last": True}})

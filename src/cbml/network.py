@@ -9,25 +9,34 @@ from cbml.backbones.weights import read_state
 from cbml.config import Cell
 from cbml.errors import UserError
 from cbml.files import read_tensors
-from cbml.losses import Loss, build_loss
+from cbml.losses import Loss, build_loss, needs
 
 
 def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, Loss]:
     """The untrained network of a cell, on its weights, and its loss.
 
     Args:
-        num_classes: of the training list.
+        num_classes: of the batches' labels.
         root: what a path of weights is relative to.
 
     Raises:
         UserError: the weights cannot be had or do not fit; the loss's parameters do not fit together.
     """
+    head = cell.loss_config.head
     try:
-        network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=root)
+        network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=root, head=head)
     except UserError as error:
         raise UserError(f"backbone {cell.backbone}: {error}") from error
     network.freeze_bn = cell.recipe.freeze_bn
-    criterion = build_loss(cell.loss_config, embedding_dim=network.embedding_dim, num_classes=num_classes)
+    criterion = build_loss(
+        cell.loss_config,
+        embedding_dim=network.embedding_dim,
+        num_classes=num_classes,
+        feature_dim=network.trunk.num_features,
+        parts=network.parts,
+    )
+    if "map" in needs(criterion) and network.pooling is None:
+        raise UserError(f"loss {cell.loss}: needs the last feature map, which backbone {cell.backbone} does not give")
     return network, criterion
 
 
@@ -40,7 +49,8 @@ def load(cell: Cell, weights: Path) -> EmbeddingModel:
     Raises:
         UserError: `weights` is missing or damaged, or of another network.
     """
-    network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=Path(), load_weights=False)
+    options = {"embedding_dim": cell.embedding_dim, "head": cell.loss_config.head}
+    network = create_model(cell.backbone_config, root=Path(), load_weights=False, **options)
     state = read_state(weights) if weights.suffix == ".safetensors" else read_tensors(weights, "train")
     try:
         network.load_state_dict(state)

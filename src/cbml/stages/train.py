@@ -16,9 +16,9 @@ from torch import Tensor
 
 from cbml import network, provenance, tracking
 from cbml.backbones import weights_content
+from cbml.batches import ClassesConfig
 from cbml.config import Cell
 from cbml.datasets.lists import ImageList, check_disjoint, hold_out
-from cbml.datasets.sampler import class_balanced_batches
 from cbml.files import atomic_write, write_tensors
 from cbml.progress import message
 from cbml.stages.inputs import fingerprint, images_of, list_of
@@ -41,8 +41,8 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
         UserError: a list, an image, the weights or the loss's parameters are bad, before any image is decoded; the
             loss is not finite.
     """
-    for name, (value, used) in cell.changes.items():
-        message(f"{cell.name}: recipe.{cell.recipe_name}.{name} is {used} by backbone.{cell.backbone}, not {value}")
+    for name, (value, used, owner) in cell.changes.items():
+        message(f"{cell.name}: recipe.{cell.recipe_name}.{name} is {used} by {owner}, not {value}")
     selection = cell.recipe.select_by
     train_list, test_list = (list_of(workspace, cell, name) for name in ("train", "test"))
     train_on_all, code = _prepare(cell, workspace, train_list, test_list)
@@ -115,9 +115,10 @@ def _prepare(
     check_disjoint(train_list, scored)
     labels = np.unique(train_list.labels, return_inverse=True)[1]
     recipe = cell.recipe
-    batches = class_balanced_batches(labels, recipe.batch_size, recipe.instances, cell.seed)
+    numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
+    batches = (cell.loss_config.batches or ClassesConfig()).build(labels, seed=cell.seed, **numbers)
     torch.manual_seed(cell.seed)
-    model, criterion = network.build(cell, num_classes=train_list.num_classes, root=workspace.root)
+    model, criterion = network.build(cell, num_classes=batches.num_classes, root=workspace.root)
 
     def train_on(**options) -> dict[str, Any]:
         images = replace(images_of(workspace, cell, train_list), labels=torch.from_numpy(labels))
@@ -125,7 +126,7 @@ def _prepare(
             recipe, cell.seed, model, criterion, batches, images, images_of(workspace, cell, scored), **options
         )
 
-    return train_on, provenance.training_code(model, criterion)
+    return train_on, provenance.training_code(model, criterion, batches)
 
 
 def _prefixed(row: dict[str, float], prefix: str) -> dict[str, float]:
