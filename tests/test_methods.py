@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from cbml.errors import UserError
 from cbml.losses import build_loss
+from cbml.losses.adversarial import adversarial
 
 
 def plane(*degrees):
@@ -316,6 +317,35 @@ def test_random_signs_stand_for_the_square_of_the_product():
 def test_horde_without_a_map_is_one_line():
     with pytest.raises(UserError, match="needs the map of its batch"):
         horde()(torch.eye(3, dtype=torch.float64), torch.tensor([0, 0, 1]))
+
+
+# MIC
+
+
+def test_the_adversarial_term_has_its_known_value_and_reversed_gradient():
+    a = torch.tensor([[1.0, 0.5], [0.2, 1]], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([[1.0, 1, 0], [0, 1, 1]], dtype=torch.float64)
+    first, second = nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
+    first.weight.data = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, -1, 0]], dtype=torch.float64)
+    second.weight.data = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0]], dtype=torch.float64)
+    term = adversarial(a, b, nn.Sequential(first, nn.ReLU(), second))
+    assert term.item() == pytest.approx(-0.365385, abs=1e-6)
+    (gradient,) = torch.autograd.grad(term, a)
+    assert gradient.flatten().tolist() == pytest.approx([0, 0, -0.092456, 0.018491], abs=1e-6)
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_mic_is_a_loss_on_the_head_of_its_task_and_the_adversarial_term(task):
+    embeddings, labels = sample()
+    features = torch.randn(len(labels), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss = make("mic", feature_dim=5, embedding_dim=8, loss={"type": "contrastive"})
+    embeddings.requires_grad_()
+    terms = loss.terms(embeddings, labels, features=features, task=task)
+    shared = normalize(loss.shared(features), dim=1)
+    torch.testing.assert_close(terms["task"], build("contrastive")((embeddings, shared)[task], labels))
+    torch.testing.assert_close(terms["adversarial"], 2500 * adversarial(embeddings, shared, loss.regressor))
+    of_embeddings, of_shared = torch.autograd.grad(terms["task"], [embeddings, loss.shared.weight], allow_unused=True)
+    assert (of_embeddings is None, of_shared is None) == (task == 1, task == 0)
 
 
 # All of them

@@ -45,8 +45,8 @@ class TwoTasks(Batches):
     def __init__(self, config: TwoTasksConfig, labels: np.ndarray, batch_size: int, instances: int, seed: int):
         if not batch_size // instances <= config.clusters <= len(labels):
             raise UserError(
-                f"batches two_tasks: {config.clusters} clusters; allowed: from the {batch_size // instances} of a batch "
-                f"to the {len(labels)} images"
+                f"batches two_tasks: {config.clusters} clusters; allowed: from the {batch_size // instances} of a "
+                f"batch to the {len(labels)} images"
             )
         self.config, self.labels, self.seed = config, labels, seed
         self.num_classes = max(config.clusters, len(np.unique(labels)))

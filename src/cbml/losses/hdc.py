@@ -17,8 +17,8 @@ class HDC(Loss):
     """A contrastive loss on each part of the embedding, normalised, and there on the hardest pairs alone.
 
     A positive pair costs its squared distance d², a negative one `negative_factor` max(0, `margin` − d²). A part keeps
-    a share of the positive pairs, the farthest, and of the negative ones, the closest, rounded down. Its loss is the sum
-    of the costs by the number of kept pairs with a cost above zero; the losses of the parts are added.
+    a share of the positive pairs, the farthest, and of the negative ones, the closest, rounded down. Its loss is the
+    sum of the costs by the number of kept pairs with a cost above zero; the losses of the parts are added.
 
     Args:
         ratios: the share of all pairs that each part keeps.

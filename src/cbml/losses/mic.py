@@ -14,7 +14,7 @@ from cbml.schema import NonNegative
 
 @register("mic")
 class MIC(Loss):
-    """A loss on the embedding, for classes, and one on a second head, for what classes share, kept apart from each other.
+    """A loss on the embedding, for classes, and one on a second head, for what they share, kept apart from each other.
 
     The second head is linear, on the pooled features, of the embedding's size; only training has it. Each batch is of
     one of the two tasks, and has besides `adversarial_weight` times the adversarial term of the two embeddings: the
