@@ -9,6 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch.nn.functional import normalize
 
+from cbml.backbones import Outputs
 from cbml.errors import UserError
 from cbml.losses import REGISTRY, build_loss, config_union, needs
 from cbml.schema import first_error
@@ -56,22 +57,23 @@ VARIANTS = {
     "cbml_log_unconstrained": {"type": "cbml", "variance_weight": 0.0},
     "cbml_sqrt": {"type": "cbml", "form": "sqrt"},
     "abier": {"type": "bier", "decorrelation": "adversarial"},
+    "cbml_clusters": {"type": "cbml"},
+    "multi_similarity_clusters": {"type": "multi_similarity", "beta": 40.0},
     "divide_conquer": {"type": "per_part", "select": "task", "loss": {"type": "margin", "learn_beta": False}},
     "mic": {"type": "mic", "loss": {"type": "margin", "nonzero_loss_cutoff": 2.0}},
     "horde": {"type": "horde", "loss": {"type": "cosine_contrastive"}},
     "ranked_list_lmh": {"type": "per_part", "loss": {"type": "ranked_list"}},
     "xbm_contrastive": {"type": "xbm", "memory_size": 128, "loss": {"type": "contrastive"}},
 }
+# They learn on the batches that they are for, and not from classes alone.
+OWN_BATCHES = {"isif", "mic", "moco", "stml"}
 # Their pairs are drawn at random, or are the first of a class.
-ORDERED = {"divide_conquer", "margin", "mic", "npair"}
+ORDERED = {"divide_conquer", "margin", "mic", "moco", "npair"}
 # A class or a target of their own is something to learn from any image.
 NEVER_IDLE = {"abier", "adversarial", "bier", "cbml_center", "center", "crossentropy", "proxynca", "softtriple"}
-NEVER_IDLE |= {
-    "horde",
-    "hdc",
-    "mic",
-    "ranked_list_lmh",
-}  # products do not tell opposite points apart; parts that are zero
+NEVER_IDLE |= {"isif", "moco", "stml"}  # each image is one to learn from
+# Products do not tell opposite points apart; of a point some parts are zero.
+NEVER_IDLE |= {"horde", "hdc", "mic", "ranked_list_lmh"}
 
 
 def case_id(value):
@@ -106,7 +108,9 @@ def option(name):
         def add(module, arguments, more):
             embeddings = arguments[0]
             maps = embeddings[:, :, None, None].expand(-1, -1, 2, 2)
-            return arguments, {"features": embeddings, "map": maps, "head": head.to(embeddings.dtype), **more}
+            seen = {"features": embeddings, "raw": embeddings, "indices": torch.arange(len(embeddings)), "map": maps}
+            others = {"head": head.to(embeddings.dtype), "teacher": Outputs(embeddings, embeddings, embeddings)}
+            return arguments, seen | others | more
 
         loss.register_forward_pre_hook(add, with_kwargs=True)
     return loss
@@ -268,7 +272,7 @@ def test_order_of_the_batch_does_not_matter(name):
     torch.testing.assert_close(gradient[order], permuted_gradient)
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"mic"}))  # which needs batches of two tasks
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - OWN_BATCHES))
 def test_learns_a_toy_set(name):
     """Classes that differ in two of eight coordinates: a linear map learns to look at these two alone."""
     generator = torch.Generator().manual_seed(0)
@@ -305,7 +309,12 @@ def test_learning_rate_of_own_parameters():
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_files_hold_the_defaults(name):
-    nothing_else = {"head": None, "batches": None, "recipe": {}}  # of these a constructor knows nothing
+    nothing_else = {
+        "head": None,
+        "batches": None,
+        "teacher": None,
+        "recipe": {},
+    }  # of these a constructor knows nothing
     assert parse_option(name).model_copy(update=nothing_else) == parse(VARIANTS.get(name, {"type": name}))
 
 

@@ -8,9 +8,11 @@ from test_losses import build, parse, sample, value_and_gradient
 from torch import nn
 from torch.nn.functional import normalize
 
+from cbml.backbones import Outputs
 from cbml.errors import UserError
 from cbml.losses import build_loss
 from cbml.losses.adversarial import adversarial
+from cbml.losses.stml import contextual_similarity
 
 
 def plane(*degrees):
@@ -346,6 +348,129 @@ def test_mic_is_a_loss_on_the_head_of_its_task_and_the_adversarial_term(task):
     torch.testing.assert_close(terms["adversarial"], 2500 * adversarial(embeddings, shared, loss.regressor))
     of_embeddings, of_shared = torch.autograd.grad(terms["task"], [embeddings, loss.shared.weight], allow_unused=True)
     assert (of_embeddings is None, of_shared is None) == (task == 1, task == 0)
+
+
+# STML
+
+TAUGHT = plane(0, 12, 35, 90, 101, 140)
+F = torch.tensor([[1.0, 0], [0.9, 0.3], [0.5, 0.9], [0, 1.2], [-0.2, 1.0], [-0.8, 0.5]], dtype=torch.float64)
+G = torch.tensor(
+    [[1.0, 0.1, 0], [0.8, 0.3, 0.1], [0.6, 0.7, 0.2], [0.1, 1, 0.3], [-0.1, 1, 0.2], [-0.7, 0.6, 0]],
+    dtype=torch.float64,
+)
+TWICE = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def literal_similarity(embeddings, indices, sigma, k):
+    n = len(embeddings)
+    pairwise = [
+        [math.exp(-((embeddings[i] - embeddings[j]).square().sum()) / sigma) for j in range(n)] for i in range(n)
+    ]
+    equal = [[1.0 if indices[i] == indices[j] else pairwise[i][j] for j in range(n)] for i in range(n)]
+    near = [sorted(range(n), key=lambda j, i=i: -equal[i][j])[:k] for i in range(n)]
+    mutual = [{j for j in near[i] if i in near[j]} for i in range(n)]
+    overlap = [
+        [len(mutual[i] & mutual[j]) / len(mutual[i]) if j in mutual[i] else 0.0 for j in range(n)] for i in range(n)
+    ]
+    half = near_half(near, k)
+    wide = [[sum(overlap[h][j] for h in half[i]) / len(half[i]) for j in range(n)] for i in range(n)]
+    return torch.tensor([[(pairwise[i][j] + (wide[i][j] + wide[j][i]) / 2) / 2 for j in range(n)] for i in range(n)])
+
+
+def near_half(near, k):
+    return [neighbours[: round(k / 2)] for neighbours in near]
+
+
+@pytest.mark.parametrize(
+    ("indices", "first_row"),
+    [
+        (TWICE, [0.875, 0.680269, 0.630710, 0.631709, 0.413545, 0.341545]),
+        (torch.arange(6), [1, 0.992769, 0.911960, 0.256709, 0.226045, 0.154045]),
+    ],
+)
+def test_contextual_similarity_has_its_known_values(indices, first_row):
+    found = contextual_similarity(3 * TAUGHT, indices, sigma=3.0, k=4)
+    assert found[0].tolist() == pytest.approx(first_row, abs=1e-6)
+    torch.testing.assert_close(found.float(), literal_similarity(TAUGHT, indices, 3.0, 4))
+    torch.testing.assert_close(found, found.T)
+    assert found.min() >= 0 and found.max() <= 1
+
+
+def stml(**parameters):
+    """With projections that hand the features on."""
+    loss = make("stml", feature_dim=3, neighbours=4, projection_dim=3, **parameters)
+    for head in (loss.projection, loss.teacher):
+        head.weight.data = torch.eye(3, dtype=torch.float64)
+    return loss
+
+
+def test_stml_has_its_known_values():
+    taught = nn.functional.pad(TAUGHT, (0, 1)).requires_grad_()
+    f, g = F.clone().requires_grad_(), G.clone().requires_grad_()
+    seen = {"embeddings": normalize(f, dim=1), "labels": TWICE, "indices": TWICE}
+    terms = stml().terms(**seen, raw=f, features=g, teacher=Outputs(taught, features=taught))
+    assert terms["embedding"].item() == pytest.approx(0.894409 / 2, abs=1e-6)
+    assert terms["projection"].item() == pytest.approx(0.895314 / 2, abs=1e-6)
+    assert terms["distillation"].item() == pytest.approx(0.004504, abs=1e-6)
+    gradients = torch.autograd.grad(terms["distillation"], [f, g, taught], allow_unused=True, retain_graph=True)
+    assert [gradient is None for gradient in gradients] == [False, True, True]
+    assert torch.autograd.grad(sum(terms.values()), taught, allow_unused=True) == (None,)
+    scaled = stml().terms(**seen, raw=5 * f, features=g, teacher=Outputs(taught, features=taught))
+    torch.testing.assert_close(scaled, terms)
+
+
+def test_the_teacher_of_a_head_follows_it_and_is_not_trained():
+    loss = stml()
+    loss.projection.weight.data.fill_(1.0)
+    loss.teacher.weight.data.fill_(0.0)
+    for steps, expected in ((1, 0.001), (1, 0.001999), (998, 0.632305)):
+        for _ in range(steps):
+            loss.follow(0.999)
+        assert loss.teacher.weight[0, 0].item() == pytest.approx(expected, abs=1e-6)
+    assert [len(group["params"]) for group in loss.parameter_groups(1.0)] == [2]
+
+
+# ISIF and MoCo
+
+
+def literal_isif(e, y, temperature):
+    n, total = len(e), 0.0
+    for a in range(n):
+        exps = {k: torch.exp(e[a] @ e[k].detach() / temperature) for k in range(n) if k != a}
+        q = {k: value / sum(exps.values()) for k, value in exps.items()}
+        total = total - sum(q[k].log() if y[k] == y[a] else (1 - q[k]).log() for k in q)
+    return total / n
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(0.1, 0.503717), (1.0, 2.051874)])
+def test_isif_has_its_known_values_and_gradients_through_the_anchor_alone(temperature, expected):
+    embeddings, labels = plane(0, 50, 100, 15, 65, 95), torch.tensor([0, 1, 2, 0, 1, 2])
+    loss = make("isif", temperature=temperature)
+    assert loss(embeddings, labels).item() == pytest.approx(expected, abs=1e-6)
+    for found, wanted in zip(
+        value_and_gradient(loss, embeddings, labels),
+        value_and_gradient(lambda e, y: literal_isif(e, y, temperature), embeddings, labels),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_moco_tells_the_teachers_crop_from_the_queue():
+    loss = make("moco", embedding_dim=3, projection_dim=2, queue=5, temperature=0.5)
+    raw, taught = (torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    queue = loss.queue.clone()
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    value = loss(normalize(raw, dim=1), labels, raw=raw, teacher=Outputs(taught, raw=taught))
+    queries, keys = normalize(loss.projection(raw[:3]), dim=1), normalize(loss.teacher(taught[3:]), dim=1)
+    expected = sum(
+        -torch.log_softmax(torch.stack([q @ k, *(q @ other for other in queue)]) / 0.5, 0)[0]
+        for q, k in zip(queries, keys, strict=True)
+    )
+    torch.testing.assert_close(value, expected / 3)
+    torch.testing.assert_close(loss.queue, torch.cat([keys, queue])[:5])
+    resumed = make("moco", embedding_dim=3, projection_dim=2, queue=5)
+    resumed.load_state_dict(loss.state_dict())
+    assert torch.equal(resumed.queue, loss.queue)
 
 
 # All of them

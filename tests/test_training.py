@@ -122,19 +122,21 @@ def test_switches_are_set_for_the_run_alone(workspace, monkeypatch):
 
 
 METHODS = ["abier", "divide_conquer", "hdc", "horde", "mic"]
+WITHOUT_LABELS = ["cbml_clusters", "isif", "moco", "multi_similarity_clusters", "stml"]
 
 
 def method(name, **recipe):
     """A method on the tiny cell; batches that look at the images do so every three iterations."""
     config = yaml.safe_load((ROOT / "conf" / "loss" / f"{name}.yaml").read_text())[name]
+    small = {"horde": {"width": 64}, "moco": {"queue": 16}, "stml": {"projection_dim": 8, "neighbours": 4}}
+    config |= small.get(name, {})
     if "batches" in config:
-        config["batches"]["refresh"] = 0.75
-    if name == "horde":
-        config["width"] = 64
+        config["batches"]["refresh"] = 0.375 if config["batches"]["type"] in ("instances", "neighbours") else 0.75
+        config["batches"] |= {"clusters": {"k": 6}, "neighbours": {"count": 2}}.get(config["batches"]["type"], {})
     return {"loss": {name: config}, "embedding_dim": [48], "recipe": {"tiny": TINY_RECIPE | recipe}}
 
 
-@pytest.mark.parametrize("loss", ["cbml_log", "softtriple", "xbm_contrastive", *METHODS])
+@pytest.mark.parametrize("loss", ["cbml_log", "softtriple", "xbm_contrastive", *METHODS, *WITHOUT_LABELS])
 def test_broken_off_at_any_iteration_it_ends_with_the_same_bits(workspace, monkeypatch, loss):
     changes = method(loss, checkpoint_every=1)
     unbroken = from_the_beginning(workspace, **changes)
@@ -145,7 +147,26 @@ def test_broken_off_at_any_iteration_it_ends_with_the_same_bits(workspace, monke
     assert len(calls) == 6  # 0, 2 (broken) — 2, 4 (broken) — 4, 6: nothing was done twice
 
 
-@pytest.mark.parametrize("loss", METHODS)
+@pytest.mark.parametrize("loss", WITHOUT_LABELS)
+def test_labels_of_training_images_change_no_bit(workspace, tmp_path, loss):
+    changes = method(loss)
+    expected = weights_of(run(workspace, **changes))
+    lists = Path("lists").resolve()
+    Path("lists").unlink()
+    shutil.copytree(lists, "lists")
+    train_list = Path("lists/glyphs/train.txt")
+    paths = [line.rpartition(",")[0] for line in train_list.read_text().splitlines()]
+    for labels in ([0] * len(paths), [number % 6 for number in range(len(paths))]):
+        train_list.write_text("".join(f"{path},{label}\n" for path, label in zip(paths, labels, strict=True)))
+        shutil.rmtree(".checkpoints")
+        assert weights_of(run(workspace, **changes)) == expected
+
+
+def weights_of(folder):
+    return weights_sha256(read_tensors(folder / "final.pt", "train"))
+
+
+@pytest.mark.parametrize("loss", METHODS + WITHOUT_LABELS)
 def test_what_only_training_has_does_not_reach_the_trained_network(workspace, loss):
     folder = run(workspace, **method(loss, iterations=1))
     cell = load_cell(folder / "cell.yaml")

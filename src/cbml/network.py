@@ -37,6 +37,8 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
     )
     if "map" in needs(criterion) and network.pooling is None:
         raise UserError(f"loss {cell.loss}: needs the last feature map, which backbone {cell.backbone} does not give")
+    if "teacher" in needs(criterion) and cell.loss_config.teacher is None:
+        raise UserError(f"loss {cell.loss}: needs a teacher; its momentum is to be set: loss.{cell.loss}.teacher=0.999")
     return network, criterion
 
 

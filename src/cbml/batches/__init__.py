@@ -6,9 +6,14 @@ from pydantic import Field
 
 from cbml.batches.base import Batches, BatchesConfig, Drawn, Look
 from cbml.batches.classes import ClassesConfig
+from cbml.batches.clusters import ClustersConfig
+from cbml.batches.neighbours import InstancesConfig, NeighboursConfig
 from cbml.batches.subspaces import SubspacesConfig
 from cbml.batches.two_tasks import TwoTasksConfig
 
-AnyBatches = Annotated[ClassesConfig | SubspacesConfig | TwoTasksConfig, Field(discriminator="type")]
+AnyBatches = Annotated[
+    ClassesConfig | ClustersConfig | InstancesConfig | NeighboursConfig | SubspacesConfig | TwoTasksConfig,
+    Field(discriminator="type"),
+]
 
 __all__ = ["AnyBatches", "Batches", "BatchesConfig", "ClassesConfig", "Drawn", "Look"]

@@ -61,9 +61,14 @@ class BatchesConfig(Schema):
 
     Attributes:
         needs_labels: whether the classes of the training list are looked at.
+        labels_persist: whether a label means the same after a refresh.
     """
 
     needs_labels: ClassVar[bool] = True
+
+    @property
+    def labels_persist(self) -> bool:
+        return True
 
     def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
         """The batches of a training list.

@@ -26,7 +26,7 @@ REGISTRY: dict[str, tuple[type["Loss"], type["LossConfig"]]] = {}
 # feature_dim: C of the pooled features; parts: sizes of the embedding's parts; build: `build_loss` for an inner loss,
 # with these sizes filled in.
 FILLED_IN = ("embedding_dim", "num_classes", "feature_dim", "parts", "build")
-METHOD = ("head", "batches", "recipe")  # what only the outermost loss may set
+METHOD = ("head", "batches", "teacher", "recipe")  # what only the outermost loss may set
 
 # The annotation of a parameter that is itself a loss; stands for `config_union()`, known once all are registered.
 AnyLoss = ForwardRef("AnyLoss")
@@ -43,6 +43,7 @@ class Batch:
         head: the network's, for a loss that needs its weights.
         indices: (B,), int64, rows of the training list; two crops of an image are one row.
         task: which of the batches' problems this is a batch of; -1 for all of them.
+        teacher: the teacher's `Outputs` for the same images, those that the loss `needs` too.
     """
 
     embeddings: Tensor
@@ -53,6 +54,7 @@ class Batch:
     head: nn.Module | None = None
     indices: Tensor | None = None
     task: int = -1
+    teacher: Any = None
 
     def get(self, name: str) -> Any:
         """An attribute that must be there, half precision raised to float32.
@@ -63,7 +65,11 @@ class Batch:
         value = getattr(self, name)
         if value is None:
             raise UserError(f"loss: needs the {name} of its batch, which are not there")
-        return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
+        return type(value)(*map(_raised, value)) if isinstance(value, tuple) else _raised(value)
+
+
+def _raised(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 class Loss(nn.Module):
@@ -72,7 +78,7 @@ class Loss(nn.Module):
     weight = 1.0
     # A subclass sets its own, the default of its option.
     lr_factor = 1.0
-    needs: tuple[str, ...] = ()  # of `Outputs`, beside the embeddings
+    needs: tuple[str, ...] = ()  # of `Outputs`, beside the embeddings; and `teacher`
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What a subclass defines: its terms before weighting, by name, each a scalar connected to the graph.
@@ -111,12 +117,15 @@ class Loss(nn.Module):
         """The loss of a batch: the sum of `terms`."""
         return sum(self.terms(embeddings, labels, **more).values())
 
+    def follow(self, momentum: float) -> None:
+        """Let the teachers of the loss's own heads follow them; called before each step of the optimiser."""
+
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Optimiser groups of the loss's own parameters at `lr` times its `lr_factor`, and of the losses inside."""
         lr = lr * self.lr_factor
         inner = list(_nearest(self))
         theirs = {id(parameter) for loss in inner for parameter in loss.parameters()}
-        own = [parameter for parameter in self.parameters() if id(parameter) not in theirs]
+        own = [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in theirs]
         groups = [{"params": own, "lr": lr}] if own else []
         return groups + [group for loss in inner for group in loss.parameter_groups(lr)]
 
@@ -133,8 +142,9 @@ class LossConfig(Schema):
     Every loss has a `weight` that multiplies it, and an `lr_factor` that multiplies the learning rate of its own
     parameters (proxies, centres, classifier).
 
-    The outermost one may say what else its method changes: the `head` of the network, the `batches`, and parameters of
-    a `recipe` by its name, which win over what the backbone's entry says, and not over what is set for a run.
+    The outermost one may say what else its method changes: the `head` of the network, the `batches`, the momentum of a
+    `teacher`, the moving average of the network, and parameters of a `recipe` by its name, which win over what the
+    backbone's entry says, and not over what is set for a run.
     """
 
     type: str
@@ -142,6 +152,7 @@ class LossConfig(Schema):
     lr_factor: Positive = 1.0
     head: Head | None = None
     batches: AnyBatches | None = None
+    teacher: Annotated[float, Field(ge=0, lt=1)] | None = None
     recipe: dict[str, dict[str, Any]] = {}
 
     def inner(self) -> Iterator["LossConfig"]:
@@ -154,13 +165,28 @@ class LossConfig(Schema):
     @model_validator(mode="after")
     def _methods_are_outermost(self) -> Self:
         for loss in self.inner():
-            if given := [name for name in METHOD if getattr(loss, name)]:
+            if given := [name for name in METHOD if getattr(loss, name) not in (None, {})]:
                 raise ValueError(f"{', '.join(given)}: for the outermost loss only, not for {loss.type} in {self.type}")
         return self
 
+    @model_validator(mode="after")
+    def _labels_mean_the_same_all_the_time(self) -> Self:
+        if self.batches and not self.batches.labels_persist and (of_classes := self.with_classes()):
+            raise ValueError(
+                f"{of_classes} has parameters of its own for each class, and the labels of these batches change their "
+                "meaning; allowed: batches whose labels persist (clusters: warm: true), or a loss of pairs"
+            )
+        return self
+
+    def with_classes(self) -> str | None:
+        """The type of a loss, this one or one inside, that has parameters for each class."""
+        if "num_classes" in inspect.signature(REGISTRY[self.type][0]).parameters:
+            return self.type
+        return next(filter(None, (loss.with_classes() for loss in self.inner())), None)
+
     @model_serializer(mode="wrap")
     def _what_is_used(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {name: value for name, value in serialize(self).items() if value or name not in METHOD}
+        return {name: value for name, value in serialize(self).items() if name not in METHOD or value not in (None, {})}
 
 
 def pair_masks(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """High-order moments as a regulariser (Jacob et al., HORDE, ICCV 2019)."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -86,9 +86,3 @@ class HORDE(Loss):
                 moment = self.outputs[order - 2](moment) if self.outputs else moment
                 terms[f"order_{order}"] = self.losses[order - 1](normalize(moment, dim=1), batch.labels)
         return terms
-
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        groups = super().parameter_groups(lr)
-        for group in groups:
-            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-        return [group for group in groups if group["params"]]

@@ -113,18 +113,20 @@ def _prepare(
     Beside it: the hashes of the code that takes part.
     """
     check_disjoint(train_list, scored)
+    recipe, method = cell.recipe, cell.loss_config
+    config = method.batches or ClassesConfig()
     labels = np.unique(train_list.labels, return_inverse=True)[1]
-    recipe = cell.recipe
+    if not config.needs_labels:
+        labels = np.zeros_like(labels)  # what is not there cannot be looked at
     numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
-    batches = (cell.loss_config.batches or ClassesConfig()).build(labels, seed=cell.seed, **numbers)
+    batches = config.build(labels, seed=cell.seed, **numbers)
     torch.manual_seed(cell.seed)
     model, criterion = network.build(cell, num_classes=batches.num_classes, root=workspace.root)
 
     def train_on(**options) -> dict[str, Any]:
         images = replace(images_of(workspace, cell, train_list), labels=torch.from_numpy(labels))
-        return train(
-            recipe, cell.seed, model, criterion, batches, images, images_of(workspace, cell, scored), **options
-        )
+        on, options = (images, images_of(workspace, cell, scored)), options | {"teacher_momentum": method.teacher}
+        return train(recipe, cell.seed, model, criterion, batches, *on, **options)
 
     return train_on, provenance.training_code(model, criterion, batches)
 

@@ -26,6 +26,7 @@ from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
 from cbml.losses import Loss, needs
 from cbml.progress import message, progress
+from cbml.teacher import follow, teacher_of
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import compile_trunk, make_optimizer, place
 
@@ -49,6 +50,7 @@ def train(
     log: Callable[[list[Row]], None],
     select_by: str = "recall_at_1",
     keep: int | None = None,
+    teacher_momentum: float | None = None,
 ) -> dict[str, Any]:
     """Train a network, from its checkpoint if there is one.
 
@@ -64,6 +66,8 @@ def train(
             device waits, which has queued iterations to work on, and without its own work on crops.
         select_by: the metric whose highest value is best.
         keep: an iteration whose weights are kept, too.
+        teacher_momentum: of a moving average of the network that the loss looks at. It takes the weights before a step
+            of the optimizer, as Kim et al. (STML) published it.
 
     Returns:
         The last state of the checkpoint: `iteration`; state dicts of `network`, `criterion`, `optimizer` and `batches`;
@@ -93,6 +97,7 @@ def train(
     model, optimizer = fabric.setup(network, make_optimizer(recipe, groups, fabric.device))
     model.mark_forward_method("outputs")
     wanted = needs(criterion)
+    teacher = None if teacher_momentum is None else teacher_of(network)
     images, scored = place(images, fabric.device), place(scored, fabric.device)
 
     state = checkpoint.read()
@@ -101,6 +106,8 @@ def train(
         network.load_state_dict(state["network"])
         criterion.load_state_dict(state["criterion"])
         batches.load_state_dict(state["batches"])
+        if teacher:
+            teacher.load_state_dict(state["teacher"])
         # Not its groups: how the optimizer runs is this device's affair.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
     else:
@@ -152,12 +159,18 @@ def train(
 
         model.train()
         seen = model.outputs(pixels, wanted)._asdict()
+        if teacher:
+            with torch.no_grad(), fabric.autocast():
+                seen["teacher"] = teacher.outputs(pixels, wanted)
         terms = criterion.terms(labels=labels, indices=indices, task=task, head=network.head, **seen)
         loss = sum(terms.values())
         optimizer.zero_grad()
         fabric.backward(loss)
         if recipe.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+        if teacher:
+            follow(teacher, network, teacher_momentum)
+            criterion.follow(teacher_momentum)
         optimizer.step()
 
         row = {"iteration": iteration, "loss": loss.detach(), "lr": recipe.lr * scale}
@@ -198,6 +211,8 @@ def train(
             unlogged = []
             state |= {"iteration": iteration, "network": network.state_dict(), "criterion": criterion.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "batches": batches.state_dict()}
+            if teacher:
+                state["teacher"] = teacher.state_dict()
             checkpoint.write(state, weights=(f"best-{state['best']['iteration']}", f"kept-{keep}"), now=last)
     return state | {"network": network.state_dict()}
 
