@@ -185,6 +185,11 @@ class Params(Schema):
         except ValidationError as error:
             where = f"{' and '.join(dict.fromkeys(changed_by.values()))} with recipe.{recipe_name}"
             raise UserError(f"params.yaml: {where}: {first_error(error, given | changes)}") from None
+        if recipe.select_by and loss_config.batches and not loss_config.batches.needs_labels:
+            raise UserError(
+                f"params.yaml: recipe.{recipe_name}.select_by {recipe.select_by.metric} needs labels, loss.{loss} is "
+                "trained without; allowed: null"
+            )
         changes = {
             name: (given[name], used, owner)
             for name, owner in changed_by.items()

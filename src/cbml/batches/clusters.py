@@ -94,7 +94,8 @@ class Clusters(Batches):
         return (Drawn(kept[rows], labels[kept[rows]].astype(np.int64)) for rows in batches)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history} | ({} if self.centres is None else {"centres": self.centres})
+        found = {} if self.centres is None else {"centres": self.centres}
+        return found | {"history": self.history, "period": self.period}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.centres = state["history"], state.get("centres")

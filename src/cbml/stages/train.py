@@ -33,7 +33,8 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
 
     It holds `final.pt` and, where they are of another iteration, `best_on_test.pt` and `validated.pt` (state dicts);
     `losses.csv` and `validations.csv` by iteration, and `selection.csv`, the evaluations on the validation classes, if
-    the recipe has `select_by`; `cell.yaml`, the configuration; and `run.json`: the cell's `key`, MLflow's `run_id`, the
+    the recipe has `select_by`; `pseudo_labels.npz`, each image's cluster by refresh, if the batches are of clusters;
+    `cell.yaml`, the configuration; and `run.json`: the cell's `key`, MLflow's `run_id`, the
     iteration of each protocol, seconds, the device and what was set on it, versions, and hashes of the training code
     and of the final weights.
 
@@ -99,6 +100,11 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
                 pd.DataFrame(trained["validations"]).to_csv(folder / "validations.csv", index=False)
                 if selection:
                     pd.DataFrame(selected["validations"]).to_csv(folder / "selection.csv", index=False)
+                if "history" in (seen := trained["batches"]):
+                    iterations_of = np.arange(len(seen["history"])) * seen["period"]
+                    np.savez_compressed(
+                        folder / "pseudo_labels.npz", history=seen["history"].numpy(), iterations=iterations_of
+                    )
                 (folder / "cell.yaml").write_text(cell.to_yaml())
                 (folder / "run.json").write_text(json.dumps(record, indent=2))
     # The checkpoint stays until `evaluate` begins: by then DVC has recorded this stage.
