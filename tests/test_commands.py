@@ -76,6 +76,9 @@ SETTINGS = {
         "++backbone.timm.recipe.cpu={crop:96,resize:112}",
     ],
     "a timm backbone with an entry": ["recipe=cpu", "backbone=[tf_efficientnet_lite0]", "recipe.cpu.crop=64"],
+    "a timm model's arguments": ["recipe=cpu", "backbone=[timm]", "backbone.timm.model=test_vit"]
+    + ["+backbone.timm.arguments={img_size: 96, drop_path_rate: 0.1}"],
+    "a crop against a timm entry's": ["recipe=cpu", "backbone=[vit_small_patch14_dinov2]", "recipe.cpu.crop=98"],
     "weights of one's own": ["recipe=cpu", "backbone.resnet18.weights=/data/my-weights.pth"],
     "odd characters": ['backbone.resnet18.weights="é $x {a}, \'b\' \\"c\\" \\\\d:%.pth"'],
     "words that are not words": ["backbone.resnet18.weights='null'", "dataset.glyphs.seed=1"],

@@ -76,13 +76,16 @@ class EmbeddingModel(nn.Module):
 
 
 def create_model(
-    config: BackboneConfig, *, embedding_dim: int, root: Path, load_weights: bool = True
+    config: BackboneConfig, *, embedding_dim: int, root: Path, crop: int | None = None, load_weights: bool = True
 ) -> EmbeddingModel:
     """Build a backbone with its weights (unless `load_weights` is off: for a checkpoint to follow) and a new head.
+
+    Args:
+        root, crop: as in `build_trunk`.
 
     Raises:
         UserError: as `build_trunk`.
     """
     if not load_weights:
         config = config.model_copy(update={"weights": None})
-    return EmbeddingModel(build_trunk(config, root), input_convention(config), config.pooling, embedding_dim)
+    return EmbeddingModel(build_trunk(config, root, crop), input_convention(config), config.pooling, embedding_dim)

@@ -41,8 +41,10 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
         UserError: a list, an image, the weights or the loss's parameters are bad, before any image is decoded; the
             loss is not finite.
     """
+    recipe, backbone = f"recipe.{cell.recipe_name}", f"backbone.{cell.backbone}"
     for name, (value, used) in cell.changes.items():
-        message(f"{cell.name}: recipe.{cell.recipe_name}.{name} is {used} by backbone.{cell.backbone}, not {value}")
+        keep = f"to keep that: -S '++{backbone}.{recipe}.{name}={value}'"
+        message(f"{cell.name}: {recipe}.{name} is {used} by {backbone}, not {value} ({keep})")
     selection = cell.recipe.select_by
     train_list, test_list = (list_of(workspace, cell, name) for name in ("train", "test"))
     train_on_all, code = _prepare(cell, workspace, train_list, test_list)
