@@ -80,15 +80,13 @@ class Trained:
             (temporary / "cell.yaml").write_text(self.cell.to_yaml())
             message(f"{folder}: tracing the network for ONNX, which takes up to a minute")
             try:
-                torch.onnx.export(
+                program = torch.onnx.export(
                     self.network,
                     (torch.zeros(2, 3, crop, crop, device=self.device),),
-                    temporary / "model.onnx",
                     input_names=["images"],
                     output_names=["embeddings"],
                     dynamic_shapes=({0: torch.export.Dim("batch")},),
                     dynamo=True,
-                    external_data=False,
                     verbose=False,
                 )
             except ModuleNotFoundError as error:
@@ -96,6 +94,9 @@ class Trained:
             except torch.onnx.OnnxExporterError as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise UserError(f"ONNX: {self.cell.backbone} cannot be expressed in it ({reason})") from error
+            for node in program.model.graph:
+                node.metadata_props.clear()  # among them paths of this machine
+            program.save(temporary / "model.onnx", external_data=False)
         return folder
 
 
