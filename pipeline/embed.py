@@ -15,6 +15,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("embeddings.npz"), help="with arrays `paths`, `embeddings`")
     parser.add_argument("--neighbours", type=int, default=0, metavar="K", help="show the K most similar of each, too")
     options = parser.parse_args()
+    if options.neighbours < 0:
+        parser.error(f"--neighbours: {options.neighbours} is below 0")
     files, embeddings = embed_images(load_model(options.model, Workspace.here()), options.images, options.out)
     print(f"{options.out}: {len(files)} embeddings of {embeddings.shape[1]}")
     if options.neighbours:

@@ -23,8 +23,10 @@ from cbml import network, tracking
 from cbml.config import load_cell
 from cbml.datasets.images import pack_images
 from cbml.datasets.lists import read_list
+from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.stages.draw import draw_cell
+from cbml.stages.embed import load_model
 from cbml.stages.evaluate import evaluate_cell
 from cbml.stages.train import train_cell
 
@@ -84,6 +86,9 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace):
     expected = embed(trained, packed, crop=20, interpolation="bilinear", device=torch.device("cpu"))[:5].numpy()
     assert np.abs(from_paths - expected).max() < 1e-5 and np.array_equal(from_paths, from_bytes)
     assert np.linalg.norm(from_paths, axis=1) == pytest.approx(1, abs=1e-5)
+    assert np.abs(load_model(run.info.run_id, workspace).embed(paths) - expected).max() < 1e-5
+    with pytest.raises(UserError, match="^00: neither a folder nor a run with a model"):
+        load_model("00", workspace)
 
 
 def test_loading_a_network_does_not_import_what_only_people_look_at():

@@ -353,8 +353,53 @@ def test_gradients_are_clipped_together(workspace):
 def test_what_a_backbone_changes_in_the_recipe_is_said(workspace, capsys):
     entry = tiny_params()["backbone"]["resnet18"] | {"recipe": {"tiny": {"lr": 0.5}}}
     folder = run(workspace, backbone={"resnet18": entry})
-    assert "recipe.tiny.lr is 0.5 by backbone.resnet18, not 0.001" in capsys.readouterr().err
+    said = "recipe.tiny.lr is 0.5 by backbone.resnet18, not 0.001"
+    keep = "(to keep that: -S '++backbone.resnet18.recipe.tiny.lr=0.001')"
+    assert f"{said} {keep}" in capsys.readouterr().err
     assert pd.read_csv(folder / "losses.csv").lr.tolist() == [0.5] * 6
+
+
+def test_a_vision_transformer_is_trained_at_its_own_size_which_is_said_or_at_any_that_is_set(workspace, capsys):
+    pytest.importorskip("timm", reason="timm is not installed (requirements-extra.txt)")
+    vit = {"vit": {"type": "timm", "model": "test_vit", "arguments": {"img_size": 48}}}
+    recipe = TINY_RECIPE | {"iterations": 1, "validate_every": 0}
+    folder = run(workspace, backbone=vit, recipe={"tiny": recipe})
+    text = capsys.readouterr().err
+    assert "recipe.tiny.crop is 48 by backbone.vit, not 20" in text and "recipe.tiny.resize is 50" in text
+    assert evaluate_cell(folder, workspace)["final"]["queries"] == 36
+
+    Path("conf/recipe").mkdir(parents=True)
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": recipe}))
+    folder = run(workspace, backbone=vit, recipe={"tiny": recipe | {"crop": 32, "resize": 40}})
+    assert "recipe.tiny.crop" not in capsys.readouterr().err
+    assert torch.load(folder / "final.pt")["trunk.pos_embed"].shape[1] == 1 + (32 // 16) ** 2
+    assert evaluate_cell(folder, workspace)["final"]["queries"] == 36
+
+
+def test_without_a_network_it_says_how_to_name_a_file_of_weights(workspace, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    published = {"url": (tmp_path / "absent.pth").as_uri(), "sha256": "0" * 8}
+    entry = tiny_params()["backbone"]["resnet18"] | {"weights": "imagenet", "published": published}
+    hint = "a file does without a network: -S backbone.{}.weights=PATH"
+    with pytest.raises(
+        UserError, match=rf"^resnet18: weights file:.* cannot be downloaded .*{hint.format('resnet18')}"
+    ):
+        run(workspace, backbone={"resnet18": entry})
+    with pytest.raises(UserError, match=r"no such file") as error:
+        run(workspace, backbone={"resnet18": entry | {"weights": "absent.pth"}})
+    assert hint.format("resnet18") not in str(error.value)
+    timm = pytest.importorskip("timm", reason="timm is not installed (requirements-extra.txt)")
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: 1 / 0)
+    with pytest.raises(UserError, match=rf"^vit: timm model 'test_vit' cannot be had .*{hint.format('vit')}"):
+        run(workspace, backbone={"vit": {"type": "timm", "model": "test_vit", "weights": "imagenet"}})
+
+
+def test_colours_are_jittered_by_the_seed(workspace):
+    plain, jittered, again = (
+        result(run(workspace, recipe={"tiny": TINY_RECIPE | {"color_jitter": jitter}}))
+        for jitter in (None, [0.4, 0.4, 0.4, 0.1], [0.4, 0.4, 0.4, 0.1])
+    )
+    assert jittered == again != plain
 
 
 def test_a_batch_of_more_classes_than_exist(workspace):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from cbml.backbones import BackboneConfig, input_convention, needs_size
+from cbml.backbones import BackboneConfig, input_convention
 from cbml.datasets import Dataset
 from cbml.errors import UserError
 from cbml.losses import LossConfig, config_union
@@ -175,9 +175,6 @@ class Params(Schema):
                 # What differs from the recipe's file was set for this run, and wins.
                 if given.get(name) == self._recipe_file.get(name, given.get(name)):
                     changes[name], changed_by[name] = value, owner
-        size = (given | changes)["crop"]
-        if needs_size(network) and size != own["crop"]:
-            network = network.model_copy(update={"arguments": {"img_size": size} | network.arguments})
         started = {"weights": network.weights or (given | changes).get("weights"), "recipe": {}}
         try:
             recipe = Recipe.model_validate(given | changes)

@@ -22,11 +22,13 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
     Raises:
         UserError: the weights cannot be had or do not fit; the loss's parameters do not fit together.
     """
-    head = cell.loss_config.head
+    config = cell.backbone_config
+    shape = {"embedding_dim": cell.embedding_dim, "head": cell.loss_config.head, "crop": cell.recipe.crop}
     try:
-        network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=root, head=head)
+        network = create_model(config, root=root, **shape)
     except UserError as error:
-        raise UserError(f"backbone {cell.backbone}: {error}") from error
+        hint = f"; a file does without a network: -S backbone.{cell.backbone}.weights=PATH"
+        raise UserError(f"{cell.backbone}: {error}{hint if config.weights == 'imagenet' else ''}") from error
     network.freeze_bn = cell.recipe.freeze_bn
     criterion = build_loss(
         cell.loss_config,
@@ -51,8 +53,8 @@ def load(cell: Cell, weights: Path) -> EmbeddingModel:
     Raises:
         UserError: `weights` is missing or damaged, or of another network.
     """
-    options = {"embedding_dim": cell.embedding_dim, "head": cell.loss_config.head}
-    network = create_model(cell.backbone_config, root=Path(), load_weights=False, **options)
+    shape = {"embedding_dim": cell.embedding_dim, "head": cell.loss_config.head, "crop": cell.recipe.crop}
+    network = create_model(cell.backbone_config, root=Path(), load_weights=False, **shape)
     state = read_state(weights) if weights.suffix == ".safetensors" else read_tensors(weights, "train")
     try:
         network.load_state_dict(state)

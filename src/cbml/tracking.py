@@ -121,6 +121,8 @@ class Store:
         Raises:
             UserError: the store has no such run, or the run no model.
         """
+        if mlflow is None or (self.own and not self.workspace.database.is_file()):
+            raise UserError(f"{run_id}: no such folder, and no store that could have a run of this id")
         try:
             self.client.get_run(run_id)
             return Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/model")) / "artifacts"

@@ -2,7 +2,7 @@
 
 from cbml.backbones.entries import BackboneConfig, InputConvention, PublishedWeights
 from cbml.backbones.model import EmbeddingModel, Outputs, create_model
-from cbml.backbones.trunks import build_trunk, input_convention, needs_size, weights_content
+from cbml.backbones.trunks import build_trunk, input_convention, weights_content
 
 __all__ = [
     "BackboneConfig",
@@ -13,6 +13,5 @@ __all__ = [
     "build_trunk",
     "create_model",
     "input_convention",
-    "needs_size",
     "weights_content",
 ]

@@ -126,10 +126,14 @@ def create_model(
     *,
     embedding_dim: int,
     root: Path,
+    crop: int | None = None,
     head: heads.Head | None = None,
     load_weights: bool = True,
 ) -> EmbeddingModel:
     """Build a backbone with its weights (unless `load_weights` is off: for a checkpoint to follow) and a new head.
+
+    Args:
+        root, crop: as in `build_trunk`.
 
     Raises:
         UserError: as `build_trunk` and `EmbeddingModel`.
@@ -137,5 +141,5 @@ def create_model(
     if not load_weights:
         config = config.model_copy(update={"weights": None})
     taps = head.stages(config.type) if head else ()
-    trunk = build_trunk(config, root)
+    trunk = build_trunk(config, root, crop)
     return EmbeddingModel(trunk, input_convention(config), config.pooling, embedding_dim, head=head, taps=taps)

@@ -38,8 +38,7 @@ def _download(path: Path, published: PublishedWeights) -> None:
             torch.hub.download_url_to_file(published.url, str(download), progress=sys.stderr.isatty())
         except (OSError, HTTPException) as error:
             raise UserError(
-                f"weights {published.url} cannot be downloaded ({error}): fetch them elsewhere and put them at "
-                f"{path}, or name a file: -S backbone.NAME.weights=PATH"
+                f"weights {published.url} cannot be downloaded ({error}): fetch them elsewhere and put them at {path}"
             ) from error
         _verify(download, published, f"what came from {published.url}")
 

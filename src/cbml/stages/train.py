@@ -43,7 +43,10 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
             loss is not finite.
     """
     for name, (value, used, owner) in cell.changes.items():
-        message(f"{cell.name}: recipe.{cell.recipe_name}.{name} is {used} by {owner}, not {value}")
+        recipe = f"recipe.{cell.recipe_name}.{name}"
+        message(
+            f"{cell.name}: {recipe} is {used} by {owner}, not {value} (to keep that: -S '++{owner}.{recipe}={value}')"
+        )
     selection = cell.recipe.select_by
     train_list, test_list = (list_of(workspace, cell, name) for name in ("train", "test"))
     train_on_all, code = _prepare(cell, workspace, train_list, test_list)
