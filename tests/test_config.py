@@ -1,5 +1,6 @@
 """Parameters: what is committed is what composes, and bad ones are refused in one line that says what is allowed."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from dvc.utils.hydra import compose_and_dump
 from cbml.config import load_cell, load_params
 from cbml.errors import UserError
 from cbml.reporting.tables import published
+from cbml.workspace import Workspace
 
 
 def test_params_yaml_is_what_conf_composes_to(tmp_path):
@@ -225,6 +227,19 @@ def test_a_bad_axis(bad, message, tmp_path):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(**bad)))
     with pytest.raises(UserError, match=message):
         load_params(tmp_path / "params.yaml")
+
+
+def test_a_queued_experiment_names_the_files_that_its_copy_lacks(tmp_path):
+    workspace = Workspace(tmp_path / "copy", tmp_path)
+    for file in ("conf/loss/cbml_log.yaml", "conf/loss/mine.yaml", "src/cbml/losses/mine.py", "copy/params.yaml"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(yaml.safe_dump(tiny_params(loss={"mine": {"type": "mine"}})))
+    shutil.copytree(tmp_path / "conf", workspace.conf, ignore=shutil.ignore_patterns("mine.yaml"))
+    with pytest.raises(UserError, match=r"'mine' .*`git add conf/loss/mine.yaml src/cbml/losses/mine.py`") as caught:
+        workspace.params()
+    with pytest.raises(UserError) as elsewhere:
+        Workspace(workspace.tree, workspace.tree).params()
+    assert "git add" not in str(elsewhere.value) and str(elsewhere.value) in str(caught.value)
 
 
 def test_flat_names_do_not_depend_on_the_option(project):

@@ -286,7 +286,7 @@ def test_a_cell_that_other_code_trained_is_announced_with_the_command_that_train
     old = finished(*cells(), code=now | {"training/loop.py": "000000000000", "losses/gone.py": "111111111111"})
     (line,) = tables.outdated(old)
     assert line.startswith("**Trained by other code than today's** (src/cbml/losses/gone.py, src/cbml/training/loop.py")
-    assert f"`{TRAIN}`" in line
+    assert f"`{TRAIN} && dvc repro`" in line
     table = tables.summarise(tables.collect(old, ROOT / "conf"), with_published=False)
     assert line in to_markdown(table, "glyphs", TEST, old).partition("## Embeddings")[0]  # before any figure
     assert "other code" not in to_markdown(table, "glyphs", TEST, evaluated)
@@ -296,7 +296,7 @@ def test_one_command_trains_all_such_cells_again_and_names_each_once(finished):
     old = {"code": {"network.py": "000000000000"}}
     evaluated = finished(*cells(loss=losses(margin=0.1), seed=[0, 1]), *cells(loss=losses(margin=0.2)), **old)
     (line,) = tables.outdated([*evaluated, *finished(*cells(embedding_dim=[32]))])
-    assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs`" in line and "-32-" not in line
+    assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs && dvc repro`" in line and "-32-" not in line
 
 
 def test_a_change_of_training_code_runs_tabulate_again():
@@ -314,6 +314,8 @@ def test_the_metrics_have_the_same_names_whatever_cells_ran(workspace):
     tabulate(workspace, "glyphs")
     one_cell = json.loads(file.read_text())
     assert list(all_cells) == list(one_cell)
+    assert one_cell["R@1"] == {"resnet18-cbml_log-64": 62.0}
+    assert sorted(all_cells["R@1"]) == ["resnet18-cbml_log-64", "resnet18-cbml_sqrt-64"]
     assert (all_cells["best_cell"], all_cells["recall_at_1"]) == ("resnet18-cbml_sqrt-64", 66.0)
     assert (one_cell["best_cell"], one_cell["recall_at_1"], one_cell["cells"]) == ("resnet18-cbml_log-64", 62.0, 1)
 

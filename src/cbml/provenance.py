@@ -23,13 +23,21 @@ TRAINING += ("datasets/images.py", "datasets/loading.py", "datasets/transforms.p
 
 
 def revision() -> str:
-    """The git commit of this source, with `-dirty` if the working tree differs; "unknown" without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The git commit of this source, with `-dirty` if src/ or pipeline/ differ from it; "unknown" without git.
+
+    Nothing else counts: DVC writes params.yaml before every experiment, and what is in it is recorded with each cell.
+    """
+    commit = _git("describe", "--always", "--abbrev=12")
+    # With files that git does not know: a loss of one's own is one at first.
+    dirty = commit and _git("status", "--porcelain", "--", ":/src", ":/pipeline")
+    return f"{commit}-dirty" if dirty else commit or "unknown"
+
+
+def _git(*words: str) -> str:
     try:
-        done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
+        return subprocess.run(["git", *words], cwd=SOURCE, capture_output=True, text=True).stdout.strip()
     except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return ""
 
 
 def packages(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:

@@ -282,7 +282,7 @@ def outdated(evaluated: list[Evaluated]) -> list[str]:
     stages = " ".join(dict.fromkeys(f"train@{cell.name}-{cell.dataset}" for cell, _ in found))
     return [
         f"**Trained by other code than today's** ({modules}): {names}. Again, just those: "
-        f"`dvc repro -f -s {stages}`, then `dvc repro`."
+        f"`dvc repro -f -s {stages} && dvc repro`."
     ]
 
 
@@ -308,16 +308,19 @@ def provenance(evaluated: list[Evaluated]) -> list[str]:
     return lines + [f"{name}: {listed([run['versions'].get(name, '–') for run in runs])}" for name in names]
 
 
-def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
-    """The figures that `dvc metrics show` and `dvc exp show` present: the same names whatever cells ran."""
+def headline(table: pd.DataFrame) -> dict[str, Any]:
+    """What `dvc metrics show` and `dvc exp show` present: the best row, and below `R@1` the Recall@1 of each row."""
     final = table[table.protocol == "final"]
-    best = final.loc[final.recall_at_1.idxmax()]
+    names = {
+        row.Index: f"{row.backbone}-{row.method}-{row.embedding_dim}" + (row.variant and f" ({row.variant})")
+        for row in final.itertuples()
+    }
+    best = final.recall_at_1.idxmax()
     return {
-        "best_cell": f"{best.backbone}-{best.method}-{best.embedding_dim}" + (best.variant and f" ({best.variant})"),
+        "best_cell": names[best],
         "cells": len(final),
-        **{name: round(float(best[name]), 2) for name in metrics(table)},
-        "mean_recall_at_1": round(float(final.recall_at_1.mean()), 2),
-        "untrained_recall_at_1": round(float(best.untrained_recall_at_1), 2),
+        **{name: round(float(final[name][best]), 2) for name in ("recall_at_1", "untrained_recall_at_1")},
+        "R@1": {names[row]: round(float(recall), 2) for row, recall in final.recall_at_1.items()},
     }
 
 
