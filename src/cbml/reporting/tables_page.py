@@ -19,16 +19,11 @@ from cbml.reporting.side_by_side import comparison, strips
 from cbml.reporting.tables import Evaluated
 
 MAX_CELLS = 12  # side by side
-SHOWN = (
-    "recall_at_1",
-    "untrained_recall_at_1",
-    "cells",
-    "best_cell",
-)  # of a table set's headline, on the page over all
+# Of the headline of a table set, on the page over all of them.
+SHOWN = ("recall_at_1", "untrained_recall_at_1", "cells", "best_cell")
 NAME = Markup("{}<small>{} · {}</small>")
-COPY = Markup(
-    '<button type="button" class="copy" data-text="{0}">copy</button>'
-    "<details><summary>command</summary><pre>{0}</pre></details>"
+COMMAND = Markup(
+    '<button type="button" class="copy">copy</button><details><summary>command</summary><pre>{}</pre></details>'
 )
 
 
@@ -119,7 +114,7 @@ def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> lis
             ours = row.protocol != "published"
             of_row = links[row.embedding_dim, row.backbone, row.method, row.variant] if ours else []
             columns["Seeds"].append(Markup(" ").join(of_row))
-            columns["Reproduce"].append(COPY.format(row.command) if ours else "")
+            columns["Reproduce"].append(COMMAND.format(row.command) if ours else "")
         del text["Seeds"]  # comes last
         for name, cells in columns.items():
             text[name] = pd.Series(cells, text.index, dtype=object)  # as strings they would be markup no more
