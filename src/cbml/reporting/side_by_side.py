@@ -11,7 +11,7 @@ from cbml.reporting.tables import number
 
 QUERIES, NEIGHBOURS = 6, 3  # of a strip
 MAX_DIVIDED = 16  # queries of the comparison
-MAX_PICTURES = 300  # of both together, which bounds the page: some 400 kB of photographs
+MAX_PICTURES = 240  # of both together, which bounds the page: of photographs, 300 kB
 MAX_CLASSES = 12  # of two cells
 COLUMNS = ["Class", "R@1, first", "R@1, second", "Difference", "p, corrected", "Queries"]  # of their table
 
