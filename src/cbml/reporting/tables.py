@@ -224,16 +224,17 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
         if name == "recall_at_1" and rows.versus_best.notna().any():
             text["R@1 against the best [95 %]"] = column(_against_best)
     text["MAP@R"] = column(lambda row: _figure(row, "map_at_r"))
-    text["R@1 untrained"] = column(lambda row: _number(row.untrained_recall_at_1, ""))
+    text["R@1 untrained"] = column(lambda row: number(row.untrained_recall_at_1, ""))
     return text
 
 
-def _number(value: float, absent: str = "–") -> str:
+def number(value: float, absent: str = "–") -> str:
+    """A figure in percent, as every table has it."""
     return absent if pd.isna(value) else f"{value:.1f}"
 
 
 def _figure(row: Any, name: str) -> str:
-    return _number(getattr(row, name)) + (f" ± {getattr(row, f'{name}_sd'):.1f}" if row.n > 1 else "")
+    return number(getattr(row, name)) + (f" ± {getattr(row, f'{name}_sd'):.1f}" if row.n > 1 else "")
 
 
 def _against_paper(row: Any, name: str) -> str:
@@ -253,7 +254,7 @@ def title(size: int) -> str:
     return f"Embeddings of {size}" if size else "Pooled features, without a head"
 
 
-def notes(table: pd.DataFrame, test: dict[str, int], evaluated: list[Evaluated]) -> list[str]:
+def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
     """What a reader must know before comparing the rows of `summarise`, as Markdown.
 
     Args:
@@ -269,7 +270,7 @@ def notes(table: pd.DataFrame, test: dict[str, int], evaluated: list[Evaluated])
         )
     if (table.n < MIN_SEEDS).any():
         texts.append(f"Rows of fewer than {MIN_SEEDS} seeds rank nothing: the spread between seeds is unknown.")
-    return texts + outdated(evaluated)
+    return texts
 
 
 def outdated(evaluated: list[Evaluated]) -> list[str]:
