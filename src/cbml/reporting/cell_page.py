@@ -38,10 +38,10 @@ def cell_page(cell: Cell, evaluation: Path, pictures: Path) -> str:
     protocols["Iteration"] = [f"{values['iteration']:.0f}" for values in scores.values()]
     for name in names:
         label = LABELS.get(name) or f"R@{name.removeprefix('recall_at_')}"
-        protocols[label] = [f"{100 * values[name]:.1f}" if name in values else "–" for values in scores.values()]
+        protocols[label] = [f"{values[name]:.1f}" if name in values else "–" for values in scores.values()]
     columns = ("class", "images", "recall_at_1", "confused_with")
     classes = read_csv(evaluation / "classes.csv", "evaluate", columns, dtype=str, keep_default_na=False)
-    classes.recall_at_1 = [f"{100 * float(share):.1f}" if share else "–" for share in classes.recall_at_1]
+    classes.recall_at_1 = [f"{float(recall):.1f}" if recall else "–" for recall in classes.recall_at_1]
     classes.columns = ["Class", "Images", "R@1", "Most often taken for"]
     return render(
         "cell",

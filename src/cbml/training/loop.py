@@ -215,7 +215,7 @@ def score(
         metrics = evaluate(embeddings, images.labels)
     except UserError as error:
         raise UserError(f"{label}: iteration {iteration}: {error}") from None
-    message(f"{label}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1%}")
+    message(f"{label}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1f} %")
     return {"iteration": iteration, **metrics}
 
 
