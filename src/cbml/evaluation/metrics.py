@@ -85,7 +85,7 @@ def evaluate(
         raise UserError("labels: no query has another image of its class in the gallery, at least one must")
 
     names = [f"recall_at_{k}" for k in ks] + ["r_precision", "map_at_r"]
-    metrics = dict(zip(names, (100 * scores.mean(dim=0)).tolist(), strict=True))
+    metrics = dict(zip(names, (100 * scores.sum(dim=0) / len(scores)).tolist(), strict=True))
     if nmi:
         from sklearn.cluster import KMeans  # takes a second to import, which what serves a model need not wait for
         from sklearn.metrics import normalized_mutual_info_score
