@@ -8,12 +8,9 @@ from cbml.stages.embed import embed_images, load_model, nearest
 from cbml.workspace import Workspace
 
 
-MODEL = "runs/<dataset>/<cell>, a folder that was exported, or in MLflow: a run's id or a cell's key"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help=MODEL)
+    parser.add_argument("model", help="runs/<dataset>/<cell>, an exported folder, an MLflow run's id or a cell's key")
     parser.add_argument("images", nargs="+", type=Path, help="files, and folders that are searched for them")
     parser.add_argument("--out", type=Path, default=Path("embeddings.npz"), help="with arrays `paths`, `embeddings`")
     parser.add_argument("--neighbours", type=int, default=0, metavar="K", help="show the K most similar of each, too")

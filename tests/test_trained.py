@@ -1,5 +1,7 @@
 """A trained cell used elsewhere: the same embeddings from its run, from an exported folder, from ONNX, from the store."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from cbml.datasets.images import pack_images
 from cbml.datasets.lists import read_list
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
+from cbml.stages.embed import load_model
 from cbml.stages.evaluate import evaluate_cell
 
 
@@ -84,9 +87,19 @@ def test_the_script_takes_a_folder_or_a_run_and_files_or_folders(cell, workspace
     )
 
 
+def test_a_cell_is_found_by_its_key_when_another_experiment_has_replaced_its_folder(cell, workspace):
+    folder, pictures, expected = cell
+    evaluate_cell(folder, workspace)
+    key = json.loads((folder / "run.json").read_text())["key"]
+    shutil.rmtree(workspace.tree / "runs")
+    assert np.abs(load_model(key, workspace).embed(pictures) - expected).max() < 1e-5
+    with pytest.raises(UserError, match="neither a folder nor the id of a run or the key of a cell"):
+        load_model(f"{key}0", workspace)
+
+
 @pytest.mark.parametrize(
     "model, message",
-    [("nowhere", "nowhere: neither a folder nor a run with a model"), ("data", "data/cell.yaml: no such file")],
+    [("nowhere", "nowhere: neither a folder nor the id of a run"), ("data", "data/cell.yaml: no such file")],
 )
 def test_what_is_no_model_is_one_line(workspace, model, message):
     done = script("pipeline.embed", model, "data")

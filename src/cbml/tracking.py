@@ -135,9 +135,7 @@ class Store:
             raise UserError(f"{name}: MLflow at {public(self.uri)}: {error}") from None
         whole = [model for model in models if model.status == LoggedModelStatus.READY]
         if not whole:
-            raise UserError(
-                f"{name}: neither a folder nor, in MLflow, the id of a run or the key of a cell with a model"
-            )
+            raise UserError(f"{name}: neither a folder nor the id of a run or the key of a cell with a model in MLflow")
         newest = max(whole, key=lambda model: model.creation_timestamp)
         return self.folder(newest.artifact_location, newest.model_id) / "artifacts"
 

@@ -16,7 +16,7 @@ PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", "
 
 
 def load_model(model: str, workspace: Workspace) -> trained.Trained:
-    """The trained cell of a run folder, of a folder that was exported, or in MLflow: a run's id or a cell's key."""
+    """The trained cell of a run folder, of an exported folder, of an MLflow run by its id, or of a cell by its key."""
     return trained.load(model if Path(model).is_dir() else Store(workspace).model(model))
 
 
