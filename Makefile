@@ -1,6 +1,7 @@
 # Two commands on a bare machine: `make repro` and `make test`. Both set up .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
+PORT := 5000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: repro paper test lint ui clean
@@ -22,7 +23,7 @@ lint: .venv/installed
 	ruff check
 
 ui: .venv/installed
-	mlflow ui --backend-store-uri sqlite:///mlflow.db
+	PYTHONPATH=src python -m pipeline.ui --port $(PORT)
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

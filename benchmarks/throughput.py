@@ -86,8 +86,8 @@ def training_speed(cell: Cell, images: PackedImages, *, resident: bool) -> tuple
     ):
         options = {"fabric": fabric, "label": cell.name, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
         loop.train(recipe, cell.seed, network, criterion, batches, images, first, **options)
-    speed = [row for row in rows if "data_share" in row][-1]
-    return speed["images_per_second"], speed["data_share"]
+    speed = [row for row in rows if "train_data_percent" in row][-1]
+    return speed["train_images_per_second"], speed["train_data_percent"] / 100
 
 
 class Pictures(Dataset):

@@ -146,7 +146,7 @@ def test_a_cell_is_trained_continued_and_evaluated(workspace, monkeypatch, preci
         False,
     )
     metrics = evaluate_cell(folder, workspace)
-    assert 0 < metrics["final"]["map_at_r"] <= 1 and set(metrics) >= {"final", "best_on_test", "validated"}
+    assert 0 < metrics["final"]["map_at_r"] <= 100 and set(metrics) >= {"final", "best_on_test", "validated"}
 
 
 @on_a_gpu

@@ -19,7 +19,7 @@ from cbml.stages.train import train_cell
 from cbml.workspace import Workspace
 
 NAME = "resnet18-cbml_log-16-0"
-SPEED = ("images_per_second", "data_share")
+SPEED = ("train_images_per_second", "train_data_percent")
 
 
 def compute(workspace, **changes):

@@ -48,7 +48,7 @@ def workspace(empty):
     params = set_params(empty)
     for dataset in DATASETS:
         for cell in params.cells(dataset):
-            finish(empty, cell, 0.60 + 0.01 * cell.seed + (0.05 if cell.loss == "cbml_sqrt" else 0))
+            finish(empty, cell, 60.0 + cell.seed + (5 if cell.loss == "cbml_sqrt" else 0))
     return empty
 
 

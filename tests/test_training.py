@@ -237,10 +237,10 @@ def test_the_share_of_time_spent_on_batches_is_logged(workspace, monkeypatch):
 
     monkeypatch.setattr(loop, "load_batches", slow_load)
     run(workspace, recipe={"tiny": TINY_RECIPE | {"iterations": 2, "checkpoint_every": 2}})
-    (speed,) = [row for row in rows if "data_share" in row]
-    assert speed["iteration"] == 2 and speed["images_per_second"] < 8 / 0.5
-    seconds = 2 * 8 / speed["images_per_second"]
-    assert 1.0 <= speed["data_share"] * seconds < seconds
+    (speed,) = [row for row in rows if "train_data_percent" in row]
+    assert speed["iteration"] == 2 and speed["train_images_per_second"] < 8 / 0.5
+    seconds = 2 * 8 / speed["train_images_per_second"]
+    assert 1.0 <= speed["train_data_percent"] / 100 * seconds < seconds
 
 
 def train_command(*options):

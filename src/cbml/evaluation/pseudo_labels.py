@@ -13,10 +13,10 @@ def pseudo_label_table(history: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
         labels: (N,), the classes.
 
     Returns:
-        `refresh`, from 0; `nmi` with the classes and `purity`, the share of images that are of their cluster's most
-        frequent class, both of all images; `kept_purity`, that of the images in batches alone; `changed`, the share of
-        images that have another cluster than at the refresh before (empty for the first); `clusters` in use, and the
-        `smallest`, `median` and `largest` number of images in one.
+        `refresh`, from 0; in percent: `nmi` with the classes and `purity`, the share of images that are of their
+        cluster's most frequent class, both of all images; `kept_purity`, that of the images in batches alone;
+        `changed`, the share of images that have another cluster than at the refresh before (empty for the first);
+        `clusters` in use, and the `smallest`, `median` and `largest` number of images in one.
     """
     classes = np.unique(labels, return_inverse=True)[1]
     rows, before = [], None
@@ -27,10 +27,10 @@ def pseudo_label_table(history: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
         rows.append(
             {
                 "refresh": refresh,
-                "nmi": normalized_mutual_info_score(classes, clusters),
+                "nmi": 100 * normalized_mutual_info_score(classes, clusters),
                 "purity": _purity(clusters, classes),
                 "kept_purity": _purity(clusters[found >= 0], classes[found >= 0]),
-                "changed": None if before is None else float((clusters != before).mean()),
+                "changed": None if before is None else 100 * float((clusters != before).mean()),
                 "clusters": len(sizes),
                 "smallest": int(sizes.min()),
                 "median": float(np.median(sizes)),
@@ -43,4 +43,4 @@ def pseudo_label_table(history: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
 
 def _purity(clusters: np.ndarray, classes: np.ndarray) -> float:
     pairs = pd.DataFrame({"cluster": clusters, "class": classes}).value_counts()
-    return float(pairs.groupby("cluster").max().sum() / len(clusters))
+    return 100 * float(pairs.groupby("cluster").max().sum() / len(clusters))

@@ -116,20 +116,20 @@ def _row_hash(evaluated: Evaluated) -> str:
 
 
 def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
-    """One row per cell and protocol: `ROW`, `protocol`, `seed`, metrics in percent, and the `command` of its row."""
+    """One row per cell and protocol: `ROW`, `protocol`, `seed`, metrics, and the `command` of its row."""
     rows = []
     for one in evaluated:
         scores = read_json(one.folder / "metrics.json", "evaluate", ("final", "untrained"))
         seeds = sorted(each.cell.seed for each in evaluated if each.row == one.row)
         for protocol in [name for name in PROTOCOLS if name in scores]:
-            values = {name: 100 * scores[protocol][name] for name in metrics(scores[protocol])}
+            values = {name: scores[protocol][name] for name in metrics(scores[protocol])}
             rows.append(
                 {
                     **dict(zip(ROW, one.row, strict=True)),
                     "protocol": protocol,
                     "seed": one.cell.seed,
                     **values,
-                    "untrained_recall_at_1": 100 * scores["untrained"]["recall_at_1"],
+                    "untrained_recall_at_1": scores["untrained"]["recall_at_1"],
                     "command": command(one.cell, seeds, conf),
                 }
             )
@@ -326,12 +326,12 @@ def headline(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def curves(evaluated: list[Evaluated]) -> pd.DataFrame:
-    """Recall@1 on the test list by iteration: columns `cell`, `ROW`, `seed`, `iteration`, `recall_at_1` in percent."""
+    """Recall@1 on the test list by iteration: columns `cell`, `ROW`, `seed`, `iteration`, `recall_at_1`."""
     parts = []
     for one in evaluated:
         rows = read_csv(one.folder / "validations.csv", "train", ("iteration", "recall_at_1"))
         rows = rows.assign(cell=one.record["key"], **dict(zip(ROW, one.row, strict=True)), seed=one.cell.seed)
-        parts.append(rows.assign(recall_at_1=(100 * rows.recall_at_1).round(3)))
+        parts.append(rows.assign(recall_at_1=rows.recall_at_1.round(3)))
     return pd.concat(parts, ignore_index=True)[["cell", *ROW, "seed", "iteration", "recall_at_1"]]
 
 

@@ -17,7 +17,8 @@ PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", "
 
 
 def load_model(model: str, workspace: Workspace) -> trained.Trained:
-    """The trained cell of a run folder, of a folder that was exported, or of an MLflow run by its id.
+    """The trained cell of a run folder, of a folder that was exported, of an MLflow run by its id, or of a cell by its
+    key.
 
     Raises:
         UserError: it is none of these.

@@ -41,7 +41,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
 
     The folder holds, of the final model on the test list:
 
-        metrics.json        by protocol
+        metrics.json        by protocol, in percent
         recall_at_k.csv     Recall@K for K = 1, 2, 4, … 512, below the size of the list
         neighbours.npz      of each image the nearest others, `indices` (N, 8), and their `similarities` (N, 8)
         classes.csv         Recall@1 by class

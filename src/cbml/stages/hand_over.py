@@ -10,6 +10,7 @@ from cbml.config import Cell
 from cbml.files import read_csv, read_json
 from cbml.reporting.commands import command
 from cbml.reporting.markdown import pipe_table
+from cbml.reporting.tables import recalls
 from cbml.stages.inputs import curves_of, record_of
 from cbml.workspace import Workspace
 
@@ -43,6 +44,9 @@ def hand_over(
             for iteration, row in table[["nmi", "purity", "changed"]].iterrows():
                 run.log([{"iteration": iteration, **row.dropna().add_prefix("pseudo_label_")}])
         run.log([tracking.summary(metrics)], replace=True)
+        # K as the step: one chart has the curves of all runs.
+        by_k = {int(name.removeprefix("recall_at_")): metrics["final"][name] for name in recalls(metrics["final"])}
+        run.log([{"iteration": k, "recall_at_k": recall} for k, recall in by_k.items()], replace=True)
         run.log_text(json.dumps(record["versions"], indent=2), "versions.json")
         run.log_folder(evaluation)
         if page:
@@ -56,6 +60,7 @@ def hand_over(
 def _note(cell: Cell, metrics: dict[str, dict[str, float]], conf: Path) -> str:
     """A cell's rows of the table, and its command, as Markdown."""
     names = [name for name in metrics["untrained"] if "recall" in name]
-    rows = [[protocol, *(f"{100 * scores[name]:.1f}" for name in names)] for protocol, scores in metrics.items()]
+    rows = [[protocol, *(f"{scores[name]:.1f}" for name in names)] for protocol, scores in metrics.items()]
     table = pipe_table(pd.DataFrame(rows, columns=["protocol", *names]))
-    return f"{table}\n\nIn percent. Again:\n\n    {command(cell, [cell.seed], conf)}\n"
+    # Not as a block, whose long line would push the rest of MLflow's page out of sight.
+    return f"{table}\n\nIn percent. Again: `{command(cell, [cell.seed], conf)}`\n"

@@ -15,7 +15,7 @@ from cbml.workspace import Workspace
 
 # What stages take from a run.json.
 RECORD = ("key", "run_id", "fingerprint", "iterations", "train_seconds", "data_seconds", "finished", "device", "code")
-RECORD += ("versions",)
+RECORD += ("versions", "unit")
 
 
 def fingerprint(workspace: Workspace, dataset: str) -> str:

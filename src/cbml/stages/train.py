@@ -34,9 +34,9 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
     It holds `final.pt` and, where they are of another iteration, `best_on_test.pt` and `validated.pt` (state dicts);
     `losses.csv` and `validations.csv` by iteration, and `selection.csv`, the evaluations on the validation classes, if
     the recipe has `select_by`; `pseudo_labels.npz`, each image's cluster by refresh, if the batches are of clusters;
-    `cell.yaml`, the configuration; and `run.json`: the cell's `key`, MLflow's `run_id`, the
-    iteration of each protocol, seconds, the device and what was set on it, versions, and hashes of the training code
-    and of the final weights.
+    `cell.yaml`, the configuration; and `run.json`: the cell's `key`, MLflow's `run_id`, the iteration of each protocol,
+    seconds, the device and what was set on it, versions, hashes of the training code and of the final weights, and the
+    `unit` of all metrics.
 
     Raises:
         UserError: a list, an image, the weights or the loss's parameters are bad, before any image is decoded; the
@@ -91,6 +91,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
                 "numerics": facts(fabric, cell.recipe),
                 "code": code,
                 "versions": provenance.versions(),
+                "unit": "percent",  # of all metrics; a run without it is of an earlier version, which wrote shares
             }
             out = workspace.run(cell)
             with atomic_write(out) as folder:

@@ -61,9 +61,10 @@ def train(
         scored: what every evaluation on the way is on.
         fabric: the device, inside `numerics`.
         label: of the run, for messages.
-        log: called with new rows of losses and evaluations, and with `images_per_second` and `data_share`, the share of
-            that time that went into getting batches. With a GPU that is the host's time: an upper bound of what the
-            device waits, which has queued iterations to work on, and without its own work on crops.
+        log: called with new rows of losses and evaluations, and with `train_images_per_second` and
+            `train_data_percent`, how much of that time went into getting batches. With a GPU that is the host's time:
+            an upper bound of what the device waits, which has queued iterations to work on, and without its own work
+            on crops.
         select_by: the metric whose highest value is best.
         keep: an iteration whose weights are kept, too.
         teacher_momentum: of a moving average of the network that the loss looks at. It takes the weights before a step
@@ -203,8 +204,8 @@ def train(
         if saves:
             since, before = logged
             passed = seconds["train"] - before["train"]
-            speed = {"images_per_second": recipe.batch_size * (iteration - since) / passed}
-            speed["data_share"] = (seconds["data"] - before["data"]) / passed
+            speed = {"train_images_per_second": recipe.batch_size * (iteration - since) / passed}
+            speed["train_data_percent"] = 100 * (seconds["data"] - before["data"]) / passed
             log([*unlogged, {"iteration": iteration, **speed}])
             logged = iteration, seconds.copy()
             state["losses"] += [row for row in unlogged if "loss" in row]
@@ -274,7 +275,7 @@ def score(
         metrics = evaluate(embeddings, images.labels)
     except UserError as error:
         raise UserError(f"{label}: iteration {iteration}: {error}") from None
-    message(f"{label}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1%}")
+    message(f"{label}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1f} %")
     return {"iteration": iteration, **metrics}
 
 
