@@ -219,7 +219,7 @@ def test_cached_file_is_checked(content, pattern, hub, tmp_path):
 
 
 def test_timm_classifier_under_its_own_name_is_ignored(tmp_path):
-    timm = pytest.importorskip("timm", reason="timm is not installed (requirements-extra.txt)")
+    timm = pytest.importorskip("timm", reason="timm is not installed (pip install 'cbml[timm]')")
     whole = timm.create_model("regnety_002", num_classes=7)  # its classifier is head.fc
     safetensors.torch.save_file(whole.state_dict(), tmp_path / "w.safetensors")
     trunk = build_trunk(BackboneConfig(type="timm", model="regnety_002", weights="w.safetensors"), tmp_path)
@@ -227,7 +227,7 @@ def test_timm_classifier_under_its_own_name_is_ignored(tmp_path):
 
 
 def test_timm_pretrained_offline(monkeypatch):
-    timm = pytest.importorskip("timm", reason="timm is not installed (requirements-extra.txt)")
+    timm = pytest.importorskip("timm", reason="timm is not installed (pip install 'cbml[timm]')")
 
     def offline(*args, pretrained, **kwargs):
         assert pretrained

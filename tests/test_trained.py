@@ -1,4 +1,4 @@
-"""A trained cell used elsewhere: the same embeddings from its run, from an exported folder, from ONNX, from the store."""
+"""A trained cell used elsewhere: the same embeddings from its run, an exported folder, ONNX, and the store."""
 
 import subprocess
 import sys

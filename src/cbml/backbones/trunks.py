@@ -161,7 +161,7 @@ def _timm_with(model: str) -> ModuleType:
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise UserError(f"backbone timm model '{model}' needs timm: pip install -r requirements-extra.txt") from error
+        raise UserError(f"backbone timm model '{model}' needs timm: pip install 'cbml[timm]'") from error
     if not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models(), 3)
         raise UserError(
