@@ -23,6 +23,8 @@ test: .venv/installed
 
 lint: .venv/installed
 	ruff check
+	ruff format --check
+	mypy
 
 ui: .venv/installed
 	mlflow ui --backend-store-uri sqlite:///mlflow.db

@@ -4,16 +4,17 @@ import io
 from pathlib import Path
 from typing import Any
 
-import mlflow
+import mlflow.models
 import numpy as np
 import pandas as pd
+from mlflow.pyfunc import PythonModel
 
 from cbml import network
 from cbml.config import load_cell
 from cbml.trained import Trained
 
 
-class Embedder(mlflow.pyfunc.PythonModel):
+class Embedder(PythonModel):
     """Pictures → embeddings."""
 
     def load_context(self, context: Any) -> None:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -38,11 +38,11 @@ class Trained:
         if not len(pictures):
             raise UserError("pictures: none are given; at least one is needed")
         recipe = self.cell.recipe
-        size = {"resize": recipe.resize, "interpolation": recipe.interpolation}
+        size: dict[str, Any] = {"resize": recipe.resize, "interpolation": recipe.interpolation}
         sources = [Path(each) if isinstance(each, str) else each for each in pictures]
         images = PackedImages.of([load_image(source, **size) for source in sources])
-        where = {"crop": recipe.crop, "interpolation": recipe.interpolation, "device": torch.device("cpu")}
-        return embed(self.network, images, **where).numpy()
+        where: dict[str, Any] = {"crop": recipe.crop, "interpolation": recipe.interpolation}
+        return embed(self.network, images, **where, device=torch.device("cpu")).numpy()
 
     def export(self, folder: Path) -> Path:
         """Write the cell as a folder that needs neither DVC nor MLflow: weights, configuration, and an ONNX model.

@@ -1,6 +1,8 @@
 """Trunk → global pooling → linear head → L2 normalisation."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +11,14 @@ from torch import Tensor, nn
 from cbml.backbones.entries import BackboneConfig, InputConvention
 from cbml.backbones.trunks import build_trunk, input_convention
 
-POOLING = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}
+POOLING: dict[str, Callable[..., Tensor]] = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}
 
 
 class Normalize(nn.Module):
     """RGB images (B, 3, H, W) with values 0–255 → the float32 values that a trunk expects."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, input: InputConvention):
         super().__init__()
@@ -51,12 +56,13 @@ class EmbeddingModel(nn.Module):
         self.trunk = trunk
         self.pooling = pooling
         self.freeze_bn = freeze_bn
-        self.head = nn.Identity()
+        self.head: nn.Module = nn.Identity()
+        features = cast(int, trunk.num_features)
         if embedding_dim:
-            self.head = nn.Linear(trunk.num_features, embedding_dim)
-            nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
-            nn.init.zeros_(self.head.bias)
-        self.embedding_dim = embedding_dim or trunk.num_features
+            self.head = head = nn.Linear(features, embedding_dim)
+            nn.init.kaiming_normal_(head.weight, mode="fan_out")
+            nn.init.zeros_(head.bias)
+        self.embedding_dim = embedding_dim or features
         self.train()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -63,9 +64,9 @@ def input_convention(config: BackboneConfig) -> InputConvention:
     Raises:
         UserError: timm or the timm model is missing.
     """
-    if config.type != "timm":
+    if config.input:
         return config.input
-    timm = _timm_with(config.model)
+    timm = _timm_with(config)
     pretrained = timm.get_pretrained_cfg(config.model)
     data = timm.data.resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
     crop = config.arguments.get("img_size", data["input_size"][1])
@@ -82,7 +83,7 @@ def needs_size(config: BackboneConfig) -> bool:
     """Whether a network has to be built for one size of images, as most vision transformers are."""
     if config.type != "timm":
         return False
-    pretrained = _timm_with(config.model).get_pretrained_cfg(config.model)
+    pretrained = _timm_with(config).get_pretrained_cfg(config.model)
     return bool(pretrained and pretrained.fixed_input_size)
 
 
@@ -109,7 +110,7 @@ def _bn_inception(config: BackboneConfig, root: Path) -> nn.Module:
 
 
 def _timm(config: BackboneConfig, root: Path) -> nn.Module:
-    timm = _timm_with(config.model)
+    timm = _timm_with(config)
     options = dict(config.arguments, pretrained=config.weights == "imagenet", num_classes=0)
     if "img_size" in options and config.weights not in (None, "imagenet"):
         path = root / config.weights
@@ -139,7 +140,7 @@ TRUNKS: dict[str, Callable[[BackboneConfig, Path], nn.Module]] = {
 }
 
 
-def _until_pooling(network: nn.Module) -> nn.Module:
+def _until_pooling(network: Any) -> nn.Module:
     """The layers of a torchvision network before its global pooling, under their own names."""
     trunk = nn.Sequential(OrderedDict(takewhile(lambda child: child[0] != "avgpool", network.named_children())))
     trunk.num_features = network.fc.in_features
@@ -156,8 +157,9 @@ def _kaiming(trunk: nn.Module) -> nn.Module:
     return trunk
 
 
-def _timm_with(model: str) -> ModuleType:
-    """Import timm and make sure that it knows `model`."""
+def _timm_with(config: BackboneConfig) -> ModuleType:
+    """Import timm and make sure that it knows the entry's model."""
+    model = str(config.model)
     try:
         import timm
     except ModuleNotFoundError as error:

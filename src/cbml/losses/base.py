@@ -7,7 +7,7 @@ from the model and the training list where a constructor asks for them.
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, ForwardRef, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Literal, TypeAlias, Union, cast
 
 import torch
 from pydantic import Field, create_model
@@ -19,7 +19,10 @@ REGISTRY: dict[str, tuple[type["Loss"], type["LossConfig"]]] = {}
 FILLED_IN = ("embedding_dim", "num_classes")
 
 # The annotation of a parameter that is itself a loss; stands for `config_union()`, known once all are registered.
-AnyLoss = ForwardRef("AnyLoss")
+if TYPE_CHECKING:
+    AnyLoss: TypeAlias = "LossConfig"
+else:
+    AnyLoss = ForwardRef("AnyLoss")
 
 
 class Loss(nn.Module):
@@ -51,7 +54,7 @@ class Loss(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch: the sum of `terms`."""
-        return sum(self.terms(embeddings, labels).values())
+        return cast(Tensor, sum(self.terms(embeddings, labels).values()))
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Optimiser groups of the loss's own parameters at `lr` times its `lr_factor`; empty if it has none."""
@@ -92,7 +95,7 @@ def register(name: str) -> Callable[[type[Loss]], type[Loss]]:
             for p in parameters
             if p.name not in FILLED_IN
         }
-        common = {"type": (Literal[name], ...), "lr_factor": (Positive, cls.lr_factor)}
+        common: dict[str, Any] = {"type": (Literal[name], ...), "lr_factor": (Positive, cls.lr_factor)}
         REGISTRY[name] = cls, create_model(cls.__name__, __base__=LossConfig, **common, **fields)
         return cls
 

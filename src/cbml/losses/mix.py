@@ -26,15 +26,16 @@ class Sum(Loss):
     ):
         super().__init__()
         self.names = list(terms)
-        self.losses = nn.ModuleList(
+        self.parts = [
             build_loss(config, embedding_dim=embedding_dim, num_classes=num_classes) for config in terms.values()
-        )
+        ]
+        self.losses = nn.ModuleList(self.parts)
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {name: loss(embeddings, labels) for name, loss in zip(self.names, self.losses, strict=True)}
+        return {name: loss(embeddings, labels) for name, loss in zip(self.names, self.parts, strict=True)}
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        return [group for loss in self.losses for group in loss.parameter_groups(lr * self.lr_factor)]
+        return [group for loss in self.parts for group in loss.parameter_groups(lr * self.lr_factor)]
 
 
 @register("xbm")

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -128,14 +128,14 @@ def train(
 
         model.train()
         terms = criterion.terms(model(pixels), labels)
-        loss = sum(terms.values())
+        loss = cast(Tensor, sum(terms.values()))
         optimizer.zero_grad()
         fabric.backward(loss)
         if recipe.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
         optimizer.step()
 
-        row = {"iteration": iteration, "loss": loss.detach(), "lr": recipe.lr * scale}
+        row: dict[str, Any] = {"iteration": iteration, "loss": loss.detach(), "lr": recipe.lr * scale}
         if len(terms) > 1:
             row |= {f"loss_{name}": value.detach() for name, value in terms.items()}
         pending.append(row)
