@@ -48,7 +48,7 @@ TORCHVISION = {
 
 def config_of(name, **changes):
     if ENTRIES[name]["type"] == "timm":
-        pytest.importorskip("timm", reason="timm is not installed (requirements-extra.txt)")
+        pytest.importorskip("timm", reason="timm is not installed (pip install 'cbml[timm]')")
     return BackboneConfig.model_validate({**ENTRIES[name], **changes})
 
 
@@ -324,7 +324,7 @@ def test_unknown_timm_model(model, message):
 def test_timm_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     config = BackboneConfig(type="timm", model="resnet18")
-    with pytest.raises(UserError, match=r"needs timm: pip install -r requirements-extra.txt"):
+    with pytest.raises(UserError, match=r"needs timm: pip install 'cbml\[timm\]'"):
         create_model(config, embedding_dim=0, root=ROOT)
 
 

@@ -263,7 +263,7 @@ def test_dvc_plots_name_columns_that_the_files_have(evaluated):
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (requirements-extra.txt)")
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install 'cbml[browser]')")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         pytest.skip("Chromium is not installed")

@@ -360,7 +360,7 @@ def test_what_a_backbone_changes_in_the_recipe_is_said(workspace, capsys):
 
 
 def test_a_vision_transformer_is_trained_at_its_own_size_which_is_said_or_at_any_that_is_set(workspace, capsys):
-    pytest.importorskip("timm", reason="timm is not installed (requirements-extra.txt)")
+    pytest.importorskip("timm", reason="timm is not installed (pip install 'cbml[timm]')")
     vit = {"vit": {"type": "timm", "model": "test_vit", "arguments": {"img_size": 48}}}
     recipe = TINY_RECIPE | {"iterations": 1, "validate_every": 0}
     folder = run(workspace, backbone=vit, recipe={"tiny": recipe})
@@ -388,7 +388,7 @@ def test_without_a_network_it_says_how_to_name_a_file_of_weights(workspace, monk
     with pytest.raises(UserError, match=r"no such file") as error:
         run(workspace, backbone={"resnet18": entry | {"weights": "absent.pth"}})
     assert hint.format("resnet18") not in str(error.value)
-    timm = pytest.importorskip("timm", reason="timm is not installed (requirements-extra.txt)")
+    timm = pytest.importorskip("timm", reason="timm is not installed (pip install 'cbml[timm]')")
     monkeypatch.setattr(timm, "create_model", lambda *args, **options: 1 / 0)
     with pytest.raises(UserError, match=rf"^vit: timm model 'test_vit' cannot be had .*{hint.format('vit')}"):
         run(workspace, backbone={"vit": {"type": "timm", "model": "test_vit", "weights": "imagenet"}})

@@ -103,7 +103,7 @@ def test_a_store_that_is_a_server_gets_its_links_alone(workspace, served):
 
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 def test_the_links_open_on_the_cells_and_their_curves(served):
-    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (requirements-extra.txt)")
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install 'cbml[browser]')")
     with api.sync_playwright() as playwright:
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # its sandbox does not run as root
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)

@@ -5,7 +5,7 @@ import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
@@ -25,6 +25,10 @@ def _distinct(values: list[int]) -> list[int]:
 
 Distinct = (Field(min_length=1), AfterValidator(_distinct))
 Whole = Annotated[int, Field(ge=0)]
+if TYPE_CHECKING:
+    AnyLoss = LossConfig
+else:
+    AnyLoss = config_union()
 
 
 class Selection(Schema):
@@ -138,7 +142,7 @@ class Params(Schema):
 
     dataset: Annotated[dict[Name, Dataset], Field(min_length=1)]
     backbone: Annotated[dict[Name, BackboneConfig], Field(min_length=1)]
-    loss: Annotated[dict[Name, config_union()], Field(min_length=1)]
+    loss: Annotated[dict[Name, AnyLoss], Field(min_length=1)]
     recipe: Annotated[dict[Name, Recipe], Field(min_length=1, max_length=1)]
     embedding_dim: Annotated[list[Annotated[int, Field(ge=0, le=2**16)]], *Distinct]
     seed: Annotated[list[Seed], *Distinct]

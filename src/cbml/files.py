@@ -115,7 +115,7 @@ def read_json(path: Path, stage: str, names: tuple[str, ...] = ()) -> Any:
         return content
 
 
-def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options) -> Any:
+def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options: Any) -> Any:
     """The content of a CSV file as a DataFrame; `options` are pandas'.
 
     Raises:

@@ -18,6 +18,7 @@ SOURCE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "pytorch-metric-learning", "timm", "numpy", "pillow")
 TOOLS = ("mlflow", "dvc")  # they run a cell, and do not change it
 # Beside the modules of network and loss themselves.
+TRAINING: tuple[str, ...]
 TRAINING = ("training/loop.py", "training/device.py", "network.py", "backbones/trunks.py", "losses/base.py")
 TRAINING += ("datasets/images.py", "datasets/loading.py", "datasets/transforms.py", "batches/base.py")
 

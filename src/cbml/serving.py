@@ -4,14 +4,15 @@ import io
 from pathlib import Path
 from typing import Any
 
-import mlflow
+import mlflow.models
 import numpy as np
 import pandas as pd
+from mlflow.pyfunc import PythonModel
 
 from cbml import trained
 
 
-class Embedder(mlflow.pyfunc.PythonModel):
+class Embedder(PythonModel):
     """Pictures → embeddings."""
 
     def load_context(self, context: Any) -> None:

@@ -14,7 +14,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -52,9 +52,10 @@ try:
     from mlflow.types import ColSpec, Schema, TensorSpec
     from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 except ModuleNotFoundError:
-    mlflow = None
+    mlflow = None  # type: ignore[assignment]
 
 # What the logged model imports.
+SERVING: tuple[str, ...]
 SERVING = ("torch", "torchvision", "pytorch-metric-learning", "pydantic", "safetensors", "matplotlib", "pillow")
 SERVING += ("mlflow", "pandas", "filelock", "requests", "tqdm", "pyyaml")
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits
@@ -96,7 +97,7 @@ class Store:
             kind = {"mlflow.experimentKind": "custom_model_development"}
             return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
 
-    def _alone(self):
+    def _alone(self) -> AbstractContextManager[None]:
         """Hold what two processes might make at once: the database, an experiment."""
         return locked(self.workspace.cache / "mlflow", "MLflow: waiting for another process")
 
@@ -207,23 +208,33 @@ class Run:
         for start in range(0, len(points), METRICS_A_CALL):
             self.do(partial(self._log_points, points[start : start + METRICS_A_CALL], replace))
 
+    def opened(self) -> tuple["MlflowClient", str]:
+        """The client and the id of the run, for what is done by `do`: there is a store then, and the run is made."""
+        assert self.store and self.id
+        return self.store.client, self.id
+
     def _log_points(self, points: list[tuple[str, float, int, int]], replace: bool) -> None:
-        client = self.store.client
+        client, run_id = self.opened()
         for name in {name for name, *_ in points} - self._logged.keys():
-            history = client.get_metric_history(self.id, name) if self.continued else []
+            history = client.get_metric_history(run_id, name) if self.continued else []
             self._logged[name] = {point.step: point.value for point in history}
         new = []
         for name, value, time_logged, step in points:
             known = self._logged[name].get(step)
             if known is None or (replace and known != value):
                 new.append(Metric(name, value, time_logged, step))
-        client.log_batch(self.id, metrics=new)
+        client.log_batch(run_id, metrics=new)
         for metric in new:
             self._logged[metric.key][metric.step] = metric.value
 
     def call(self, method: str, *args: Any) -> None:
         """Call that method of MLflow's client for this run."""
-        self.do(lambda: getattr(self.store.client, method)(self.id, *args))
+
+        def operation() -> None:
+            client, run_id = self.opened()
+            getattr(client, method)(run_id, *args)
+
+        self.do(operation)
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
@@ -300,8 +311,9 @@ def open_run(
     if mlflow is None:
         yield Run(None)
         return
-    run = Run(Store(workspace), run_id)
-    run.do(lambda: _start(run, experiment, name, tags, remember))
+    store = Store(workspace)
+    run = Run(store, run_id)
+    run.do(lambda: _start(run, store, experiment, name, tags, remember))
     run.do(lambda: _describe(run, experiment, config, params, fingerprint))
     try:
         with _system_metrics(run):
@@ -316,11 +328,11 @@ def open_run(
             return
         time.sleep(attempt)
         run.send()
-    message(f"MLflow at {public(run.store.uri)} did not take all of {name}; import_cells can bring it there later")
+    message(f"MLflow at {public(store.uri)} did not take all of {name}; import_cells can bring it there later")
 
 
-def _start(run: Run, experiment: str, name: str, tags: dict[str, str], remember: Path | None) -> None:
-    client = run.store.client
+def _start(run: Run, store: Store, experiment: str, name: str, tags: dict[str, str], remember: Path | None) -> None:
+    client = store.client
     if run.id and _exists(client, run.id):
         run.continued = True
         client.update_run(run.id, status=RunStatus.to_string(RunStatus.RUNNING))
@@ -339,14 +351,14 @@ def _describe(
 ) -> None:
     if run.continued:
         return
-    client = run.store.client
+    client, run_id = run.opened()
     flat = [Param(key, str(value)) for key, value in params.items()]
     for start in range(0, len(flat), PARAMS_A_CALL):
-        client.log_batch(run.id, params=flat[start : start + PARAMS_A_CALL])
+        client.log_batch(run_id, params=flat[start : start + PARAMS_A_CALL])
     if fingerprint:
         source = json.dumps({"uri": f"lists/{experiment}"})
-        client.log_inputs(run.id, [DatasetInput(Dataset(experiment, fingerprint, "local", source))])
-    client.log_text(run.id, yaml.safe_dump(config, sort_keys=False), "params.yaml")
+        client.log_inputs(run_id, [DatasetInput(Dataset(experiment, fingerprint, "local", source))])
+    client.log_text(run_id, yaml.safe_dump(config, sort_keys=False), "params.yaml")
 
 
 @contextmanager
@@ -374,7 +386,16 @@ def _exists(client: "MlflowClient", run_id: str) -> bool:
         return False
 
 
-def open_cell(workspace: Workspace, cell: Cell, key: str, fingerprint: str, *, run_id=None, remember=None, **tags: str):
+def open_cell(
+    workspace: Workspace,
+    cell: Cell,
+    key: str,
+    fingerprint: str,
+    *,
+    run_id: str | None = None,
+    remember: Path | None = None,
+    **tags: str,
+) -> AbstractContextManager[Run]:
     """`open_run` for a cell, under its dataset's experiment; `tags` go with its own."""
     own = {"cell_key": key, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
     own |= {"embedding_dim": str(cell.embedding_dim), "seed": str(cell.seed), "dataset_fingerprint": fingerprint}
@@ -391,9 +412,9 @@ def open_cell(workspace: Workspace, cell: Cell, key: str, fingerprint: str, *, r
     )
 
 
-def open_tables(workspace: Workspace, dataset: str, cells: list[Cell]):
+def open_tables(workspace: Workspace, dataset: str, cells: list[Cell]) -> AbstractContextManager[Run]:
     """`open_run` for the table set of these cells, in an experiment of their own."""
-    axes = {
+    axes: dict[str, list[Any]] = {
         "dataset": [dataset],
         "backbone": [cell.backbone for cell in cells],
         "loss": [cell.loss for cell in cells],

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
@@ -20,7 +21,7 @@ def trunk_size(config: BackboneConfig, crop: int) -> tuple[int, int, int]:
         trunk = build_trunk(config.model_copy(update={"weights": None}), Path(), crop).eval()
         with FlopCounterMode(display=False) as counter:
             trunk(torch.empty(1, 3, crop, crop))
-    return sum(p.numel() for p in trunk.parameters()), counter.get_total_flops(), trunk.num_features
+    return sum(p.numel() for p in trunk.parameters()), counter.get_total_flops(), cast(int, trunk.num_features)
 
 
 def main() -> None:

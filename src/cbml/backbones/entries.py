@@ -66,7 +66,7 @@ class BackboneConfig(Schema):
 
     @model_validator(mode="after")
     def _options_fit_the_type(self) -> "BackboneConfig":
-        own = {"pooling": self.pooling, "input": self.input}
+        own: dict[str, Any] = {"pooling": self.pooling, "input": self.input}
         if self.type == "timm":
             if self.model is None:
                 raise ValueError("type timm needs `model`, a name from timm.list_models()")

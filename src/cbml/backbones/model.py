@@ -1,8 +1,8 @@
 """Trunk → global pooling → linear head → L2 normalisation."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,14 @@ from cbml.backbones import heads
 from cbml.backbones.entries import BackboneConfig, InputConvention
 from cbml.backbones.trunks import build_trunk, channels_of, input_convention
 
-POOLING = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}
+POOLING: dict[str, Callable[..., Tensor]] = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}
 
 
 class Normalize(nn.Module):
     """RGB images (B, 3, H, W) with values 0–255 → the float32 values that a trunk expects."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, input: InputConvention):
         super().__init__()
@@ -87,12 +90,13 @@ class EmbeddingModel(nn.Module):
         self.pooling = pooling
         self.freeze_bn = freeze_bn
         self.taps = taps
-        self.embedding_dim = embedding_dim or trunk.num_features
-        self.parts = head.parts(embedding_dim) if embedding_dim or head.type != "linear" else [self.embedding_dim]
+        features = cast(int, trunk.num_features)
+        self.embedding_dim = embedding_dim or features
+        self.parts = head.parts(embedding_dim) if embedding_dim or head.type != "linear" else [features]
         self.part_weights = head.part_weights(self.parts)
-        self.head = nn.Identity()
+        self.head: nn.Module = nn.Identity()
         if embedding_dim:
-            self.head = head.build(trunk.num_features, channels_of(trunk, taps), self.parts)
+            self.head = head.build(features, channels_of(trunk, taps), self.parts)
         self.train()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -73,9 +73,9 @@ def input_convention(config: BackboneConfig) -> InputConvention:
     Raises:
         UserError: timm or the timm model is missing.
     """
-    if config.type != "timm":
+    if config.input:
         return config.input
-    timm = _timm_with(config.model)
+    timm = _timm_with(config)
     pretrained = timm.get_pretrained_cfg(config.model)
     data = timm.data.resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
     crop = config.arguments.get("img_size", data["input_size"][1])
@@ -211,12 +211,13 @@ def _kaiming(trunk: nn.Module) -> nn.Module:
     return trunk
 
 
-def _timm_with(model: str) -> ModuleType:
-    """Import timm and make sure that it knows `model`."""
+def _timm_with(config: BackboneConfig) -> ModuleType:
+    """Import timm and make sure that it knows the entry's model."""
+    model = str(config.model)
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise UserError(f"backbone timm model '{model}' needs timm: pip install -r requirements-extra.txt") from error
+        raise UserError(f"backbone timm model '{model}' needs timm: pip install 'cbml[timm]'") from error
     if not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models(), 3)
         raise UserError(

@@ -1,7 +1,7 @@
 """Batches made ahead of a GPU that would wait for them."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -27,6 +27,7 @@ def load_batches(
             They do for a CUDA device that the images are not on. On a CPU they would take what the model computes with.
     """
     cuda = device.type == "cuda"
+    batches: Iterator[Sequence[Tensor]]
     if cuda and not images.data.is_cuda:
         batches = prefetch(lambda item: [_each(Tensor.pin_memory, value) for value in make(item)], items, WORKERS)
     else:

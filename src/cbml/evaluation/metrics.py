@@ -58,18 +58,18 @@ def evaluate(
         raise UserError("nmi: allowed only without a gallery")
     queries = unit_vectors(embeddings, "embeddings")
     labels = _labels(labels, queries, "labels")
-    if gallery is None:
+    if gallery is None or gallery_labels is None:
         gallery_labels = labels
     else:
         gallery = unit_vectors(gallery, "gallery")
         check_width(queries, gallery)
         gallery_labels = _labels(gallery_labels, gallery, "gallery_labels")
 
-    scores = []
+    blocks = []
     for rows, similarities in similarity_blocks(queries, gallery, block):
         same = labels[rows, None] == gallery_labels
         r = same.sum(dim=1, keepdim=True) - int(gallery is None)
-        r_max = max(1, r.max().item())
+        r_max = max(1, int(r.max()))
         # Ranks beyond both R and K count for nothing, so no more negatives than that are needed.
         n_negatives = min(max(r_max, *ks), len(gallery_labels))
         positives = similarities.masked_fill(~same, -torch.inf).topk(r_max).values
@@ -79,8 +79,8 @@ def evaluate(
         rank = j + n_ahead
         hit = (rank <= r).double()
         block_scores = [rank[:, 0] <= k for k in ks] + [hit.sum(1) / r[:, 0], (hit * j / rank).sum(1) / r[:, 0]]
-        scores.append(torch.stack([score.double() for score in block_scores], dim=1)[r[:, 0] > 0])
-    scores = torch.cat(scores)
+        blocks.append(torch.stack([score.double() for score in block_scores], dim=1)[r[:, 0] > 0])
+    scores = torch.cat(blocks)
     if not len(scores):
         raise UserError("labels: no query has another image of its class in the gallery, at least one must")
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ForwardRef, Literal, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Literal, Self, TypeAlias, Union
 
 import torch
 from pydantic import Field, create_model, model_serializer, model_validator
@@ -29,7 +29,10 @@ FILLED_IN = ("embedding_dim", "num_classes", "feature_dim", "parts", "build")
 METHOD = ("head", "batches", "teacher", "recipe")  # what only the outermost loss may set
 
 # The annotation of a parameter that is itself a loss; stands for `config_union()`, known once all are registered.
-AnyLoss = ForwardRef("AnyLoss")
+if TYPE_CHECKING:
+    AnyLoss: TypeAlias = "LossConfig"
+else:
+    AnyLoss = ForwardRef("AnyLoss")
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def register(name: str) -> Callable[[type[Loss]], type[Loss]]:
             for p in parameters
             if p.name not in FILLED_IN
         }
-        common = {"type": (Literal[name], ...), "lr_factor": (Positive, cls.lr_factor)}
+        common: dict[str, Any] = {"type": (Literal[name], ...), "lr_factor": (Positive, cls.lr_factor)}
         REGISTRY[name] = cls, create_model(cls.__name__, __base__=LossConfig, **common, **fields)
         return cls
 

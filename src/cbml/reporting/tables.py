@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -218,9 +219,9 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
     )
     for name in recalls(rows):
         label = f"R@{name.removeprefix('recall_at_')}"
-        text[label] = column(lambda row, name=name: _figure(row, name))
+        text[label] = column(partial(_figure, name=name))
         if f"paper_{name}" in rows and rows[f"paper_{name}"].notna().any():
-            text[f"{label} paper"] = column(lambda row, name=name: _against_paper(row, name))
+            text[f"{label} paper"] = column(partial(_against_paper, name=name))
         if name == "recall_at_1" and rows.versus_best.notna().any():
             text["R@1 against the best [95 %]"] = column(_against_best)
     text["MAP@R"] = column(lambda row: _figure(row, "map_at_r"))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cbml import network
 from cbml.config import load_cell
+from cbml.datasets.images import PackedImages
 from cbml.evaluation import queries
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
@@ -68,11 +70,11 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     _, validations = curves_of(run_folder, cell)
 
     with numerics(cell.recipe) as fabric:
-        where = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation, "device": fabric.device}
+        where: dict[str, Any] = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation}
 
-        def embeddings_of(file: Path, *lists) -> list[Tensor]:
+        def embeddings_of(file: Path, *lists: PackedImages) -> list[Tensor]:
             model = fabric.setup_module(network.load(cell, file))
-            return [embed(model, each, **where) for each in lists]
+            return [embed(model, each, **where, device=fabric.device) for each in lists]
 
         test, train = embeddings_of(run_folder / "final.pt", images, train_images)
         curve = [k for k in CURVE if k == 1 or k < len(test)]

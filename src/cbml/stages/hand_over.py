@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -23,7 +24,7 @@ def hand_over(
     *,
     page: Path | None = None,
     register: bool = False,
-    **tags: str,
+    **tags: Any,
 ) -> None:
     """Log what evaluation left, and the model of `run_folder` if it is there.
 

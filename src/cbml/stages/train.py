@@ -133,7 +133,7 @@ def _prepare(
     torch.manual_seed(cell.seed)
     model, criterion = network.build(cell, num_classes=batches.num_classes, root=workspace.root)
 
-    def train_on(**options) -> dict[str, Any]:
+    def train_on(**options: Any) -> dict[str, Any]:
         images = replace(images_of(workspace, cell, train_list), labels=torch.from_numpy(labels))
         on, options = (images, images_of(workspace, cell, scored)), options | {"teacher_momentum": method.teacher}
         return train(recipe, cell.seed, model, criterion, batches, *on, **options)

@@ -174,7 +174,7 @@ def train(
             criterion.follow(teacher_momentum)
         optimizer.step()
 
-        row = {"iteration": iteration, "loss": loss.detach(), "lr": recipe.lr * scale}
+        row: dict[str, Any] = {"iteration": iteration, "loss": loss.detach(), "lr": recipe.lr * scale}
         if len(terms) > 1:
             row |= {f"loss_{name}": value.detach() for name, value in terms.items()}
         pending.append(row)
