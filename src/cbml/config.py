@@ -179,7 +179,7 @@ class Params(Schema):
                 # What differs from the recipe's file was set for this run, and wins.
                 if given.get(name) == self._recipe_file.get(name, given.get(name)):
                     changes[name], changed_by[name] = value, owner
-        started = {"weights": network.weights or (given | changes).get("weights"), "recipe": {}}
+        started: dict[str, Any] = {"weights": network.weights or (given | changes).get("weights"), "recipe": {}}
         try:
             recipe = Recipe.model_validate(given | changes)
             network = BackboneConfig.model_validate(network.model_dump() | started)

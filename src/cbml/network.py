@@ -1,6 +1,7 @@
 """The network of a cell: built on its starting weights, or loaded with trained ones."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -23,7 +24,11 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
         UserError: the weights cannot be had or do not fit; the loss's parameters do not fit together.
     """
     config = cell.backbone_config
-    shape = {"embedding_dim": cell.embedding_dim, "head": cell.loss_config.head, "crop": cell.recipe.crop}
+    shape: dict[str, Any] = {
+        "embedding_dim": cell.embedding_dim,
+        "head": cell.loss_config.head,
+        "crop": cell.recipe.crop,
+    }
     try:
         network = create_model(config, root=root, **shape)
     except UserError as error:
@@ -34,7 +39,7 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
         cell.loss_config,
         embedding_dim=network.embedding_dim,
         num_classes=num_classes,
-        feature_dim=network.trunk.num_features,
+        feature_dim=cast(int, network.trunk.num_features),
         parts=network.parts,
     )
     if "map" in needs(criterion) and network.pooling is None:
@@ -53,7 +58,11 @@ def load(cell: Cell, weights: Path) -> EmbeddingModel:
     Raises:
         UserError: `weights` is missing or damaged, or of another network.
     """
-    shape = {"embedding_dim": cell.embedding_dim, "head": cell.loss_config.head, "crop": cell.recipe.crop}
+    shape: dict[str, Any] = {
+        "embedding_dim": cell.embedding_dim,
+        "head": cell.loss_config.head,
+        "crop": cell.recipe.crop,
+    }
     network = create_model(cell.backbone_config, root=Path(), load_weights=False, **shape)
     state = read_state(weights) if weights.suffix == ".safetensors" else read_tensors(weights, "train")
     try:
@@ -64,3 +73,7 @@ def load(cell: Cell, weights: Path) -> EmbeddingModel:
     if cell.recipe.channels_last:
         network.to(memory_format=torch.channels_last)
     return network.eval()
+
+
+def _shape(cell: Cell) -> dict[str, Any]:
+    return {"embedding_dim": cell.embedding_dim, "head": cell.loss_config.head, "crop": cell.recipe.crop}

@@ -1,12 +1,15 @@
 """A teacher: the exponential moving average of what is trained (Tarvainen and Valpola, NeurIPS 2017)."""
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+M = TypeVar("M", bound=nn.Module)
 
-def teacher_of(student: nn.Module) -> nn.Module:
+
+def teacher_of(student: M) -> M:
     """A copy without gradients, in eval mode."""
     return copy.deepcopy(student).requires_grad_(False).eval()
 

@@ -133,7 +133,8 @@ class Store:
             experiments = [each.experiment_id for each in client.search_experiments()]
             wanted = [f"{what} = '{name}'" for what in ("attributes.run_id", "tags.cell_key")]
             runs = [run for each in wanted for run in client.search_runs(experiments, each)]
-            models = [client.get_logged_model(output.model_id) for run in runs for output in run.outputs.model_outputs]
+            outputs = [output for run in runs if run.outputs for output in run.outputs.model_outputs]
+            models = [client.get_logged_model(output.model_id) for output in outputs]
         except mlflow.MlflowException as error:
             raise UserError(f"{name}: MLflow at {public(self.uri)}: {error}") from None
         whole = [model for model in models if model.status == LoggedModelStatus.READY]
@@ -268,8 +269,8 @@ class Run:
         cell = load_cell(folder / "cell.yaml")
         picture = io.BytesIO()
         Image.new("RGB", (cell.recipe.resize, cell.recipe.resize)).save(picture, "PNG")
-        columns = [ColSpec("binary", "image", required=False), ColSpec("string", "path", required=False)]
-        signature = ModelSignature(Schema(columns), Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
+        columns = Schema([ColSpec("binary", "image", required=False), ColSpec("string", "path", required=False)])
+        signature = ModelSignature(columns, Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
         needs = [*SERVING, *(["timm"] if cell.backbone_config.type == "timm" else [])]
         with mlflow.start_run(run_id=self.id, log_system_metrics=False):
             model = mlflow.pyfunc.log_model(
@@ -283,7 +284,7 @@ class Run:
                 input_example=pd.DataFrame({"image": [picture.getvalue()]}),
                 pip_requirements=[f"{name}=={version(name)}" for name in needs],
             )
-        if local(model.artifact_path):  # else its weights would lie twice on one disk
+        if self.store and local(model.artifact_path):  # else its weights would lie twice on one disk
             share(folder / "final.pt", self.store.folder(model.artifact_path, model.model_id) / "artifacts/final.pt")
 
 
@@ -341,7 +342,7 @@ def _start(run: Run, store: Store, experiment: str, name: str, tags: dict[str, s
         return
     tags = tags | {variable.lower(): os.environ[variable] for variable in DVC_VARIABLES if variable in os.environ}
     tags = resolve_tags(tags | {MLFLOW_GIT_COMMIT: provenance.revision()})  # and user, script, branch, as MLflow does
-    run.id = client.create_run(run.store.experiment(experiment), run_name=name, tags=tags).info.run_id
+    run.id = client.create_run(store.experiment(experiment), run_name=name, tags=tags).info.run_id
     if remember:
         write_text(remember, run.id)
 
@@ -364,7 +365,7 @@ def _describe(
 @contextmanager
 def _system_metrics(run: Run) -> Iterator[None]:
     """Log the load of this machine meanwhile, as MLflow does, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for it."""
-    if not (MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() and run.id):
+    if not (MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() and run.id and run.store):
         yield
         return
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # needs psutil

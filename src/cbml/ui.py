@@ -25,7 +25,7 @@ VIEWS = {
     "recall_at_k": ("Recall@1, 2, 4, 8", "CHART", ("recall_at_k",)),
     "training": ("Recall@1 over iterations", "CHART", ("recall_at_1", "loss")),
 }
-METRICS = ("recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map_at_r")
+METRICS: tuple[str, ...] = ("recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "map_at_r")
 METRICS += ("recall_at_1_untrained", "recall_at_1_best_on_test")
 PARAMS = ("loss", "backbone", "embedding_dim", "seed", "recipe")
 NAME, CREATED, DATASET = "attributes.`Run Name`", "runDateAndNestInfo", "attributes.`Dataset`"
@@ -71,14 +71,14 @@ def view(name: str, charts: tuple[str, ...], number: int) -> str:
 
 def links(store: Store, ui: str) -> dict[str, dict[str, str]]:
     """The addresses of the views at an MLflow UI, by dataset and name; writes the views that are not there."""
-    found = {}
+    found: dict[str, dict[str, str]] = {}
     for experiment in store.client.search_experiments():
         id = experiment.experiment_id
         if experiment.name == TABLES or not store.client.search_runs([id], "tags.cell_key LIKE '%'", max_results=1):
             continue
         found[experiment.name] = {}
         for i, (key, (name, mode, charts)) in enumerate(VIEWS.items()):
-            tag, value = f"mlflow.sharedViewState.{key}", view(name, charts, experiment.creation_time - i)
+            tag, value = f"mlflow.sharedViewState.{key}", view(name, charts, (experiment.creation_time or 0) - i)
             if experiment.tags.get(tag) != value:
                 store.client.set_experiment_tag(id, tag, value)
             query = f"workflowType=machine_learning&compareRunsMode={mode}&viewStateShareKey={key}"

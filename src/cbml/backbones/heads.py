@@ -15,10 +15,8 @@ from cbml.errors import UserError
 from cbml.schema import Count, Positive, Schema, Share
 
 
-class Linear(Schema):
-    """One linear layer, one part."""
-
-    type: Literal["linear"]
+class HeadConfig(Schema):
+    """What all heads have in common: one linear layer, one part, unless they say otherwise."""
 
     def parts(self, embedding_dim: int) -> list[int]:
         """The sizes of the parts, which add up to `embedding_dim`."""
@@ -41,7 +39,13 @@ class Linear(Schema):
         return linear(features, sum(parts))
 
 
-class Groups(Linear):
+class Linear(HeadConfig):
+    """One linear layer, one part."""
+
+    type: Literal["linear"] = "linear"
+
+
+class Groups(HeadConfig):
     """One linear layer whose outputs are in groups (Opitz et al., BIER, TPAMI 42(2), 2020).
 
     Attributes:
@@ -66,7 +70,7 @@ class Groups(Linear):
         return [float(part) for part in parts] if self.weights == "shares" else super().part_weights(parts)
 
 
-class Branches(Linear):
+class Branches(HeadConfig):
     """A head at the end of the trunk and one at each of some of its earlier stages, all of equal size.
 
     That of a stage: average pooling to `grid` × `grid`, a 1×1 convolution, and a hidden layer before the last one

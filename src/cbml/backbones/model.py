@@ -73,6 +73,9 @@ class EmbeddingModel(nn.Module):
         UserError: the head does not fit `embedding_dim`, or the trunk has no such stages.
     """
 
+    embedding_dim: int
+    parts: list[int]
+
     def __init__(
         self,
         trunk: nn.Module,
@@ -84,7 +87,7 @@ class EmbeddingModel(nn.Module):
         taps: tuple[str, ...] = (),
     ):
         super().__init__()
-        head = head or heads.Linear(type="linear")
+        head = head or heads.Linear()
         self.normalize = Normalize(input)
         self.trunk = trunk
         self.pooling = pooling

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def _bn_inception(config: BackboneConfig) -> nn.Module:
 
 
 def _timm(config: BackboneConfig) -> nn.Module:
-    timm = _timm_with(config.model)
+    timm = _timm_with(config)
     arguments = dict(config.arguments, pretrained=config.weights == "imagenet", num_classes=0)
     size = arguments.get("img_size")
     if not getattr(timm.get_pretrained_cfg(config.model), "fixed_input_size", False):
@@ -162,7 +163,7 @@ class Stages(nn.Sequential):
 
     def __init__(self, network: nn.Module):
         super().__init__(OrderedDict(takewhile(lambda child: child[0] != "avgpool", network.named_children())))
-        self.num_features = network.fc.in_features
+        self.num_features = cast(nn.Linear, network.fc).in_features
 
     def forward(self, x: Tensor, taps: tuple[str, ...] = ()) -> Tensor | list[Tensor]:
         """The last feature map or, if `taps` are named, a list of that and of the maps after those layers."""

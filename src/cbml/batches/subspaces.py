@@ -1,6 +1,7 @@
 """Divide and conquer the embedding space (Sanakoyeu et al., CVPR 2019): a cluster of the images for each part."""
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -40,6 +41,8 @@ class SubspacesConfig(BatchesConfig):
 class Subspaces(Batches):
     """See `SubspacesConfig`."""
 
+    period: int
+
     def __init__(
         self, config: SubspacesConfig, labels: np.ndarray, batch_size: int, instances: int, iterations: int, seed: int
     ):
@@ -60,15 +63,15 @@ class Subspaces(Batches):
 
     def segment(self, number: int) -> Iterator[Drawn]:
         assert self.clusters is not None
-        streams = [self._of(cluster, number) for cluster in range(self.config.clusters)]
-        tasks = [task for task, stream in enumerate(streams) if stream]
-        if not tasks:
+        found = {cluster: self._of(cluster, number) for cluster in range(self.config.clusters)}
+        streams = {task: stream for task, stream in found.items() if stream}
+        tasks = list(streams)
+        if not streams:
             raise UserError("batches subspaces: no cluster has two images of a class; take fewer clusters")
         everything = class_balanced_batches(
             self.labels, self.batch_size, self.instances, seed_of(self.seed, number, self.config.clusters)
         )
-        for step in range(self.period):
-            done = number * self.period + step
+        for done in count(number * self.period):
             task = -1 if done >= self.all_from else tasks[done % len(tasks)]
             indices = next(everything if task < 0 else streams[task])
             yield Drawn(indices, self.labels[indices], task)

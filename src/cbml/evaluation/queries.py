@@ -78,7 +78,7 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     table["p"] = mcnemar(table.only_first, table.only_second)
     table["difference"] = abs(table.only_first - table.only_second) / table.queries
     table = table.sort_values(["p", "difference"], ascending=[True, False], kind="stable").drop(columns="difference")
-    table["p_corrected"] = np.maximum.accumulate(table.p * np.arange(len(table), 0, -1)).clip(upper=1)
+    table["p_corrected"] = (table.p * np.arange(len(table), 0, -1)).cummax().clip(upper=1)
     return table
 
 

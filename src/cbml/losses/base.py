@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Literal, Self, TypeAlias, Union
+from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Literal, Self, TypeAlias, Union, cast
 
 import torch
 from pydantic import Field, create_model, model_serializer, model_validator
@@ -114,11 +114,11 @@ class Loss(nn.Module):
 
     def total(self, batch: Batch) -> Tensor:
         """The sum of `weighted`: for a loss made of losses."""
-        return sum(self.weighted(batch).values())
+        return cast(Tensor, sum(self.weighted(batch).values()))
 
     def forward(self, embeddings: Tensor, labels: Tensor, **more: Any) -> Tensor:
         """The loss of a batch: the sum of `terms`."""
-        return sum(self.terms(embeddings, labels, **more).values())
+        return cast(Tensor, sum(self.terms(embeddings, labels, **more).values()))
 
     def follow(self, momentum: float) -> None:
         """Let the teachers of the loss's own heads follow them; called before each step of the optimiser."""
@@ -131,6 +131,16 @@ class Loss(nn.Module):
         own = [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in theirs]
         groups = [{"params": own, "lr": lr}] if own else []
         return groups + [group for loss in inner for group in loss.parameter_groups(lr)]
+
+
+class Losses(nn.ModuleList):
+    """A `ModuleList` of losses."""
+
+    def __getitem__(self, index: int) -> Loss:  # type: ignore[override]
+        return cast(Loss, super().__getitem__(index))
+
+    def __iter__(self) -> Iterator[Loss]:
+        return cast(Iterator[Loss], super().__iter__())
 
 
 def _nearest(module: nn.Module) -> Iterator[Loss]:

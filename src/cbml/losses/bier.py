@@ -3,6 +3,7 @@
 from itertools import combinations
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
@@ -90,7 +91,8 @@ class BIER(Loss):
         is_positive, is_negative = is_positive.to(embeddings.dtype), is_negative.to(embeddings.dtype)
         sign = is_positive - self.cost * is_negative
         mean = is_positive / (is_positive.sum() + len(labels)) + is_negative / is_negative.sum().clamp(min=1)
-        total, weight, sum_so_far = embeddings.new_zeros(()), 1.0, 0.5 if self.boosting == "linear" else 0.0
+        total, weight = embeddings.new_zeros(()), torch.ones_like(sign)
+        sum_so_far = torch.full_like(sign, 0.5 if self.boosting == "linear" else 0.0)
         for number, part in enumerate(embeddings.split(self.parts, 1), 1):
             part = normalize(part, dim=1)
             margin = self.alpha * (part @ part.T - self.beta) * sign
@@ -107,7 +109,8 @@ class BIER(Loss):
     def _activation(self, activations: list[Tensor], weights: list[Tensor]) -> Tensor:
         squares = [activation.square().mean(1) for activation in activations]
         products = [(squares[m] * squares[n]).mean() for m, n in self.pairs]
-        return sum(products) + self.penalty_weight * sum(_unlike_one(weight, dim=1) for weight in weights)
+        penalties = [_unlike_one(weight, dim=1) for weight in weights]
+        return torch.stack(products).sum() + self.penalty_weight * torch.stack(penalties).sum()
 
     def _adversarial(self, activations: list[Tensor], weights: list[Tensor]) -> Tensor:
         reversed_ = [ReverseGradient.apply(activation) for activation in activations]
@@ -115,10 +118,10 @@ class BIER(Loss):
             -(reversed_[m] * regressor(reversed_[n])).square().mean()
             for (m, n), regressor in zip(self.pairs, self.regressors, strict=True)
         ]
-        layers = [layer for regressor in self.regressors for layer in regressor if isinstance(layer, nn.Linear)]
+        layers = [layer for layer in self.regressors.modules() if isinstance(layer, nn.Linear)]
         penalties = [_unlike_one(weight, dim=0) for weight in [*weights, *(layer.weight for layer in layers)]]
         penalties += [(layer.bias.square().sum() - 1).relu() for layer in layers]
-        return sum(products) + self.penalty_weight * sum(penalties)
+        return torch.stack(products).sum() + self.penalty_weight * torch.stack(penalties).sum()
 
 
 def _unlike_one(weight: Tensor, dim: int) -> Tensor:

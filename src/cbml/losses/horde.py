@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from cbml.losses.base import AnyLoss, Batch, Loss, masked_mean, pair_masks, register
+from cbml.losses.base import AnyLoss, Batch, Loss, Losses, masked_mean, pair_masks, register
 
 
 @register("cosine_contrastive")
@@ -63,7 +63,7 @@ class HORDE(Loss):
     ):
         super().__init__()
         size = embedding_dim if trainable else width
-        self.losses = nn.ModuleList([build(loss), *(build(loss, embedding_dim=size) for _ in range(orders - 1))])
+        self.losses = Losses([build(loss), *(build(loss, embedding_dim=size) for _ in range(orders - 1))])
         count = orders if orders > 1 else 0
         self.projections = nn.ParameterList(torch.empty(width, feature_dim) for _ in range(count))
         self.outputs = nn.ModuleList(nn.Linear(width, size, bias=False) for _ in range(orders - 1) if trainable)

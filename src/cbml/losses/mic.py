@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cbml.losses.adversarial import adversarial
-from cbml.losses.base import AnyLoss, Batch, Loss, register
+from cbml.losses.base import AnyLoss, Batch, Loss, Losses, register
 from cbml.schema import NonNegative
 
 
@@ -39,7 +39,7 @@ class MIC(Loss):
     ):
         super().__init__()
         self.shared = nn.Linear(feature_dim, embedding_dim)
-        self.losses = nn.ModuleList([build(loss), build(loss)])
+        self.losses = Losses([build(loss), build(loss)])
         self.adversarial_weight = adversarial_weight
         self.regressor = nn.Sequential(nn.Linear(embedding_dim, hidden), nn.ReLU(), nn.Linear(hidden, embedding_dim))
 

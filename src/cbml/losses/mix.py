@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 from pytorch_metric_learning.losses import CrossBatchMemory
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.losses.base import AnyLoss, Batch, Loss, register
+from cbml.losses.base import AnyLoss, Batch, Loss, Losses, register
 
 PAIR_LOSSES = ("angular", "contrastive", "margin", "multi_similarity", "triplet")
 Name = Annotated[str, Field(pattern=r"^\w+$")]
@@ -27,7 +27,7 @@ class Sum(Loss):
     def __init__(self, build: Callable[..., Loss], terms: Annotated[dict[Name, AnyLoss], Field(min_length=1)]):
         super().__init__()
         self.names = list(terms)
-        self.losses = nn.ModuleList(map(build, terms.values()))
+        self.losses = Losses(map(build, terms.values()))
 
     def compute_batch(self, batch: Batch) -> dict[str, Tensor]:
         return {name: loss.total(batch) for name, loss in zip(self.names, self.losses, strict=True)}
@@ -48,7 +48,7 @@ class PerPart(Loss):
     ):
         super().__init__()
         self.parts, self.select = parts, select
-        self.losses = nn.ModuleList(build(loss, embedding_dim=size, parts=[size]) for size in parts)
+        self.losses = Losses(build(loss, embedding_dim=size, parts=[size]) for size in parts)
         if select == "task":
             self.whole = build(loss)
 
@@ -58,7 +58,7 @@ class PerPart(Loss):
         slices = [normalize(part, dim=1) for part in batch.embeddings.split(self.parts, 1)]
         chosen = range(len(self.parts)) if self.select == "all" else [batch.task]
         totals = [self.losses[number].total(replace(batch, embeddings=slices[number])) for number in chosen]
-        return {"loss": sum(totals)}
+        return {"loss": cast(Tensor, sum(totals))}
 
 
 @register("xbm")

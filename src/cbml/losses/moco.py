@@ -26,6 +26,7 @@ class MoCo(Loss):
     """
 
     needs = ("raw", "teacher")
+    queue: Tensor
 
     def __init__(
         self,

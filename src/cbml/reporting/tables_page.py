@@ -7,6 +7,7 @@ from collections.abc import Callable
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
@@ -65,7 +66,7 @@ def tables_page(
     densities = densities.assign(cell=densities.cell.map(names))
     figures["Similarities"] = figure(distributions_chart(densities), "similarities", caption)
 
-    side_by_side = {"strips": None, "compared": None}
+    side_by_side: dict[str, Any] = {"strips": None, "compared": None}
     if pictures:
         retrieved = [found(one.folder) for one in cells]
         labels = [f"{names[one.record['key']]}, seed {one.cell.seed}" for one in cells]
@@ -86,7 +87,7 @@ def tables_page(
     )
 
 
-def index_page(reports: dict[str, dict[str, float | str | int]]) -> str:
+def index_page(reports: dict[str, dict[str, Any]]) -> str:
     """The page over all table sets, from the `headline` of each dataset's."""
     link = Markup('<a href="{0}/index.html">{0}</a>')
     rows = []
@@ -99,7 +100,7 @@ def index_page(reports: dict[str, dict[str, float | str | int]]) -> str:
 
 def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> list[tuple[str, pd.DataFrame, list[str]]]:
     """Of each embedding size the title, the table as text and markup, and the protocols of its rows."""
-    links = defaultdict(list)
+    links: dict[tuple, list[str]] = defaultdict(list)
     for one in evaluated:
         page = one.page / "index.html"  # one of another checkout may not have come with its cell
         link = '<a href="{}#{}">{}</a>' if page.is_file() else "{2}"  # one in the tracking store is told the way back
@@ -109,7 +110,11 @@ def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> lis
     for size, rows in table.groupby("embedding_dim", sort=False):
         text = tables.shown(rows)
         parts_of_name = zip(text["Method"], text.pop("Backbone"), text.pop("Protocol"), strict=True)
-        columns = {"Method": [NAME.format(*each) for each in parts_of_name], "Seeds": [], "Reproduce": []}
+        columns: dict[str, list[str]] = {
+            "Method": [NAME.format(*each) for each in parts_of_name],
+            "Seeds": [],
+            "Reproduce": [],
+        }
         for row in rows.itertuples():
             ours = row.protocol != "published"
             of_row = links[row.embedding_dim, row.backbone, row.method, row.variant] if ours else []

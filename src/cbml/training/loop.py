@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -129,8 +129,7 @@ def train(
                 return getattr(model.outputs(crops, (what,)), what).float()
             return getattr(criterion, what)(model.outputs(crops, ("features",)).features.float())
 
-        where = {"crop": recipe.crop, "interpolation": recipe.interpolation, "device": fabric.device}
-        return embed(see, images, **where)
+        return embed(see, images, crop=recipe.crop, interpolation=recipe.interpolation, device=fabric.device)
 
     def make(item: tuple[int, Drawn]) -> tuple[Tensor, Tensor, Tensor, int]:
         iteration, drawn = item
@@ -164,12 +163,12 @@ def train(
             with torch.no_grad(), fabric.autocast():
                 seen["teacher"] = teacher.outputs(pixels, wanted)
         terms = criterion.terms(labels=labels, indices=indices, task=task, head=network.head, **seen)
-        loss = sum(terms.values())
+        loss = cast(Tensor, sum(terms.values()))
         optimizer.zero_grad()
         fabric.backward(loss)
         if recipe.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-        if teacher:
+        if teacher and teacher_momentum is not None:
             follow(teacher, network, teacher_momentum)
             criterion.follow(teacher_momentum)
         optimizer.step()
