@@ -67,7 +67,7 @@ def tables_page(
     figures["Similarities"] = figure(distributions_chart(densities), "similarities", caption)
 
     side_by_side: dict[str, Any] = {"strips": None, "compared": None}
-    if pictures:
+    if pictures and found:
         retrieved = [found(one.folder) for one in cells]
         labels = [f"{names[one.record['key']]}, seed {one.cell.seed}" for one in cells]
         side_by_side["strips"] = strips(pictures, retrieved[: len(best)], names.values(), tables.shown(final)["R@1"])
