@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from cbml.backbones import EmbeddingModel, create_model
-from cbml.backbones.weights import read_state
+from cbml.backbones.weights import Unavailable, read_state
 from cbml.config import Cell
 from cbml.errors import UserError
 from cbml.files import read_tensors
@@ -22,12 +22,12 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
     Raises:
         UserError: the weights cannot be had or do not fit; the loss's parameters do not fit together.
     """
-    config, crop = cell.backbone_config, cell.recipe.crop
+    crop = cell.recipe.crop
     try:
-        network = create_model(config, embedding_dim=cell.embedding_dim, root=root, crop=crop)
-    except UserError as error:
-        hint = f"; a file does without a network: -S backbone.{cell.backbone}.weights=PATH"
-        raise UserError(f"{cell.backbone}: {error}{hint if config.weights == 'imagenet' else ''}") from error
+        network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=root, crop=crop)
+    except Unavailable as error:
+        hint = f"a file does without a network: -S backbone.{cell.backbone}.weights=PATH"
+        raise UserError(f"{error}; {hint}") from error
     network.freeze_bn = cell.recipe.freeze_bn
     criterion = build_loss(cell.loss_config, embedding_dim=network.embedding_dim, num_classes=num_classes)
     return network, criterion
@@ -42,8 +42,13 @@ def load(cell: Cell, weights: Path) -> EmbeddingModel:
     Raises:
         UserError: `weights` is missing or damaged, or of another network.
     """
-    options = {"embedding_dim": cell.embedding_dim, "root": Path(), "crop": cell.recipe.crop}
-    network = create_model(cell.backbone_config, **options, load_weights=False)
+    network = create_model(
+        cell.backbone_config,
+        embedding_dim=cell.embedding_dim,
+        root=Path(),
+        crop=cell.recipe.crop,
+        load_weights=False,
+    )
     state = read_state(weights) if weights.suffix == ".safetensors" else read_tensors(weights, "train")
     try:
         network.load_state_dict(state)
