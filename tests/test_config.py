@@ -1,5 +1,6 @@
 """Parameters: what is committed is what composes, and bad ones are refused in one line that says what is allowed."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from dvc.utils.hydra import compose_and_dump
 from cbml.config import load_cell, load_params
 from cbml.errors import UserError
 from cbml.reporting.tables import published
+from cbml.workspace import Workspace
 
 
 def test_params_yaml_is_what_conf_composes_to(tmp_path):
@@ -136,12 +138,28 @@ def test_a_backbone_brings_its_own_pixels_and_changes_to_the_recipe(project):
     assert (cell.recipe.lr_steps, cell.recipe.crop, cell.recipe.resize) == ([3], 16, 24)
     assert cell.recipe.interpolation == "bicubic"
     assert cell.changes == {
-        "crop": (20, 16),
-        "interpolation": ("bilinear", "bicubic"),
-        "lr_steps": ([], [3]),
+        "crop": (20, 16, "backbone.resnet18"),
+        "interpolation": ("bilinear", "bicubic", "backbone.resnet18"),
+        "lr_steps": ([], [3], "backbone.resnet18"),
     }
     with pytest.raises(UserError, match=r"backbone\.resnet18 with recipe\.tiny: .*unknown parameter lr_step"):
         cell_of(**with_entry(recipe={"tiny": {"lr_step": [3]}}))
+
+
+def test_a_loss_changes_the_recipe_after_the_backbone_and_what_is_set_for_a_run_wins(project):
+    Path("conf/recipe").mkdir(parents=True)
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": TINY_RECIPE}))
+    loss = {"loss": {"cbml_log": {"type": "cbml", "recipe": {"tiny": {"lr_steps": [4], "flip": False}}}}}
+    entry = with_entry(recipe={"tiny": {"lr_steps": [3]}}) | loss
+    cell = cell_of(conf=Path("conf"), **entry)
+    assert cell.changes == {"lr_steps": ([], [4], "loss.cbml_log"), "flip": (True, False, "loss.cbml_log")}
+    assert cell_of(conf=Path("conf"), **entry, **with_recipe(lr_steps=[2])).recipe.lr_steps == [2]
+    # What the recipe came to is what counts, not by whom.
+    same = cell_of(**with_recipe(lr_steps=[4], flip=False), loss={"cbml_log": {"type": "cbml"}})
+    assert cell.key("images", None) == same.key("images", None)
+    loss["loss"]["cbml_log"]["recipe"]["tiny"] = {"lr_step": [4]}
+    with pytest.raises(UserError, match=r"loss\.cbml_log with recipe\.tiny: .*unknown parameter lr_step"):
+        cell_of(conf=Path("conf"), **loss)
 
 
 def test_what_is_set_for_a_run_wins_over_the_backbones_entry(project):
@@ -209,6 +227,19 @@ def test_a_bad_axis(bad, message, tmp_path):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(**bad)))
     with pytest.raises(UserError, match=message):
         load_params(tmp_path / "params.yaml")
+
+
+def test_a_queued_experiment_names_the_files_that_its_copy_lacks(tmp_path):
+    workspace = Workspace(tmp_path / "copy", tmp_path)
+    for file in ("conf/loss/cbml_log.yaml", "conf/loss/mine.yaml", "src/cbml/losses/mine.py", "copy/params.yaml"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(yaml.safe_dump(tiny_params(loss={"mine": {"type": "mine"}})))
+    shutil.copytree(tmp_path / "conf", workspace.conf, ignore=shutil.ignore_patterns("mine.yaml"))
+    with pytest.raises(UserError, match=r"'mine' .*`git add conf/loss/mine.yaml src/cbml/losses/mine.py`") as caught:
+        workspace.params()
+    with pytest.raises(UserError) as elsewhere:
+        Workspace(workspace.tree, workspace.tree).params()
+    assert "git add" not in str(elsewhere.value) and str(elsewhere.value) in str(caught.value)
 
 
 def test_flat_names_do_not_depend_on_the_option(project):

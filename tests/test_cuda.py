@@ -83,7 +83,7 @@ def step(workspace):
             for iteration in range(1, steps + 1):
                 if watch and iteration == steps:
                     torch.cuda.set_sync_debug_mode(watch)
-                crops, _ = loop.random_crops(images, recipe, seed, iteration, np.arange(12))
+                crops = loop.random_crops(images, recipe, seed, iteration, np.arange(12))
                 loss = criterion(model(crops), labels)
                 optimizer.zero_grad()
                 loss.backward()

@@ -10,12 +10,11 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, tiny_params
-from finished_cells import TEST, cells, draw, finish
+from finished_cells import TEST, cells, finish, write_cell_page, write_images
 
 from cbml import provenance, tracking
 from cbml.errors import UserError
 from cbml.reporting import tables
-from cbml.reporting.cell_page import cell_page
 from cbml.reporting.latex import to_latex
 from cbml.reporting.markdown import to_markdown
 from cbml.stages.hand_over import hand_over
@@ -252,9 +251,12 @@ def test_every_finished_cell_of_the_store_is_tabulated(tmp_path, monkeypatch, ca
     curves = pd.read_csv(workspace.report("glyphs") / "curves.csv")
     assert set(curves.variant) == {"margin=0.1", "margin=0.2"} and len(curves) == 8
     page = (workspace.report("glyphs") / "index.html").read_text()
-    seeds = re.findall(r"\((margin=0.\d)\)</span></th>\n<td>resnet18</td>\n<td>final</td>\n<td>(.*)</td>", page)
-    link = re.fullmatch(r'<a href="(.+)">0</a>', dict(seeds)["margin=0.1"])[1]
-    assert (workspace.report("glyphs") / link).read_text() == "the page of a cell" and dict(seeds)["margin=0.2"] == "0"
+    rows = [row for row in page.split("<tr") if "resnet18 · final" in row]
+    seeds = {
+        re.search(r"\((margin=0.\d)\)", row)[1]: re.search(r"<td>(.*0.*)</td>\n<td><button", row)[1] for row in rows
+    }
+    link = re.fullmatch(r'<a href="(.+)#.+">0</a>', seeds["margin=0.1"])[1]
+    assert (workspace.report("glyphs") / link).read_text() == "the page of a cell" and seeds["margin=0.2"] == "0"
 
     client = tracking.Store(workspace).client
     (run,) = client.search_runs([client.get_experiment_by_name("tables").experiment_id])
@@ -268,15 +270,18 @@ def test_two_datasets_have_a_page_each_and_one_page_leads_to_both(workspace):
     tabulate(workspace, "glyphs")
     (workspace.report("birds")).mkdir()  # as git has it: the figures of a page that was made elsewhere
     (workspace.report("birds") / "metrics.json").write_text((workspace.report("glyphs") / "metrics.json").read_text())
-    links = re.findall(r'<li><a href="([^"]+)">', workspace.index.read_text())
+    links = re.findall(r'<a href="([^"]+)">', workspace.index.read_text())
     assert links == ["glyphs/index.html"]
     tabulate(workspace, "cub200")
     text = workspace.index.read_text()
-    assert re.findall(r'<li><a href="([^"]+)">', text) == ["cub200/index.html", "glyphs/index.html"]
+    assert re.findall(r'<a href="([^"]+)">', text) == ["cub200/index.html", "glyphs/index.html"]
     for dataset in DATASETS:
         page = (workspace.reports / dataset / "index.html").read_text()
         assert f"<h1>Recall@K on {dataset}</h1>" in page and 'href="../index.html"' in page
-    assert text.count("2 rows, best Recall@1 66.0 % (resnet18-cbml_sqrt-64)") == 2
+    assert (
+        len(re.findall(r">66.0</td>\s*<td class=\"number\">10.0</td>\s*.*2</td>\s*<td>resnet18-cbml_sqrt-64<", text))
+        == 2
+    )
 
 
 def test_a_cell_that_other_code_trained_is_announced_with_the_command_that_trains_it_again(finished):
@@ -286,7 +291,7 @@ def test_a_cell_that_other_code_trained_is_announced_with_the_command_that_train
     old = finished(*cells(), code=now | {"training/loop.py": "000000000000", "losses/gone.py": "111111111111"})
     (line,) = tables.outdated(old)
     assert line.startswith("**Trained by other code than today's** (src/cbml/losses/gone.py, src/cbml/training/loop.py")
-    assert f"`{TRAIN}`" in line
+    assert f"`{TRAIN} && dvc repro`" in line
     table = tables.summarise(tables.collect(old, ROOT / "conf"), with_published=False)
     assert line in to_markdown(table, "glyphs", TEST, old).partition("## Embeddings")[0]  # before any figure
     assert "other code" not in to_markdown(table, "glyphs", TEST, evaluated)
@@ -296,7 +301,7 @@ def test_one_command_trains_all_such_cells_again_and_names_each_once(finished):
     old = {"code": {"network.py": "000000000000"}}
     evaluated = finished(*cells(loss=losses(margin=0.1), seed=[0, 1]), *cells(loss=losses(margin=0.2)), **old)
     (line,) = tables.outdated([*evaluated, *finished(*cells(embedding_dim=[32]))])
-    assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs`" in line and "-32-" not in line
+    assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs && dvc repro`" in line and "-32-" not in line
 
 
 def test_a_change_of_training_code_runs_tabulate_again():
@@ -314,6 +319,8 @@ def test_the_metrics_have_the_same_names_whatever_cells_ran(workspace):
     tabulate(workspace, "glyphs")
     one_cell = json.loads(file.read_text())
     assert list(all_cells) == list(one_cell)
+    assert one_cell["R@1"] == {"resnet18-cbml_log-64": 62.0}
+    assert sorted(all_cells["R@1"]) == ["resnet18-cbml_log-64", "resnet18-cbml_sqrt-64"]
     assert (all_cells["best_cell"], all_cells["recall_at_1"]) == ("resnet18-cbml_sqrt-64", 66.0)
     assert (one_cell["best_cell"], one_cell["recall_at_1"], one_cell["cells"]) == ("resnet18-cbml_log-64", 62.0, 1)
 
@@ -369,6 +376,7 @@ WRITTEN_BY = {
     "metrics.json": "evaluate",
     "similarities.csv": "evaluate",
     "classes.csv": "evaluate",
+    "neighbours.npz": "evaluate",
     "summary.json": "evaluate",
 }
 DAMAGED = [(name, content) for name in WRITTEN_BY for content in (None, b"", b"\x89PNG\n\0\xff", b"[]")] + [
@@ -387,19 +395,37 @@ DAMAGED = [(name, content) for name in WRITTEN_BY for content in (None, b"", b"\
 def test_one_line_names_a_file_that_is_missing_or_damaged_and_the_stage_that_writes_it(empty, name, content):
     (cell,) = set_params(empty, loss=losses(), seed=[0]).cells("glyphs")
     evaluated = finish(empty, cell)
-    draw(evaluated.page)
+    write_images(empty)
     file = evaluated.folder / name
     file.unlink()
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError) as raised:
         if name == "classes.csv":
-            cell_page(cell, evaluated.folder, evaluated.page)
+            write_cell_page(evaluated, empty)
         else:
             tabulate(empty, "glyphs")
     text = str(raised.value)
     assert text.startswith(f"{file}: ") and "\n" not in text and f"the stage {WRITTEN_BY[name]}" in text
     assert not empty.reports.exists()
+
+
+def test_without_the_images_of_the_cells_a_page_has_no_pictures_and_says_why(workspace, capsys):
+    write_images(workspace)
+    tabulate(workspace, "glyphs")
+    page = workspace.report("glyphs") / "index.html"
+    assert 'class="tile right"' in page.read_text() and "without pictures" not in capsys.readouterr().err
+    for damage, reason in (
+        (
+            lambda lists: (lists / "summary.json").write_text('{"fingerprint": "4567"}'),
+            "is of other images than the cells",
+        ),
+        (lambda lists: (lists / "summary.json").unlink(), "summary.json: no such file"),
+    ):
+        damage(workspace.lists("glyphs"))
+        tabulate(workspace, "glyphs")
+        assert "tile right" not in page.read_text() and "<h1>Recall@K on glyphs" in page.read_text()
+        assert reason in capsys.readouterr().err
 
 
 def test_a_missing_evaluation_is_named_with_its_stage(workspace):

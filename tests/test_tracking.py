@@ -63,7 +63,7 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace):
     (dataset,) = run.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("glyphs", run.data.tags["dataset_fingerprint"])
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert {"params.yaml", "versions.json", "index.html", "gallery.jpg"} <= artifacts
+    assert {"params.yaml", "versions.json", "index.html", "training.svg"} <= artifacts
     # What tables are made from: the store is the archive.
     needed = {"cell.yaml", "run.json", "metrics.json", "validations.csv", "similarities.csv", "summary.json"}
     assert needed <= artifacts

@@ -16,8 +16,10 @@ import yaml
 from conftest import ROOT, TINY_RECIPE, VALIDATING, environment, tiny_params
 
 from cbml import network, tracking
+from cbml.config import load_cell
 from cbml.datasets.loading import prefetch
 from cbml.errors import UserError
+from cbml.files import read_tensors
 from cbml.losses import Loss
 from cbml.stages.evaluate import evaluate_cell
 from cbml.stages.train import train_cell, weights_sha256
@@ -119,18 +121,59 @@ def test_switches_are_set_for_the_run_alone(workspace, monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize("loss", ["cbml_log", "softtriple", "xbm_contrastive"])
+METHODS = ["abier", "divide_conquer", "hdc", "horde", "mic"]
+WITHOUT_LABELS = ["cbml_clusters", "isif", "moco", "multi_similarity_clusters", "stml"]
+
+
+def method(name, **recipe):
+    """A method on the tiny cell; batches that look at the images do so every three iterations."""
+    config = yaml.safe_load((ROOT / "conf" / "loss" / f"{name}.yaml").read_text())[name]
+    small = {"horde": {"width": 64}, "moco": {"queue": 16}, "stml": {"projection_dim": 8, "neighbours": 4}}
+    config |= small.get(name, {})
+    if "batches" in config:
+        config["batches"]["refresh"] = 0.375 if config["batches"]["type"] in ("instances", "neighbours") else 0.75
+        config["batches"] |= {"clusters": {"k": 6}, "neighbours": {"count": 2}}.get(config["batches"]["type"], {})
+    return {"loss": {name: config}, "embedding_dim": [48], "recipe": {"tiny": TINY_RECIPE | recipe}}
+
+
+@pytest.mark.parametrize("loss", ["cbml_log", "softtriple", "xbm_contrastive", *METHODS, *WITHOUT_LABELS])
 def test_broken_off_at_any_iteration_it_ends_with_the_same_bits(workspace, monkeypatch, loss):
-    changes = {
-        "loss": {loss: yaml.safe_load((ROOT / "conf" / "loss" / f"{loss}.yaml").read_text())[loss]},
-        "recipe": {"tiny": TINY_RECIPE | {"checkpoint_every": 1}},
-    }
+    changes = method(loss, checkpoint_every=1)
     unbroken = from_the_beginning(workspace, **changes)
     calls = break_at(monkeypatch, 2, 4)
     broken(workspace, **changes)
     broken(workspace, **changes)
     assert result(run(workspace, **changes)) == unbroken
     assert len(calls) == 6  # 0, 2 (broken) — 2, 4 (broken) — 4, 6: nothing was done twice
+
+
+@pytest.mark.parametrize("loss", WITHOUT_LABELS)
+def test_labels_of_training_images_change_no_bit(workspace, tmp_path, loss):
+    changes = method(loss)
+    expected = weights_of(run(workspace, **changes))
+    lists = Path("lists").resolve()
+    Path("lists").unlink()
+    shutil.copytree(lists, "lists")
+    train_list = Path("lists/glyphs/train.txt")
+    paths = [line.rpartition(",")[0] for line in train_list.read_text().splitlines()]
+    for labels in ([0] * len(paths), [number % 6 for number in range(len(paths))]):
+        train_list.write_text("".join(f"{path},{label}\n" for path, label in zip(paths, labels, strict=True)))
+        shutil.rmtree(".checkpoints")
+        assert weights_of(run(workspace, **changes)) == expected
+
+
+def weights_of(folder):
+    return weights_sha256(read_tensors(folder / "final.pt", "train"))
+
+
+@pytest.mark.parametrize("loss", METHODS + WITHOUT_LABELS)
+def test_what_only_training_has_does_not_reach_the_trained_network(workspace, loss):
+    folder = run(workspace, **method(loss, iterations=1))
+    cell = load_cell(folder / "cell.yaml")
+    state = read_tensors(folder / "final.pt", "train")
+    assert {name.partition(".")[0] for name in state} == {"trunk", "head"}
+    model = network.load(cell, folder / "final.pt")
+    assert model(torch.zeros(1, 3, 20, 20)).shape == (1, 48)
 
 
 def test_validated_is_the_run_on_all_classes_as_long_as_held_out_classes_say(workspace):
@@ -411,10 +454,10 @@ def test_half_precision_reaches_the_loss_in_float32(workspace, monkeypatch):
     seen = []
 
     class Watching(Diverging):
-        def terms(self, embeddings, labels):
+        def terms(self, embeddings, labels, **more):
             seen.append(embeddings.dtype)
             assert (embeddings.norm(dim=1) - 1).abs().max() < 1e-5
-            return super().terms(embeddings, labels)
+            return super().terms(embeddings, labels, **more)
 
     monkeypatch.setattr(network, "build_loss", lambda *_, **__: Watching(at=None))
     run(workspace, recipe={"tiny": TINY_RECIPE | {"precision": "bf16-mixed", "channels_last": True}})

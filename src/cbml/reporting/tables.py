@@ -224,16 +224,17 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
         if name == "recall_at_1" and rows.versus_best.notna().any():
             text["R@1 against the best [95 %]"] = column(_against_best)
     text["MAP@R"] = column(lambda row: _figure(row, "map_at_r"))
-    text["R@1 untrained"] = column(lambda row: _number(row.untrained_recall_at_1, ""))
+    text["R@1 untrained"] = column(lambda row: number(row.untrained_recall_at_1, ""))
     return text
 
 
-def _number(value: float, absent: str = "–") -> str:
+def number(value: float, absent: str = "–") -> str:
+    """A figure in percent, as every table has it."""
     return absent if pd.isna(value) else f"{value:.1f}"
 
 
 def _figure(row: Any, name: str) -> str:
-    return _number(getattr(row, name)) + (f" ± {getattr(row, f'{name}_sd'):.1f}" if row.n > 1 else "")
+    return number(getattr(row, name)) + (f" ± {getattr(row, f'{name}_sd'):.1f}" if row.n > 1 else "")
 
 
 def _against_paper(row: Any, name: str) -> str:
@@ -253,7 +254,7 @@ def title(size: int) -> str:
     return f"Embeddings of {size}" if size else "Pooled features, without a head"
 
 
-def notes(table: pd.DataFrame, test: dict[str, int], evaluated: list[Evaluated]) -> list[str]:
+def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
     """What a reader must know before comparing the rows of `summarise`, as Markdown.
 
     Args:
@@ -269,7 +270,7 @@ def notes(table: pd.DataFrame, test: dict[str, int], evaluated: list[Evaluated])
         )
     if (table.n < MIN_SEEDS).any():
         texts.append(f"Rows of fewer than {MIN_SEEDS} seeds rank nothing: the spread between seeds is unknown.")
-    return texts + outdated(evaluated)
+    return texts
 
 
 def outdated(evaluated: list[Evaluated]) -> list[str]:
@@ -282,7 +283,7 @@ def outdated(evaluated: list[Evaluated]) -> list[str]:
     stages = " ".join(dict.fromkeys(f"train@{cell.name}-{cell.dataset}" for cell, _ in found))
     return [
         f"**Trained by other code than today's** ({modules}): {names}. Again, just those: "
-        f"`dvc repro -f -s {stages}`, then `dvc repro`."
+        f"`dvc repro -f -s {stages} && dvc repro`."
     ]
 
 
@@ -308,16 +309,19 @@ def provenance(evaluated: list[Evaluated]) -> list[str]:
     return lines + [f"{name}: {listed([run['versions'].get(name, '–') for run in runs])}" for name in names]
 
 
-def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
-    """The figures that `dvc metrics show` and `dvc exp show` present: the same names whatever cells ran."""
+def headline(table: pd.DataFrame) -> dict[str, Any]:
+    """What `dvc metrics show` and `dvc exp show` present: the best row, and below `R@1` the Recall@1 of each row."""
     final = table[table.protocol == "final"]
-    best = final.loc[final.recall_at_1.idxmax()]
+    names = {
+        row.Index: f"{row.backbone}-{row.method}-{row.embedding_dim}" + (row.variant and f" ({row.variant})")
+        for row in final.itertuples()
+    }
+    best = final.recall_at_1.idxmax()
     return {
-        "best_cell": f"{best.backbone}-{best.method}-{best.embedding_dim}" + (best.variant and f" ({best.variant})"),
+        "best_cell": names[best],
         "cells": len(final),
-        **{name: round(float(best[name]), 2) for name in metrics(table)},
-        "mean_recall_at_1": round(float(final.recall_at_1.mean()), 2),
-        "untrained_recall_at_1": round(float(best.untrained_recall_at_1), 2),
+        **{name: round(float(final[name][best]), 2) for name in ("recall_at_1", "untrained_recall_at_1")},
+        "R@1": {names[row]: round(float(recall), 2) for row, recall in final.recall_at_1.items()},
     }
 
 

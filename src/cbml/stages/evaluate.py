@@ -13,9 +13,10 @@ from cbml.config import load_cell
 from cbml.evaluation import queries
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
+from cbml.evaluation.pseudo_labels import pseudo_label_table
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
-from cbml.files import atomic_write
+from cbml.files import atomic_write, read_arrays
 from cbml.stages.hand_over import hand_over
 from cbml.stages.inputs import curves_of, images_of, list_of, record_of
 from cbml.training import checkpoint
@@ -46,6 +47,8 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         classes.csv         Recall@1 by class
         similarities.*      csv, json: cosine similarities of positive and negative pairs, also of some training images
         map.npz             some classes' `embeddings`, and `indices` of their images
+
+        pseudo_labels.csv   if training was on clusters, how they compare with the classes, by refresh
 
     and of the run all but the weights.
 
@@ -109,6 +112,10 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         moments = {split: moments for split, (_, moments) in distributions.items()}
         (folder / "similarities.json").write_text(json.dumps(moments, indent=2))
         np.savez(folder / "map.npz", indices=mapped, embeddings=test[mapped].cpu().numpy())
+        if (file := run_folder / "pseudo_labels.npz").is_file():
+            arrays = read_arrays(file, "train", ("history", "iterations"))
+            table = pseudo_label_table(arrays["history"], train_list.labels)
+            table.assign(iteration=arrays["iterations"]).to_csv(folder / "pseudo_labels.csv", index=False)
         shutil.copy(workspace.lists(cell.dataset) / "summary.json", folder)
     hand_over(workspace, cell, out, run_folder, register=register)
     return metrics

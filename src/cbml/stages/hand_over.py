@@ -7,7 +7,7 @@ import pandas as pd
 
 from cbml import tracking
 from cbml.config import Cell
-from cbml.files import read_json
+from cbml.files import read_csv, read_json
 from cbml.reporting.commands import command
 from cbml.reporting.markdown import pipe_table
 from cbml.stages.inputs import curves_of, record_of
@@ -38,6 +38,10 @@ def hand_over(
     with tracking.open_cell(workspace, cell, key, record["fingerprint"], run_id=id, **tags) as run:
         for curve in curves_of(evaluation, cell):
             run.log(curve.to_dict("records"))
+        if (file := evaluation / "pseudo_labels.csv").is_file():
+            table = read_csv(file, "evaluate", ("iteration", "nmi", "purity", "changed")).set_index("iteration")
+            for iteration, row in table[["nmi", "purity", "changed"]].iterrows():
+                run.log([{"iteration": iteration, **row.dropna().add_prefix("pseudo_label_")}])
         run.log([tracking.summary(metrics)], replace=True)
         run.log_text(json.dumps(record["versions"], indent=2), "versions.json")
         run.log_folder(evaluation)

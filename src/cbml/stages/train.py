@@ -16,9 +16,9 @@ from torch import Tensor
 
 from cbml import network, provenance, tracking
 from cbml.backbones import weights_content
+from cbml.batches import ClassesConfig
 from cbml.config import Cell
 from cbml.datasets.lists import ImageList, check_disjoint, hold_out
-from cbml.datasets.sampler import class_balanced_batches
 from cbml.files import atomic_write, write_tensors
 from cbml.progress import message
 from cbml.stages.inputs import fingerprint, images_of, list_of
@@ -33,7 +33,8 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
 
     It holds `final.pt` and, where they are of another iteration, `best_on_test.pt` and `validated.pt` (state dicts);
     `losses.csv` and `validations.csv` by iteration, and `selection.csv`, the evaluations on the validation classes, if
-    the recipe has `select_by`; `cell.yaml`, the configuration; and `run.json`: the cell's `key`, MLflow's `run_id`, the
+    the recipe has `select_by`; `pseudo_labels.npz`, each image's cluster by refresh, if the batches are of clusters;
+    `cell.yaml`, the configuration; and `run.json`: the cell's `key`, MLflow's `run_id`, the
     iteration of each protocol, seconds, the device and what was set on it, versions, and hashes of the training code
     and of the final weights.
 
@@ -41,10 +42,11 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
         UserError: a list, an image, the weights or the loss's parameters are bad, before any image is decoded; the
             loss is not finite.
     """
-    recipe, backbone = f"recipe.{cell.recipe_name}", f"backbone.{cell.backbone}"
-    for name, (value, used) in cell.changes.items():
-        keep = f"to keep that: -S '++{backbone}.{recipe}.{name}={value}'"
-        message(f"{cell.name}: {recipe}.{name} is {used} by {backbone}, not {value} ({keep})")
+    for name, (value, used, owner) in cell.changes.items():
+        recipe = f"recipe.{cell.recipe_name}.{name}"
+        message(
+            f"{cell.name}: {recipe} is {used} by {owner}, not {value} (to keep that: -S '++{owner}.{recipe}={value}')"
+        )
     selection = cell.recipe.select_by
     train_list, test_list = (list_of(workspace, cell, name) for name in ("train", "test"))
     train_on_all, code = _prepare(cell, workspace, train_list, test_list)
@@ -101,6 +103,11 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
                 pd.DataFrame(trained["validations"]).to_csv(folder / "validations.csv", index=False)
                 if selection:
                     pd.DataFrame(selected["validations"]).to_csv(folder / "selection.csv", index=False)
+                if "history" in (seen := trained["batches"]):
+                    iterations_of = np.arange(len(seen["history"])) * seen["period"]
+                    np.savez_compressed(
+                        folder / "pseudo_labels.npz", history=seen["history"].numpy(), iterations=iterations_of
+                    )
                 (folder / "cell.yaml").write_text(cell.to_yaml())
                 (folder / "run.json").write_text(json.dumps(record, indent=2))
     # The checkpoint stays until `evaluate` begins: by then DVC has recorded this stage.
@@ -115,19 +122,22 @@ def _prepare(
     Beside it: the hashes of the code that takes part.
     """
     check_disjoint(train_list, scored)
+    recipe, method = cell.recipe, cell.loss_config
+    config = method.batches or ClassesConfig()
     labels = np.unique(train_list.labels, return_inverse=True)[1]
-    recipe = cell.recipe
-    batches = class_balanced_batches(labels, recipe.batch_size, recipe.instances, cell.seed)
+    if not config.needs_labels:
+        labels = np.zeros_like(labels)  # what is not there cannot be looked at
+    numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
+    batches = config.build(labels, seed=cell.seed, **numbers)
     torch.manual_seed(cell.seed)
-    model, criterion = network.build(cell, num_classes=train_list.num_classes, root=workspace.root)
+    model, criterion = network.build(cell, num_classes=batches.num_classes, root=workspace.root)
 
     def train_on(**options) -> dict[str, Any]:
         images = replace(images_of(workspace, cell, train_list), labels=torch.from_numpy(labels))
-        return train(
-            recipe, cell.seed, model, criterion, batches, images, images_of(workspace, cell, scored), **options
-        )
+        on, options = (images, images_of(workspace, cell, scored)), options | {"teacher_momentum": method.teacher}
+        return train(recipe, cell.seed, model, criterion, batches, *on, **options)
 
-    return train_on, provenance.training_code(model, criterion)
+    return train_on, provenance.training_code(model, criterion, batches)
 
 
 def _prefixed(row: dict[str, float], prefix: str) -> dict[str, float]:
