@@ -81,7 +81,7 @@ SETTINGS = {
     "a timm backbone with an entry": ["recipe=cpu", "backbone=[tf_efficientnet_lite0]", "recipe.cpu.crop=64"],
     "a timm model's arguments": ["recipe=cpu", "backbone=[timm]", "backbone.timm.model=test_vit"]
     + ["+backbone.timm.arguments={img_size: 96, drop_path_rate: 0.1}"],
-    "a crop against a timm entry's": ["recipe=cpu", "backbone=[vit_small_patch14_dinov2]", "recipe.cpu.crop=98"],
+    "a crop against a timm entry's": ["recipe=cpu", "backbone=[vit_small_patch14_dinov2]", "recipe.cpu.crop=84"],
     "another optimizer and schedule": ["recipe=paper", "recipe.paper.optimizer=adamw", "recipe.paper.weight_decay=0.05"]
     + ["recipe.paper.schedule=cosine", "recipe.paper.lr_steps=[]", "recipe.paper.warmup=250"]
     + ["recipe.paper.clip_norm=1", "recipe.paper.head_lr_factor=10"],

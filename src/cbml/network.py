@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 
 from cbml.backbones import EmbeddingModel, create_model
-from cbml.backbones.weights import read_state
+from cbml.backbones.weights import Unavailable, read_state
 from cbml.config import Cell
 from cbml.errors import UserError
 from cbml.files import read_tensors
@@ -23,17 +23,11 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
     Raises:
         UserError: the weights cannot be had or do not fit; the loss's parameters do not fit together.
     """
-    config = cell.backbone_config
-    shape: dict[str, Any] = {
-        "embedding_dim": cell.embedding_dim,
-        "head": cell.loss_config.head,
-        "crop": cell.recipe.crop,
-    }
     try:
-        network = create_model(config, root=root, **shape)
-    except UserError as error:
-        hint = f"; a file does without a network: -S backbone.{cell.backbone}.weights=PATH"
-        raise UserError(f"{cell.backbone}: {error}{hint if config.weights == 'imagenet' else ''}") from error
+        network = create_model(cell.backbone_config, root=root, **_shape(cell))
+    except Unavailable as error:
+        hint = f"a file does without a network: -S backbone.{cell.backbone}.weights=PATH"
+        raise UserError(f"{error}; {hint}") from error
     network.freeze_bn = cell.recipe.freeze_bn
     criterion = build_loss(
         cell.loss_config,
@@ -58,12 +52,7 @@ def load(cell: Cell, weights: Path) -> EmbeddingModel:
     Raises:
         UserError: `weights` is missing or damaged, or of another network.
     """
-    shape: dict[str, Any] = {
-        "embedding_dim": cell.embedding_dim,
-        "head": cell.loss_config.head,
-        "crop": cell.recipe.crop,
-    }
-    network = create_model(cell.backbone_config, root=Path(), load_weights=False, **shape)
+    network = create_model(cell.backbone_config, root=Path(), load_weights=False, **_shape(cell))
     state = read_state(weights) if weights.suffix == ".safetensors" else read_tensors(weights, "train")
     try:
         network.load_state_dict(state)

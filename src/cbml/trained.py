@@ -76,7 +76,7 @@ class Trained:
         with atomic_write(folder) as temporary:
             temporary.mkdir()
             state = {name: value.contiguous() for name, value in self.network.state_dict().items()}
-            safetensors.torch.save_file(state, temporary / WEIGHTS[0])
+            (temporary / WEIGHTS[0]).write_bytes(safetensors.torch.save(state))  # save_file's is the owner's alone
             (temporary / "cell.yaml").write_text(self.cell.to_yaml())
             message(f"{folder}: tracing the network for ONNX, which takes up to a minute")
             try:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cbml.backbones.bn_inception import BNInception
 from cbml.backbones.entries import BackboneConfig, InputConvention
-from cbml.backbones.weights import CLASSIFIERS, fetch_published, load_state, read_state
+from cbml.backbones.weights import CLASSIFIERS, Unavailable, fetch_published, load_state, read_state
 from cbml.errors import UserError
 
 
@@ -120,7 +120,8 @@ def _timm(config: BackboneConfig) -> nn.Module:
     try:
         trunk = timm.create_model(config.model, **arguments)
     except Exception as error:  # timm, its hub client and their transports each have their own types
-        raise UserError(f"timm model '{config.model}' cannot be had ({_reason(error)})") from error
+        kind = Unavailable if arguments["pretrained"] else UserError
+        raise kind(f"timm model '{config.model}' cannot be had ({_reason(error)})") from error
     if size:
         try:
             with torch.no_grad():
