@@ -98,7 +98,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         folder.mkdir()
         for file in run_folder.iterdir():
             if file.suffix != ".pt":
-                shutil.copy(file, folder)
+                shutil.copyfile(file, folder / file.name)  # not its mode: DVC's files are read-only
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
         recalls.to_csv(folder / "recall_at_k.csv", index=False)
         np.savez(
@@ -109,6 +109,6 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         moments = {split: moments for split, (_, moments) in distributions.items()}
         (folder / "similarities.json").write_text(json.dumps(moments, indent=2))
         np.savez(folder / "map.npz", indices=mapped, embeddings=test[mapped].cpu().numpy())
-        shutil.copy(workspace.lists(cell.dataset) / "summary.json", folder)
+        shutil.copyfile(workspace.lists(cell.dataset) / "summary.json", folder / "summary.json")
     hand_over(workspace, cell, out, run_folder, register=register)
     return metrics
