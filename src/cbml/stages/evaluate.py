@@ -103,7 +103,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         folder.mkdir()
         for file in run_folder.iterdir():
             if file.suffix != ".pt":
-                shutil.copy(file, folder)
+                shutil.copyfile(file, folder / file.name)  # not its mode: DVC's files are read-only
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
         recalls.to_csv(folder / "recall_at_k.csv", index=False)
         np.savez(
@@ -118,6 +118,6 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
             arrays = read_arrays(file, "train", ("history", "iterations"))
             table = pseudo_label_table(arrays["history"], train_list.labels)
             table.assign(iteration=arrays["iterations"]).to_csv(folder / "pseudo_labels.csv", index=False)
-        shutil.copy(workspace.lists(cell.dataset) / "summary.json", folder)
+        shutil.copyfile(workspace.lists(cell.dataset) / "summary.json", folder / "summary.json")
     hand_over(workspace, cell, out, run_folder, register=register)
     return metrics
