@@ -107,7 +107,7 @@ def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> lis
         places = os.path.relpath(page, folder), os.path.relpath(folder / "index.html", one.page)
         links[one.row].append(Markup(link).format(*places, one.cell.seed))
     parts = []
-    for size, rows in table.groupby("embedding_dim", sort=False):
+    for title, rows in tables.sections(table):
         text = tables.shown(rows)
         parts_of_name = zip(text["Method"], text.pop("Backbone"), text.pop("Protocol"), strict=True)
         columns: dict[str, list[str]] = {
@@ -123,7 +123,7 @@ def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> lis
         del text["Seeds"]  # comes last
         for name, cells in columns.items():
             text[name] = pd.Series(cells, text.index, dtype=object)  # as strings they would be markup no more
-        parts.append((tables.title(size), text, list(rows.protocol)))
+        parts.append((title, text, list(rows.protocol)))
     return parts
 
 
