@@ -62,7 +62,7 @@ def finish(workspace, cell, recall=50.0, *, best=None, weights=None, **facts):
     (folder / "run.json").write_text(json.dumps(record))
     metrics = {"final": final, "best_on_test": scores(best) | {"iteration": 4}, "untrained": untrained}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    right = range(round(recall * CLASSES * PER_CLASS))
+    right = range(round(recall / 100 * CLASSES * PER_CLASS))
     np.savez(folder / "neighbours.npz", **neighbours(right))
     (folder / "summary.json").write_text(json.dumps({"fingerprint": "0123", "test": TEST}))
     pd.DataFrame({"iteration": range(1, 7), "loss": 0.5}).to_csv(folder / "losses.csv", index=False)

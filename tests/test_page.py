@@ -249,7 +249,7 @@ def test_dvc_plots_name_columns_that_the_files_have(evaluated):
     stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["tabulate"]
     columns = {"curves": tables.curves(evaluated), "similarities": tables.similarities(evaluated, 0.02)}
     (picture, *plots) = stage["plots"]
-    assert list(picture) == ["reports/${item.dataset}/curves.svg"] and len(plots) == len(columns)
+    assert picture == "reports/${item.dataset}/curves.svg" and len(plots) == len(columns)
     for plot in plots:
         ((path, properties),) = plot.items()
         name = re.fullmatch(r"reports/\$\{item\.dataset\}/(\w+)\.csv", path)[1]

@@ -51,7 +51,8 @@ class MoCo(Loss):
         logits = torch.cat([positive, queries @ self.queue.T], 1) / self.temperature
         if self.training:
             self.queue = torch.cat([keys, self.queue])[: len(self.queue)]
-        return {"loss": cross_entropy(logits, torch.zeros(half, dtype=torch.int64, device=logits.device))}
+        first = torch.zeros(half, dtype=torch.int64, device=logits.device)
+        return {"loss": cross_entropy(logits, first, reduction="sum") / max(1, half)}
 
     def follow(self, momentum: float) -> None:
         follow(self.teacher, self.projection, momentum)
