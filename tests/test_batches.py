@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
+from torch.nn.functional import normalize
 
 from cbml.batches import AnyBatches
 from cbml.batches import kmeans as kmeans_module
 from cbml.batches.classes import class_balanced_batches
 from cbml.batches.kmeans import kmeans
+from cbml.batches.neighbours import nearest
 from cbml.batches.subspaces import renamed
 from cbml.errors import UserError
 
@@ -194,3 +196,95 @@ def test_a_segment_is_a_function_of_the_state_and_its_number(make):
 def test_numbers_that_do_not_fit_together_are_one_line(make, changes, message):
     with pytest.raises(UserError, match=message):
         make(**changes)
+
+
+def clusters(**changes):
+    config = {"type": "clusters", "k": 4, "refresh": 1.0, "keep": 1.0} | changes
+    numbers = {"batch_size": 8, "instances": 2, "iterations": 16, "seed": 0}
+    return TypeAdapter(AnyBatches).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
+
+
+def test_clusters_stand_for_classes_and_keep_their_numbers():
+    points, corner = blobs([20, 10, 10, 8])
+    batches = clusters()
+    assert batches.num_classes == 4
+    for number in range(4):  # of features, then of embeddings
+        batches.refresh(look_at(features=points, embeddings=points), number)
+    assert all(same_partition(found, torch.from_numpy(corner)) for found in batches.history)
+    assert torch.equal(batches.history[2], batches.history[1]) and torch.equal(batches.history[3], batches.history[1])
+    for drawn in islice(batches.segment(3), 5):
+        assert (drawn.labels == batches.history[3].numpy()[drawn.indices]).all() and drawn.labels.dtype == np.int64
+        assert np.bincount(drawn.labels).max() == 2
+
+
+def test_images_between_clusters_are_left_out():
+    points, corner = blobs([20, 10, 10, 8])
+    points[3] = points[20:48].mean(0) + points[:3].mean(0)  # of no corner
+    batches = clusters(keep=47 / 48)
+    batches.refresh(look_at(features=points), 0)
+    assert (batches.history[0] < 0).nonzero().flatten().tolist() == [3]
+    assert all(3 not in drawn.indices for drawn in islice(batches.segment(0), 20))
+
+
+def test_permuted_clusters_say_nothing_and_warm_ones_go_on():
+    points, corner = blobs([12, 12, 12, 12])
+    batches = clusters(permuted=True)
+    batches.refresh(look_at(features=points), 0)
+    assert batches.history[0].bincount().tolist() == [12] * 4
+    assert not same_partition(batches.history[0], torch.from_numpy(corner))
+    first, second = clusters(), clusters()
+    for number in (0, 1):
+        first.refresh(look_at(features=points, embeddings=points), number)
+    second.load_state_dict(first.state_dict())
+    for each in (first, second):
+        each.refresh(look_at(embeddings=points + 0.01), 2)
+    assert torch.equal(first.history, second.history)
+
+
+def test_neighbours_come_with_an_image_in_as_many_crops():
+    points, _ = blobs([24, 24])
+    config = {"type": "neighbours", "count": 3, "views": 2}
+    numbers = {"batch_size": 12, "instances": 2, "iterations": 9, "seed": 0}
+    batches = TypeAdapter(AnyBatches).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
+    assert batches.period == 48 // 6 and batches.num_classes == 48
+    batches.refresh(look_at(projection=points), 0)
+    distances = torch.cdist(points, points)
+    queries = []
+    for drawn in islice(batches.segment(0), batches.period):
+        assert np.array_equal(drawn.labels, drawn.indices) and np.array_equal(drawn.indices[:6], drawn.indices[6:])
+        for group in drawn.indices[:6].reshape(2, 3):
+            queries.append(group[0])
+            assert sorted(group) == sorted(distances[group[0]].argsort()[:3].tolist())
+    assert len(set(queries)) == len(queries) == 16  # without replacement
+
+
+def test_the_second_of_an_instance_is_its_crop_or_its_neighbours():
+    points, _ = blobs([24, 24])
+    numbers = {"batch_size": 12, "instances": 2, "iterations": 9, "seed": 0}
+    seconds = {}
+    for share in (0.0, 0.5, 1.0):
+        config = {"type": "instances", "neighbour_share": share}
+        batches = TypeAdapter(AnyBatches).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
+        batches.refresh(look_at(features=points), 0)
+        drawn = next(batches.segment(0))
+        assert np.array_equal(drawn.labels, np.tile(drawn.indices[:6], 2))
+            drawn.labels[6:], drawn.labels[:6]
+        )
+        seconds[share] = (drawn.indices[6:] == drawn.indices[:6]).mean()
+        neighbours = nearest(normalize(points, dim=1), 2)[:, 1].numpy()
+        assert np.isin(drawn.indices[6:], [*drawn.indices[:6], *neighbours[drawn.indices[:6]]]).all()
+    assert seconds[0.0] == 1 and seconds[1.0] == 0 and 0 < seconds[0.5] < 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"type": "clusters", "k": 49}, "k 49; allowed: from the 4 clusters of a batch to the 48 images"),
+        ({"type": "clusters", "k": 3}, "k 3; allowed: from the 4 clusters"),
+        ({"type": "neighbours"}, "batch_size 8; allowed: multiples of count 5 × views 2"),
+    ],
+)
+def test_pseudo_labels_that_cannot_be_are_one_line(config, message):
+    numbers = {"batch_size": 8, "instances": 2, "iterations": 9, "seed": 0}
+    with pytest.raises(UserError, match=message):
+        TypeAdapter(AnyBatches).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)

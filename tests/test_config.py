@@ -1,5 +1,6 @@
 """Parameters: what is committed is what composes, and bad ones are refused in one line that says what is allowed."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,41 @@ def test_the_presets_are_the_cells_that_the_paper_publishes(size, tmp_path):
     for cell in cells:
         assert (cell.backbone_config.weights, cell.recipe.iterations, cell.recipe.batch_size) == ("imagenet", 5000, 120)
         assert cell.recipe.lr_steps == ([3000] if cell.backbone == "googlenet" else [1200])
+
+
+@pytest.mark.parametrize(("preset", "labelled"), [("unsupervised", set()), ("unsupervised_controls", {"cbml_log"})])
+def test_the_presets_without_labels_use_none(preset, labelled, tmp_path):
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper={preset}"])
+    cells = load_params(tmp_path / "params.yaml", ROOT / "conf").cells("glyphs")
+    assert {cell.seed for cell in cells} == {0, 1, 2}
+    batches = {cell.loss: cell.loss_config.batches for cell in cells}
+    assert {loss for loss, each in batches.items() if each is None or each.needs_labels} == labelled
+    assert batches["cbml_clusters_permuted"].permuted
+
+
+def test_a_selection_by_labels_is_refused_where_none_are_used(project):
+    loss = {"loss": {"isif": {"type": "isif", "batches": {"type": "instances"}}}}
+    with pytest.raises(UserError, match="select_by map_at_r needs labels, loss.isif is trained without; allowed: null"):
+        cell_of(**with_recipe(select_by="map_at_r"), **loss)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"type": "isif", "teacher": 1.0}, "loss.x.teacher: Input should be less than 1, got 1.0"),
+        (
+            {"type": "proxynca", "batches": {"type": "clusters", "warm": False}},
+            "proxynca has parameters of its own for each class, and the labels of these batches change their meaning",
+        ),
+        (
+            {"type": "sum", "terms": {"a": {"type": "center"}}, "batches": {"type": "clusters", "warm": False}},
+            "center has parameters of its own for each class",
+        ),
+    ],
+)
+def test_a_bad_method_is_one_line(config, message, project):
+    with pytest.raises(UserError, match=re.escape(message)):
+        cell_of(loss={"x": config})
 
 
 @pytest.mark.parametrize(
