@@ -268,8 +268,6 @@ def test_the_second_of_an_instance_is_its_crop_or_its_neighbours():
         batches.refresh(look_at(features=points), 0)
         drawn = next(batches.segment(0))
         assert np.array_equal(drawn.labels, np.tile(drawn.indices[:6], 2))
-            drawn.labels[6:], drawn.labels[:6]
-        )
         seconds[share] = (drawn.indices[6:] == drawn.indices[:6]).mean()
         neighbours = nearest(normalize(points, dim=1), 2)[:, 1].numpy()
         assert np.isin(drawn.indices[6:], [*drawn.indices[:6], *neighbours[drawn.indices[:6]]]).all()
