@@ -75,6 +75,9 @@ def test_from_nothing_to_the_table_and_only_what_changed_afterwards(repository):
     table = (repository / "reports" / "glyphs" / "tables.md").read_text()
     assert re.search(r"\| cbml_sqrt +\| final ", table) and re.search(r"\| cbml_log +\| best_on_test ", table)
 
+    # DVC's cache, the workspace and MLflow's store have the same file.
+    assert {file.stat().st_nlink for file in (repository / "runs").rglob("final.pt")} == {3}
+
     assert ran(repository, "dvc repro") == []
     assert ran(repository, "dvc exp run -S loss=cbml_sqrt") == ["tabulate@glyphs"]
     assert json.loads((repository / "reports" / "glyphs" / "metrics.json").read_text())["cells"] == 1

@@ -20,6 +20,7 @@ from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.stages.embed import load_model
 from cbml.stages.evaluate import evaluate_cell
+from cbml.tracking import Store
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_the_script_takes_a_folder_or_a_run_and_files_or_folders(cell, workspace
     )
 
 
-def test_a_cell_is_found_by_its_key_when_another_experiment_has_replaced_its_folder(cell, workspace):
+def test_a_cell_is_found_by_its_key_until_its_run_is_deleted(cell, workspace):
     folder, pictures, expected = cell
     evaluate_cell(folder, workspace)
     key = json.loads((folder / "run.json").read_text())["key"]
@@ -95,6 +96,17 @@ def test_a_cell_is_found_by_its_key_when_another_experiment_has_replaced_its_fol
     assert np.abs(load_model(key, workspace).embed(pictures) - expected).max() < 1e-5
     with pytest.raises(UserError, match="neither a folder nor the id of a run or the key of a cell"):
         load_model(f"{key}0", workspace)
+
+    store = Store(workspace)
+    (weights,) = workspace.artifacts.rglob("final.pt")
+    store.clean()
+    assert weights.is_file()
+    (run_id,) = (file.parent.name for file in workspace.artifacts.glob("glyphs/*/artifacts"))
+    store.client.delete_run(run_id)
+    store.clean()
+    assert not weights.exists()
+    with pytest.raises(UserError, match="neither a folder"):
+        load_model(key, workspace)
 
 
 @pytest.mark.parametrize(
