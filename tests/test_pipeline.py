@@ -82,6 +82,9 @@ def test_from_nothing_to_the_table_and_only_what_changed_afterwards(repository):
     assert re.search(r"\| cbml_sqrt +\| final ", table) and re.search(r"\| cbml_log +\| best_on_test ", table)
     assert changed_files(repository) == [" M params.yaml", "?? dvc.lock"]  # which is what DVC writes
 
+    # DVC's cache, the workspace and MLflow's store have the same file.
+    assert {file.stat().st_nlink for file in (repository / "runs").rglob("final.pt")} == {3}
+
     assert ran(repository, "dvc repro") == []
     assert ran(repository, "dvc exp run -S loss=cbml_sqrt") == ["tabulate@glyphs"]
     assert json.loads((repository / "reports" / "glyphs" / "metrics.json").read_text())["cells"] == 1

@@ -143,6 +143,28 @@ class Store:
         newest = max(whole, key=lambda model: model.creation_timestamp)
         return self.folder(newest.artifact_location, newest.model_id) / "artifacts"
 
+    def clean(self) -> None:
+        """Remove for good what was deleted in MLflow: runs and, what `mlflow gc` alone would leave, their models.
+
+        Raises:
+            UserError: the store is not this repository's own.
+        """
+        if not self.own:
+            raise UserError(f"{public(self.uri)}: not this repository's own store; whoever keeps it cleans it")
+        client = self.client
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        page = client.search_logged_models(experiments)
+        models = [*page]
+        while page.token:
+            page = client.search_logged_models(experiments, page_token=page.token)
+            models += page
+        for model in models:
+            if not _exists(client, model.source_run_id):
+                client.delete_logged_model(model.model_id)
+        from mlflow.cli import gc
+
+        gc.main(["--backend-store-uri", self.uri, "--tracking-uri", self.uri], standalone_mode=False)
+
     def folder(self, uri: str, name: str) -> Path:
         """Artifacts: where they are, or a copy of that name of those that are elsewhere."""
         if local(uri):
