@@ -116,6 +116,16 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace, tmp_path_fac
         done.stderr
     )
 
+    # Its weights go when its run is deleted, and not before.
+    store = tracking.Store(workspace)
+    store.clean()
+    assert weights.is_file()
+    store.client.delete_run(run.info.run_id)
+    store.clean()
+    assert not weights.exists()
+    with pytest.raises(UserError, match="neither a folder"):
+        load_model(key, workspace)
+
 
 def test_the_load_of_the_machine_is_logged_when_asked_for(workspace, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")

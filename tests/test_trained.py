@@ -15,14 +15,8 @@ from cbml.datasets.images import pack_images
 from cbml.datasets.lists import read_list
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
-<<<<<<< HEAD
 from cbml.files import write_tensors
 from cbml.stages.embed import embed_images, load_model, nearest
-=======
-from cbml.stages.embed import load_model
-from cbml.stages.evaluate import evaluate_cell
-from cbml.tracking import Store
->>>>>>> h-mlflow
 
 
 @pytest.fixture
@@ -102,7 +96,6 @@ runpy.run_module("pipeline.embed", run_name="__main__", alter_sys=True)
         assert np.abs(arrays["embeddings"][-2:] - expected[-2:]).max() < 1e-5
 
 
-<<<<<<< HEAD
 def test_neighbours_are_the_most_similar_others(folder, pictures, expected):
     lines = nearest(pictures, expected, 3).splitlines()
     similarities = expected[0] @ expected[1:].T
@@ -113,27 +106,6 @@ def test_neighbours_are_the_most_similar_others(folder, pictures, expected):
         str(pictures[1]),
     ]
     assert nearest(pictures[:1], expected[:1], 3) == str(pictures[0])
-=======
-def test_a_cell_is_found_by_its_key_until_its_run_is_deleted(cell, workspace):
-    folder, pictures, expected = cell
-    evaluate_cell(folder, workspace)
-    key = json.loads((folder / "run.json").read_text())["key"]
-    shutil.rmtree(workspace.tree / "runs")
-    assert np.abs(load_model(key, workspace).embed(pictures) - expected).max() < 1e-5
-    with pytest.raises(UserError, match="neither a folder nor the id of a run or the key of a cell"):
-        load_model(f"{key}0", workspace)
->>>>>>> h-mlflow
-
-    store = Store(workspace)
-    (weights,) = workspace.artifacts.rglob("final.pt")
-    store.clean()
-    assert weights.is_file()
-    (run_id,) = (file.parent.name for file in workspace.artifacts.glob("glyphs/*/artifacts"))
-    store.client.delete_run(run_id)
-    store.clean()
-    assert not weights.exists()
-    with pytest.raises(UserError, match="neither a folder"):
-        load_model(key, workspace)
 
 
 def test_an_exported_cell_gives_the_same_and_so_does_onnx(folder, pictures, expected):
