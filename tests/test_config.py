@@ -59,7 +59,6 @@ def changed(path, value):
         ("recipe.tiny.batch_size", 9, r"recipe\.tiny: batch_size 9 is not a multiple of instances 2"),
         ("recipe.tiny.crop", 30, r"recipe\.tiny: crop 30 is larger than resize 24"),
         ("recipe.tiny.optimizer", "adamp", r"recipe\.tiny\.optimizer: .*'adam', 'adamw' or 'sgd'"),
-        ("recipe.tiny.warmup", 9, r"recipe\.tiny: warmup 9 is longer than the 6 iterations"),
         ("recipe.tiny.color_jitter", [0.1, 0.1, 0.1, 0.6], r"recipe\.tiny\.color_jitter.*less than or equal to 0.5"),
         ("recipe.other", TINY_RECIPE, r"recipe: .*at most 1 item"),
         ("seed.0", -1, r"seed\.0: .*greater than or equal to 0"),

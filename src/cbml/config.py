@@ -124,8 +124,6 @@ class Recipe(Schema):
             raise ValueError(
                 f"lr_steps {self.lr_steps} are for schedule steps, not for cosine: lr_steps=[] leaves them out"
             )
-        if self.warmup > self.iterations:
-            raise ValueError(f"warmup {self.warmup} is longer than the {self.iterations} iterations")
         if self.select_by and not (self.validate_every and self.iterations):
             raise ValueError(f"select_by {self.select_by.metric} needs iterations and validate_every of at least 1")
         if self.scale[0] > self.scale[1] or self.ratio[0] > self.ratio[1]:
