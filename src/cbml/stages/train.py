@@ -104,7 +104,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
                 pd.DataFrame(trained["validations"]).to_csv(folder / "validations.csv", index=False)
                 if selection:
                     pd.DataFrame(selected["validations"]).to_csv(folder / "selection.csv", index=False)
-                if "history" in (seen := trained["batches"]):
+                if "history" in (seen := trained.get("batches", {})):  # none after no iteration
                     iterations_of = np.arange(len(seen["history"])) * seen["period"]
                     np.savez_compressed(
                         folder / "pseudo_labels.npz", history=seen["history"].numpy(), iterations=iterations_of
