@@ -3,6 +3,7 @@
 PYTHON ?= python3
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
+PORT := 5000
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -27,7 +28,7 @@ lint: .venv/installed
 	mypy
 
 ui: .venv/installed
-	mlflow ui --backend-store-uri sqlite:///mlflow.db
+	PYTHONPATH=src python -m pipeline.ui --port $(PORT)
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -1,4 +1,4 @@
-"""Recall@K, R-Precision, MAP@R and NMI."""
+"""Recall@K, R-Precision, MAP@R and NMI, in percent: here, and so wherever they are written or shown."""
 
 from collections.abc import Sequence
 
@@ -42,7 +42,7 @@ def evaluate(
         block: the most similarities held at once.
 
     Returns:
-        `recall_at_{K}`, `r_precision`, `map_at_r` and, if asked for, `nmi`, all in [0, 1]; `queries`, the number of
+        `recall_at_{K}`, `r_precision`, `map_at_r` and, if asked for, `nmi`, all in percent; `queries`, the number of
         queries in these means; `queries_without_answer`, the number left out because the gallery has no (other) item
         of their class.
 
@@ -85,14 +85,14 @@ def evaluate(
         raise UserError("labels: no query has another image of its class in the gallery, at least one must")
 
     names = [f"recall_at_{k}" for k in ks] + ["r_precision", "map_at_r"]
-    metrics = dict(zip(names, scores.mean(dim=0).tolist(), strict=True))
+    metrics = dict(zip(names, (100 * scores.sum(dim=0) / len(scores)).tolist(), strict=True))
     if nmi:
         from sklearn.cluster import KMeans  # takes a second to import, which what serves a model need not wait for
         from sklearn.metrics import normalized_mutual_info_score
 
         k_means = KMeans(n_clusters=len(labels.unique()), random_state=0)
         clusters = k_means.fit_predict(queries.cpu().numpy())
-        metrics["nmi"] = float(normalized_mutual_info_score(labels.cpu().numpy(), clusters))
+        metrics["nmi"] = 100 * float(normalized_mutual_info_score(labels.cpu().numpy(), clusters))
     metrics["queries"] = len(scores)
     metrics["queries_without_answer"] = len(queries) - len(scores)
     return metrics
