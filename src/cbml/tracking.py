@@ -159,7 +159,7 @@ class Store:
             page = client.search_logged_models(experiments, page_token=page.token)
             models += page
         for model in models:
-            if not (model.source_run_id and _exists(client, model.source_run_id)):
+            if model.source_run_id and not _exists(client, model.source_run_id):
                 client.delete_logged_model(model.model_id)
         from mlflow.cli import gc
 
