@@ -74,6 +74,7 @@ def test_from_nothing_to_the_table_and_only_what_changed_afterwards(repository):
     assert sorted(first[2:-1]) == sorted(stages("cbml_sqrt", *CELL) + stages("cbml_log", *CELL))
     table = (repository / "reports" / "glyphs" / "tables.md").read_text()
     assert re.search(r"\| cbml_sqrt +\| final ", table) and re.search(r"\| cbml_log +\| best_on_test ", table)
+    assert 'class="tile ' in (repository / "reports" / "glyphs" / "index.html").read_text()
 
     assert ran(repository, "dvc repro") == []
     assert ran(repository, "dvc exp run -S loss=cbml_sqrt") == ["tabulate@glyphs"]
