@@ -25,23 +25,23 @@ def cells(**groups):
     return Params.model_validate(tiny_params(**groups)).cells("glyphs")
 
 
-def finish(workspace, cell, recall=0.5, *, best=None, weights=None, **facts):
+def finish(workspace, cell, recall=50.0, *, best=None, weights=None, **facts):
     """Write run, evaluation and page of a cell.
 
     Args:
-        recall: of the final model, in [0, 1]; Recall@2, 4, 8 are 0.02 more each.
-        best: of the protocol `best_on_test`; 0.03 more than `recall` if not given.
+        recall: of the final model, in percent; Recall@2, 4, 8 are 2 more each.
+        best: of the protocol `best_on_test`; 3 more than `recall` if not given.
         weights: what the backbone starts from, for the cell's key.
         facts: of its run.json, instead of those that are written otherwise.
     """
 
     def scores(value):
-        recalls = {f"recall_at_{k}": value + 0.02 * i for i, k in enumerate((1, 2, 4, 8))}
-        return recalls | {"r_precision": value / 2, "map_at_r": value / 4, "nmi": 0.5}
+        recalls = {f"recall_at_{k}": value + 2 * i for i, k in enumerate((1, 2, 4, 8))}
+        return recalls | {"r_precision": value / 2, "map_at_r": value / 4, "nmi": 50.0}
 
-    best = recall + 0.03 if best is None else best
+    best = recall + 3 if best is None else best
     final = scores(recall) | {"queries": 1137, "queries_without_answer": 3, "iteration": 6}
-    untrained = {"iteration": 0.0, **{name: value for name, value in scores(0.1).items() if "recall" in name}}
+    untrained = {"iteration": 0.0, **{name: value for name, value in scores(10.0).items() if "recall" in name}}
     record = {
         "key": cell.key("0123", weights),
         "run_id": None,
@@ -53,6 +53,7 @@ def finish(workspace, cell, recall=0.5, *, best=None, weights=None, **facts):
         "device": "abacus",
         "code": training_code(),
         "versions": {"python": "3.11", "torch": "2.11"},
+        "unit": "percent",
     } | facts
     folder, page = workspace.evaluation(cell), workspace.page(cell)
     for each in (folder, page):
@@ -61,18 +62,18 @@ def finish(workspace, cell, recall=0.5, *, best=None, weights=None, **facts):
     (folder / "run.json").write_text(json.dumps(record))
     metrics = {"final": final, "best_on_test": scores(best) | {"iteration": 4}, "untrained": untrained}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    right = range(round(recall * CLASSES * PER_CLASS))
+    right = range(round(recall / 100 * CLASSES * PER_CLASS))
     np.savez(folder / "neighbours.npz", **neighbours(right))
     (folder / "summary.json").write_text(json.dumps({"fingerprint": "0123", "test": TEST}))
     pd.DataFrame({"iteration": range(1, 7), "loss": 0.5}).to_csv(folder / "losses.csv", index=False)
-    validations = {"iteration": [0, 2, 4, 6], "recall_at_1": [0.1, recall - 0.1, best, recall]}
+    validations = {"iteration": [0, 2, 4, 6], "recall_at_1": [10.0, recall - 10, best, recall]}
     pd.DataFrame(validations).to_csv(folder / "validations.csv", index=False)
     pairs = [(split, pair) for split in ("train", "test") for pair in ("positive", "negative")]
     bins = {"similarity": np.linspace(-0.9, 0.9, 10), "density": 0.5}
     densities = pd.concat([pd.DataFrame({"split": split, "pair": pair, **bins}) for split, pair in pairs])
     densities.to_csv(folder / "similarities.csv", index=False)
-    classes = ["class,images,recall_at_1,confused_with", "Laysan <Albatross>,9,0.25,Crow", "None,1,,"]
-    classes.append("036.LATIN_LETTER_SMALL_CAPITAL_INVERTED_R,10,1.0,")
+    classes = ["class,images,recall_at_1,confused_with", "Laysan <Albatross>,9,25.0,Crow", "None,1,,"]
+    classes.append("036.LATIN_LETTER_SMALL_CAPITAL_INVERTED_R,10,100.0,")
     (folder / "classes.csv").write_text("\n".join(classes) + "\n")
     (page / "index.html").write_text("the page of a cell")
     return Evaluated(cell, record, folder, page)

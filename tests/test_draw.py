@@ -35,6 +35,7 @@ RECORD = {
     "device": "a <CPU>",
     "code": {},
     "versions": {"python": "3.11"},
+    "unit": "percent",
 }
 CELL = Path("glyphs", "resnet18-cbml_log-16-0")
 
@@ -65,7 +66,7 @@ def write_inputs(tree, test, labels, train=None, train_labels=None):
     (folder / "run.json").write_text(json.dumps(record))
     losses = pd.DataFrame({"iteration": range(1, 7), "loss": 1.0, "lr": 0.1, "loss_a": 0.4, "loss_b": 0.6})
     losses.to_csv(folder / "losses.csv", index=False)
-    validations = pd.DataFrame({"iteration": [0, 2, 4, 6], "recall_at_1": [0.1, 0.3, 0.5, 0.4]})
+    validations = pd.DataFrame({"iteration": [0, 2, 4, 6], "recall_at_1": [10.0, 30.0, 50.0, 40.0]})
     validations.to_csv(folder / "validations.csv", index=False)
 
     scores = evaluate(test, labels, ks=(1, 2, 4, 8)) | {"iteration": 6}
@@ -143,7 +144,7 @@ def test_the_pictures_show_what_the_files_say(drawn, written):
         assert split in similarities
         for values in kinds.values():
             assert f"mean {values['mean']:.3f}" in similarities
-    assert f"{pd.read_csv(evaluation / 'recall_at_k.csv').recall[0]:.1%}" in recall
+    assert f"{pd.read_csv(evaluation / 'recall_at_k.csv').recall[0]:.1f}%" in recall
     title = f"{CELL.name} on glyphs"
     assert all(f">{title}" in (drawn / f"{name}.svg").read_text() for name in ("training", "recall_at_k"))
 
@@ -248,7 +249,7 @@ def test_a_network_that_was_not_trained_has_no_losses(workspace):
     (evaluation / "cell.yaml").write_text(yaml.safe_dump(content))
     record = json.loads((evaluation / "run.json").read_text())
     (evaluation / "run.json").write_text(json.dumps(record | {"iterations": {"final": 0, "best_on_test": 0}}))
-    (evaluation / "validations.csv").write_text("iteration,recall_at_1\n0,0.25\n")
+    (evaluation / "validations.csv").write_text("iteration,recall_at_1\n0,25.0\n")
     (evaluation / "losses.csv").write_text("\n")  # of no rows pandas writes that
     text = (draw(workspace) / "training.svg").read_text()
     assert "untrained: 25.0% at 0" in text and "final" not in text and ">loss<" not in text

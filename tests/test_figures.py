@@ -64,7 +64,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
 # Charts of one cell
 
 
-VALIDATIONS = pd.DataFrame({"iteration": [0, 5, 10], "recall_at_1": [0.1, 0.5, 0.4]})
+VALIDATIONS = pd.DataFrame({"iteration": [0, 5, 10], "recall_at_1": [10.0, 50.0, 40.0]})
 
 
 def losses_of(iterations):
@@ -87,14 +87,14 @@ def test_a_network_that_was_not_trained():
 
 
 def test_many_iterations_are_averaged():
-    validations = pd.DataFrame({"iteration": [0, 5000], "recall_at_1": [0.25, 0.5]})
+    validations = pd.DataFrame({"iteration": [0, 5000], "recall_at_1": [25.0, 50.0]})
     text = charts.training_chart("a cell", losses_of(5000), validations, 5000)
     assert "means of 13 iterations" in text and len(text) < 100_000
     assert "means of" not in charts.training_chart("a cell", losses_of(10), VALIDATIONS, 5)
 
 
 def test_recall_at_k_says_its_first_and_its_eighth_in_percent():
-    recalls = pd.DataFrame({"k": [1, 2, 4, 8, 16], "recall": [0.125, 0.3, 0.5, 0.754, 0.9]})
+    recalls = pd.DataFrame({"k": [1, 2, 4, 8, 16], "recall": [12.5, 30.0, 50.0, 75.4, 90.0]})
     shown = texts(charts.recall_chart("a cell", recalls))
     assert {"12.5%", "75.4%", "a cell", "1", "2", "4", "8", "16"} <= set(shown)
     assert not {"30.0%", "50.0%", "90.0%"} & set(shown)
@@ -130,7 +130,7 @@ def test_a_map_keeps_clusters_together():
     embeddings, labels = clusters(3, 30, noise=0.05)
     positions, method = project(unit_vectors(embeddings, "test").numpy(), 0)
     assert positions.shape == (90, 2) and method in ("t-SNE", "UMAP")
-    assert evaluate(torch.from_numpy(positions) - positions.mean(0), labels)["recall_at_1"] > 0.9
+    assert evaluate(torch.from_numpy(positions) - positions.mean(0), labels)["recall_at_1"] > 90
 
 
 def test_a_map_names_its_classes_and_how_it_was_made():
@@ -261,7 +261,7 @@ def test_the_papers_figures_stand_beside_those_that_have_one():
 def every_chart(title):
     embeddings, labels = clusters(4, 10)
     densities, moments = similarities_of(train=(embeddings, labels), test=(embeddings, labels))
-    recalls = pd.DataFrame({"k": [1, 2, 4, 8], "recall": [0.1, 0.2, 0.3, 0.4]})
+    recalls = pd.DataFrame({"k": [1, 2, 4, 8], "recall": [10.0, 20.0, 30.0, 40.0]})
     return {
         "training": charts.training_chart(title, losses_of(10), VALIDATIONS, 5),
         "recall": charts.recall_chart(title, recalls),

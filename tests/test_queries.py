@@ -42,7 +42,7 @@ def test_a_query_is_judged_as_evaluate_does():
     embeddings[7] = embeddings[20]  # a tie
     found = judged(embeddings, labels)
     right = found.right[found.has_answer]
-    assert right.mean() == pytest.approx(evaluate(embeddings, labels)["recall_at_1"])
+    assert 100 * right.mean() == pytest.approx(evaluate(embeddings, labels)["recall_at_1"])
     assert 0.1 < right.mean() < 0.9
 
 
@@ -201,7 +201,7 @@ def test_class_table():
     assert rows == [
         ["seven", 3, 0.0, "two"],
         ["two", 3, 0.0, "seven"],
-        ["four", 2, 1.0, None],
+        ["four", 2, 100.0, None],
         ["nine", 1, None, None],
     ]
 
@@ -211,14 +211,14 @@ def test_class_table_adds_up_to_recall_at_1():
     table = queries.class_table(judged(embeddings, labels), {label: f"{label:02}" for label in labels.tolist()})
     mean = (table.recall_at_1 * table.images).sum() / table.images.sum()
     assert mean == pytest.approx(evaluate(embeddings, labels)["recall_at_1"])
-    assert table.recall_at_1.is_monotonic_increasing and 0.1 < mean < 0.9
+    assert table.recall_at_1.is_monotonic_increasing and 10 < mean < 90
 
 
 def test_without_a_failure_no_class_is_confused():
     embeddings, labels = clusters(4, 5, noise=0.01)
     found = judged(embeddings, labels)
     table = queries.class_table(found, {label: f"{label}" for label in labels.tolist()})
-    assert len(table) == 4 and table.confused_with.isna().all() and (table.recall_at_1 == 1).all()
+    assert len(table) == 4 and table.confused_with.isna().all() and (table.recall_at_1 == 100).all()
     assert not len(queries.confusions(found)) and queries.surest(queries.failures(found), 8) == []
 
 

@@ -1,4 +1,4 @@
-"""Recall@K, R-Precision, MAP@R and NMI."""
+"""Recall@K, R-Precision, MAP@R and NMI, in percent: here, and so wherever they are written or shown."""
 
 from collections.abc import Sequence
 
@@ -42,7 +42,7 @@ def evaluate(
         block: the most similarities held at once.
 
     Returns:
-        `recall_at_{K}`, `r_precision`, `map_at_r` and, if asked for, `nmi`, all in [0, 1]; `queries`, the number of
+        `recall_at_{K}`, `r_precision`, `map_at_r` and, if asked for, `nmi`, all in percent; `queries`, the number of
         queries in these means; `queries_without_answer`, the number left out because the gallery has no (other) item
         of their class.
 
@@ -58,18 +58,18 @@ def evaluate(
         raise UserError("nmi: allowed only without a gallery")
     queries = unit_vectors(embeddings, "embeddings")
     labels = _labels(labels, queries, "labels")
-    if gallery is None:
+    if gallery is None or gallery_labels is None:
         gallery_labels = labels
     else:
         gallery = unit_vectors(gallery, "gallery")
         check_width(queries, gallery)
         gallery_labels = _labels(gallery_labels, gallery, "gallery_labels")
 
-    scores = []
+    blocks = []
     for rows, similarities in similarity_blocks(queries, gallery, block):
         same = labels[rows, None] == gallery_labels
         r = same.sum(dim=1, keepdim=True) - int(gallery is None)
-        r_max = max(1, r.max().item())
+        r_max = max(1, int(r.max()))
         # Ranks beyond both R and K count for nothing, so no more negatives than that are needed.
         n_negatives = min(max(r_max, *ks), len(gallery_labels))
         positives = similarities.masked_fill(~same, -torch.inf).topk(r_max).values
@@ -79,20 +79,20 @@ def evaluate(
         rank = j + n_ahead
         hit = (rank <= r).double()
         block_scores = [rank[:, 0] <= k for k in ks] + [hit.sum(1) / r[:, 0], (hit * j / rank).sum(1) / r[:, 0]]
-        scores.append(torch.stack([score.double() for score in block_scores], dim=1)[r[:, 0] > 0])
-    scores = torch.cat(scores)
+        blocks.append(torch.stack([score.double() for score in block_scores], dim=1)[r[:, 0] > 0])
+    scores = torch.cat(blocks)
     if not len(scores):
         raise UserError("labels: no query has another image of its class in the gallery, at least one must")
 
     names = [f"recall_at_{k}" for k in ks] + ["r_precision", "map_at_r"]
-    metrics = dict(zip(names, scores.mean(dim=0).tolist(), strict=True))
+    metrics = dict(zip(names, (100 * scores.sum(dim=0) / len(scores)).tolist(), strict=True))
     if nmi:
         from sklearn.cluster import KMeans  # takes a second to import, which what serves a model need not wait for
         from sklearn.metrics import normalized_mutual_info_score
 
         k_means = KMeans(n_clusters=len(labels.unique()), random_state=0)
         clusters = k_means.fit_predict(queries.cpu().numpy())
-        metrics["nmi"] = float(normalized_mutual_info_score(labels.cpu().numpy(), clusters))
+        metrics["nmi"] = 100 * float(normalized_mutual_info_score(labels.cpu().numpy(), clusters))
     metrics["queries"] = len(scores)
     metrics["queries_without_answer"] = len(queries) - len(scores)
     return metrics

@@ -78,7 +78,7 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     table["p"] = mcnemar(table.only_first, table.only_second)
     table["difference"] = abs(table.only_first - table.only_second) / table.queries
     table = table.sort_values(["p", "difference"], ascending=[True, False], kind="stable").drop(columns="difference")
-    table["p_corrected"] = np.maximum.accumulate(table.p * np.arange(len(table), 0, -1)).clip(upper=1)
+    table["p_corrected"] = (table.p * np.arange(len(table), 0, -1)).cummax().clip(upper=1)
     return table
 
 
@@ -132,11 +132,11 @@ def class_table(queries: pd.DataFrame, names: dict[int, str]) -> pd.DataFrame:
     """One row per class, the worst first and those without an answer last.
 
     Returns:
-        `class` (its name), `images`, `recall_at_1` (empty without an answer), `confused_with`: the class that its
-        failures' nearest neighbours are most often of, or empty.
+        `class` (its name), `images`, `recall_at_1` (in percent, empty without an answer), `confused_with`: the class
+        that its failures' nearest neighbours are most often of, or empty.
     """
     table = pd.DataFrame({"images": queries.groupby("label").size()})
-    table["recall_at_1"] = queries[queries.has_answer].groupby("label").right.mean()
+    table["recall_at_1"] = 100 * queries[queries.has_answer].groupby("label").right.mean()
     most_frequent = confusions(queries).drop_duplicates("label").set_index("label").nearest_label
     table["confused_with"] = most_frequent.map(names)
     table.insert(0, "class", table.index.map(names))

@@ -76,7 +76,8 @@ def retrieve(
         UserError: embeddings that are empty, not finite or of different widths.
     """
     queries = unit_vectors(queries, "queries")
-    others = labels if gallery is None else gallery_labels
+    assert (gallery is None) == (gallery_labels is None)
+    others = labels if gallery_labels is None else gallery_labels
     if gallery is not None:
         gallery = unit_vectors(gallery, "gallery")
         check_width(queries, gallery)

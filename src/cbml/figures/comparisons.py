@@ -86,8 +86,10 @@ def curves_chart(curves: pd.DataFrame) -> str:
                 axes[0, 0].plot([], [], label=labels[name], linewidth=1.1, markersize=4.5, fillstyle="none", **look)[0]
                 for name, look in looks.items()
             ]
-            place = {"loc": "outside upper center", "ncols": 3} if crowded else {"loc": "outside right upper"}
-            figure.legend(handles=handles, **place)
+            if crowded:
+                figure.legend(handles=handles, loc="outside upper center", ncols=3)
+            else:
+                figure.legend(handles=handles, loc="outside right upper")
         return to_svg(figure)
 
 

@@ -53,11 +53,11 @@ def cell_page(
     protocols = pd.DataFrame({"Protocol": scores.keys()})
     for name in metrics(scores["final"]):
         label = LABELS.get(name) or f"R@{name.removeprefix('recall_at_')}"
-        protocols[label] = [number(100 * values.get(name, np.nan)) for values in scores.values()]
+        protocols[label] = [number(values.get(name, np.nan)) for values in scores.values()]
     protocols["Iteration"] = [f"{values['iteration']:.0f}" for values in scores.values()]
     columns = ("class", "images", "recall_at_1", "confused_with")
     classes = read_csv(evaluation / "classes.csv", "evaluate", columns, dtype=str, keep_default_na=False)
-    classes.insert(1, "R@1", [number(100 * float(share or "nan")) for share in classes.pop("recall_at_1")])
+    classes.insert(1, "R@1", [number(float(recall or "nan")) for recall in classes.pop("recall_at_1")])
     classes.columns = ["Class", "R@1", "Images", "Most often taken for"]
     judged = queries.judge(found["indices"], found["similarities"], pictures.images.labels)
     chosen = {

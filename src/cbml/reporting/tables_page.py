@@ -7,6 +7,7 @@ from collections.abc import Callable
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
@@ -65,8 +66,8 @@ def tables_page(
     densities = densities.assign(cell=densities.cell.map(names))
     figures["Similarities"] = figure(distributions_chart(densities), "similarities", caption)
 
-    side_by_side = {"strips": None, "compared": None}
-    if pictures:
+    side_by_side: dict[str, Any] = {"strips": None, "compared": None}
+    if pictures and found:
         retrieved = [found(one.folder) for one in cells]
         labels = [f"{names[one.record['key']]}, seed {one.cell.seed}" for one in cells]
         side_by_side["strips"] = strips(pictures, retrieved[: len(best)], names.values(), tables.shown(final)["R@1"])
@@ -87,7 +88,7 @@ def tables_page(
     )
 
 
-def index_page(reports: dict[str, dict[str, float | str | int]]) -> str:
+def index_page(reports: dict[str, dict[str, Any]]) -> str:
     """The page over all table sets, from the `headline` of each dataset's."""
     link = Markup('<a href="{0}/index.html">{0}</a>')
     rows = []
@@ -100,17 +101,21 @@ def index_page(reports: dict[str, dict[str, float | str | int]]) -> str:
 
 def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> list[tuple[str, pd.DataFrame, list[str]]]:
     """Of each embedding size the title, the table as text and markup, and the protocols of its rows."""
-    links = defaultdict(list)
+    links: dict[tuple, list[str]] = defaultdict(list)
     for one in evaluated:
         page = one.page / "index.html"  # one of another checkout may not have come with its cell
         link = '<a href="{}#{}">{}</a>' if page.is_file() else "{2}"  # one in the tracking store is told the way back
         places = os.path.relpath(page, folder), os.path.relpath(folder / "index.html", one.page)
         links[one.row].append(Markup(link).format(*places, one.cell.seed))
     parts = []
-    for size, rows in table.groupby("embedding_dim", sort=False):
+    for title, rows in tables.sections(table):
         text = tables.shown(rows)
         parts_of_name = zip(text["Method"], text.pop("Backbone"), text.pop("Protocol"), strict=True)
-        columns = {"Method": [NAME.format(*each) for each in parts_of_name], "Seeds": [], "Reproduce": []}
+        columns: dict[str, list[str]] = {
+            "Method": [NAME.format(*each) for each in parts_of_name],
+            "Seeds": [],
+            "Reproduce": [],
+        }
         for row in rows.itertuples():
             ours = row.protocol != "published"
             of_row = links[row.embedding_dim, row.backbone, row.method, row.variant] if ours else []
@@ -119,7 +124,7 @@ def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> lis
         del text["Seeds"]  # comes last
         for name, cells in columns.items():
             text[name] = pd.Series(cells, text.index, dtype=object)  # as strings they would be markup no more
-        parts.append((tables.title(size), text, list(rows.protocol)))
+        parts.append((title, text, list(rows.protocol)))
     return parts
 
 

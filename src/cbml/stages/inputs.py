@@ -14,8 +14,9 @@ from cbml.files import damaged, read_arrays, read_csv, read_json
 from cbml.workspace import Workspace
 
 # What stages take from a run.json.
+RECORD: tuple[str, ...]
 RECORD = ("key", "run_id", "fingerprint", "iterations", "train_seconds", "data_seconds", "finished", "device", "code")
-RECORD += ("versions",)
+RECORD += ("versions", "unit")
 
 
 def fingerprint(workspace: Workspace, dataset: str) -> str:

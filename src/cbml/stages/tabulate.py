@@ -24,7 +24,7 @@ SIDE = 64  # of a thumbnail, in pixels
 
 
 def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> str:
-    """Write the report of a dataset, log it to MLflow, return the table in Markdown.
+    """Write the report of a dataset, log it to MLflow; return the table in Markdown, and last what is outdated in it.
 
     In its folder: `tables.md`, `.csv` and `.tex`; `metrics.json`, the headline; `curves.csv` and, for the first seed,
     `similarities.csv`, what `dvc plots` draws; `curves.svg`, a picture of the curves; `index.html`, the page. The page
@@ -65,7 +65,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
             run.log_file(folder / name)
         run.log_table(table.round(3), "tables.json")
         run.note(text)
-    return text
+    return "\n".join([text, *tables.outdated(evaluated)])  # again where a terminal shows it: in the last line
 
 
 def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable[[Path], Found]] | tuple[()]:
