@@ -32,7 +32,7 @@ ui: .venv/installed
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
-	@echo "Making .venv: a few minutes, $(if $(filter 1,$(CPU)),1.5,6.5) GB of disk"
+	@echo "Making .venv: a few minutes, $(if $(filter 1,$(CPU)),2,6.5) GB of disk"
 	$(PYTHON) -m venv .venv
 	$(PIP) --quiet 'pip>=25.1' # from there on it shows how far it is when it installs, too
 ifeq ($(CPU),1)
