@@ -119,7 +119,7 @@ def write_cell_page(one, workspace):
     """The page of a finished cell, all its charts with the same ids."""
     with chart(2, 2) as (figure, axis):
         axis.plot([0, 1], [0, 1], marker="o")
-        charts = dict.fromkeys(CHARTS, to_svg(figure))
+        charts = dict.fromkeys([name for name in CHARTS if name != "pseudo_labels"], to_svg(figure))
     report, index = workspace.report("glyphs") / "index.html", workspace.index
     found = neighbours(range(0, 40, 2))
     page = cell_page(

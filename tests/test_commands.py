@@ -39,7 +39,7 @@ def test_it_names_what_differs_from_the_files(compose):
     changed = yaml.safe_load((ROOT / "params.yaml").read_text())
     changed["loss"]["cbml_log"]["margin"] = 0.2
     changed["backbone"]["resnet18"] |= {"weights": "my weights.pth", "recipe": {"quick": {"lr": 0.01}}}
-    changed["recipe"]["quick"] |= {"ratio": [1.0, 1.5], "select_by": "map_at_r"}
+    changed["recipe"]["quick"] |= {"scale": [0.5, 0.8], "select_by": "map_at_r"}
     cell = Params.model_validate(changed).cell("glyphs", "resnet18", "cbml_log", 512, 0)
     settings = settings_of(command(cell, [0, 1], ROOT / "conf"))
     assert settings == [
@@ -52,7 +52,7 @@ def test_it_names_what_differs_from_the_files(compose):
         'backbone.resnet18.weights="my weights.pth"',
         "loss.cbml_log.margin=0.2",
         "recipe.quick.lr=0.01",
-        "recipe.quick.ratio=[1.0,1.5]",
+        "recipe.quick.scale=[0.5,0.8]",
         "recipe.quick.select_by={metric:map_at_r,validation_classes:0.2}",
     ]
     again = compose(settings)

@@ -133,6 +133,15 @@ def test_a_page_that_is_there_is_replaced(workspace):
     assert sorted(path.name for path in page.iterdir()) == sorted(FILES)
 
 
+def test_pseudo_labels_are_a_chart_where_there_are_any(workspace):
+    table = "refresh,nmi,purity,kept_purity,changed,iteration\n0,40.0,30.0,35.0,,0\n1,50.0,45.0,50.0,20.0,3\n"
+    (workspace.tree / "evaluations" / CELL / "pseudo_labels.csv").write_text(table)
+    page = draw(workspace)
+    assert sorted(path.name for path in page.iterdir()) == sorted([*FILES, "pseudo_labels.svg"])
+    assert "purity of what is kept" in (page / "pseudo_labels.svg").read_text()
+    assert "which training did not know" in (page / "index.html").read_text()
+
+
 def test_the_pictures_show_what_the_files_say(drawn, written):
     training, similarities, recall = (
         (drawn / f"{name}.svg").read_text() for name in ("training", "similarities", "recall_at_k")

@@ -233,10 +233,16 @@ def test_a_cells_page_says_what_its_files_say(pages):
     assert "margin: 0.1" in text and '"fingerprint": "0123"' in text  # cell.yaml, run.json
 
 
-def test_many_methods_are_each_named_and_the_best_twelve_distributions_shown(tmp_path):
+def test_many_methods_are_each_named_and_the_best_twelve_shown(tmp_path):
     losses = [f"loss_{i}" for i in range(13)]
     evaluated = finish_all(tmp_path, cells(loss={name: {"type": "cbml"} for name in losses}))
-    html = write_tables_page(tmp_path / "page" / "index.html", evaluated, table_of(evaluated)).read_text()
+    write_images(workspace := Workspace(tmp_path))
+    retrieved = pictures(workspace), partial(neighbours_of, images=40)
+    path = tmp_path / "page" / "index.html"
+    html = write_tables_page(path, evaluated, table_of(evaluated), *retrieved).read_text()
+    assert re.findall(r"<span>(loss_\d+) <strong>", html) == losses[:0:-1]
+    assert re.findall(r"<option.*>(loss_\d+), seed 0</option>", html) == 2 * losses[:0:-1]
+    assert "What each of the best 12 methods retrieves" in html
     charts = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     named = [{name for name in losses if f">{name}<" in svg} for svg in charts]
     assert named == [set(losses), set(losses) - {"loss_0"}]  # loss_0 has the lowest Recall@1

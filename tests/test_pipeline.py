@@ -84,6 +84,7 @@ def test_from_nothing_to_the_table_and_only_what_changed_afterwards(repository):
 
     # DVC's cache, the workspace and MLflow's store have the same file.
     assert {file.stat().st_nlink for file in (repository / "runs").rglob("final.pt")} == {3}
+    assert 'class="tile ' in (repository / "reports" / "glyphs" / "index.html").read_text()
 
     assert ran(repository, "dvc repro") == []
     assert ran(repository, "dvc exp run -S loss=cbml_sqrt") == ["tabulate@glyphs"]

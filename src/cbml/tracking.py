@@ -32,10 +32,12 @@ from cbml.files import atomic_write, locked, share, write_text
 from cbml.progress import message
 from cbml.workspace import Workspace
 
-# A store that cannot be reached is to say so within a minute; and no bars for copying files between folders.
+# A store that cannot be reached is to say so within a minute; no bars for copying files between folders, and no word
+# to MLflow's makers.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 # Tracebacks of what is caught here; remarks on packages, examples, descriptions that are cut, and threads.
 QUIET = ("store.db.utils", "pyfunc", "utils.environment", "utils.validation", "system_metrics.system_metrics_monitor")
@@ -159,7 +161,7 @@ class Store:
             page = client.search_logged_models(experiments, page_token=page.token)
             models += page
         for model in models:
-            if not (model.source_run_id and _exists(client, model.source_run_id)):
+            if model.source_run_id and not _exists(client, model.source_run_id):
                 client.delete_logged_model(model.model_id)
         from mlflow.cli import gc
 
@@ -387,17 +389,20 @@ def _describe(
 @contextmanager
 def _system_metrics(run: Run) -> Iterator[None]:
     """Log the load of this machine meanwhile, as MLflow does, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for it."""
-    if not (MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() and run.id and run.store):
-        yield
-        return
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # needs psutil
+    monitor = None
+    if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() and run.id and run.store:
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    monitor = SystemMetricsMonitor(run.id, resume_logging=run.continued, tracking_uri=run.store.uri)
-    monitor.start()
+            monitor = SystemMetricsMonitor(run.id, resume_logging=run.continued, tracking_uri=run.store.uri)
+            monitor.start()
+        except Exception as error:  # psutil is not installed, or the store is away
+            message(f"system metrics are not logged: {error}")
     try:
         yield
     finally:
-        monitor.finish()
+        if monitor:
+            monitor.finish()
 
 
 def _exists(client: "MlflowClient", run_id: str) -> bool:

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from cbml.errors import UserError
 from cbml.progress import message
-from cbml.tracking import TABLES, Store, public
+from cbml.tracking import Store, public
 from cbml.workspace import Workspace
 
 # Name, mode and charts of each, by its key.
@@ -74,7 +74,7 @@ def links(store: Store, ui: str) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for experiment in store.client.search_experiments():
         id = experiment.experiment_id
-        if experiment.name == TABLES or not store.client.search_runs([id], "tags.cell_key LIKE '%'", max_results=1):
+        if not store.client.search_runs([id], "tags.cell_key LIKE '%'", max_results=1):
             continue
         found[experiment.name] = {}
         for i, (key, (name, mode, charts)) in enumerate(VIEWS.items()):
@@ -111,7 +111,7 @@ def serve(workspace: Workspace, port: int) -> None:
     text = listed(store, ui)
     command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level warning"]
-    settings = {"MLFLOW_BACKEND_STORE_URI": store.uri, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
+    settings = {"MLFLOW_BACKEND_STORE_URI": store.uri, "PYTHONWARNINGS": "ignore"}
     # No processes for jobs that judge language models: they take longer to start than the UI.
     settings["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())

@@ -27,6 +27,24 @@ def recall_chart(title: str, recalls: pd.DataFrame) -> str:
         return to_svg(figure)
 
 
+def pseudo_labels_chart(title: str, table: pd.DataFrame) -> str:
+    """Draw how clusters compare with the classes, by the `iteration` before which they were found.
+
+    Args:
+        table: `iteration`; `nmi`, `purity`, `kept_purity` and `changed` in percent; one row per refresh.
+    """
+    curves = {"nmi": "NMI", "purity": "purity", "kept_purity": "purity of what is kept", "changed": "changed"}
+    with chart(7.2, 3.2) as (figure, ax):
+        for (name, label), colour in zip(curves.items(), COLOURS, strict=False):
+            ax.plot(table.iteration, table[name], ".-", color=colour, label=label)
+        ax.set_ylim(0, 103)
+        ax.yaxis.set_major_formatter(PercentFormatter())
+        ax.set(xlabel="iteration")
+        ax.legend(**ABOVE)
+        figure.suptitle(title, wrap=True)
+        return to_svg(figure)
+
+
 def training_chart(title: str, losses: pd.DataFrame, validations: pd.DataFrame, best_iteration: int) -> str:
     """Draw Recall@1 on the test list by iteration, and below it the loss and its terms, if there are any.
 

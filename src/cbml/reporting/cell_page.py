@@ -21,6 +21,7 @@ CHARTS = {
     "recall_at_k": "Recall@K of the final model on the test list, by K.",
     "similarities": "Cosine similarity of positive and of negative pairs, on the training and the test list.",
     "embedding_map": "Some test classes' embeddings in two dimensions.",
+    "pseudo_labels": "Clusters of training images against their classes, which training did not know, by iteration.",
 }
 
 
@@ -39,7 +40,7 @@ def cell_page(
 
     Args:
         evaluation: the folder of its evaluation.
-        charts: an `<svg>` element for each of `CHARTS`.
+        charts: an `<svg>` element for each of `CHARTS`, if there is one.
         pictures: of the test list.
         found: of the test list.
         folder: of the page; links are relative to it.
@@ -83,7 +84,7 @@ def cell_page(
         cell=cell,
         unanswered=scores["final"]["queries_without_answer"],
         protocols=protocols,
-        figures=[figure(charts[name], name, caption) for name, caption in CHARTS.items()],
+        figures=[figure(charts[name], name, caption) for name, caption in CHARTS.items() if name in charts],
         galleries=galleries,
         confusions=confusions,
         pictures=pictures,

@@ -62,7 +62,7 @@ def tables_page(
     figures["Recall@1 over iterations"] = figure(curves_chart(tables.curves(evaluated)), "curves", caption)
     densities = tables.similarities(best, 0.005).query("split == 'test'")
     caption = "Cosine similarity of positive and of negative pairs of the test list, first seed, each over its range"
-    caption += f", the best {MAX_CELLS} by Recall@1." if len(best) < len(order) else "."
+    caption += f", the best {MAX_CELLS} by Recall@1." if len(order) > MAX_CELLS else "."
     densities = densities.assign(cell=densities.cell.map(names))
     figures["Similarities"] = figure(distributions_chart(densities), "similarities", caption)
 
@@ -76,6 +76,7 @@ def tables_page(
     return render(
         "tables",
         dataset=dataset,
+        which=f"each of the best {MAX_CELLS} methods" if len(order) > MAX_CELLS else "each method",
         warnings=[_inline(text) for text in tables.outdated(evaluated)],
         notes=[_inline(text) for text in tables.notes(table, test)],
         protocols={name: text for name, text in tables.PROTOCOLS.items() if name in set(table.protocol)},

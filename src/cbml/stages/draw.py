@@ -26,6 +26,7 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
         recall_at_k.svg     Recall@K for K = 1, 2, 4, … 512, below the size of the list
         similarities.svg    cosine similarities of positive and negative pairs
         embedding_map.svg   some classes in two dimensions
+        pseudo_labels.svg   if training was on clusters, how they compare with the classes by iteration
 
     The same input gives the same bytes. All choices by chance depend on the labels and the seed alone, so the pictures
     of several models can be compared.
@@ -56,6 +57,10 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
         "similarities": charts.similarities_chart(title, densities, moments),
         "embedding_map": map_chart(title, mapped["embeddings"], labels[mapped["indices"]], names, cell.seed),
     }
+
+    if (file := evaluation / "pseudo_labels.csv").is_file():
+        columns = ("iteration", "nmi", "purity", "kept_purity", "changed")
+        svgs["pseudo_labels"] = charts.pseudo_labels_chart(title, read_csv(file, "evaluate", columns))
 
     out = workspace.page(cell)
     page = cell_page(
