@@ -21,6 +21,7 @@ TOOLS = ("mlflow", "dvc")  # they run a cell, and do not change it
 TRAINING: tuple[str, ...]
 TRAINING = ("training/loop.py", "training/device.py", "network.py", "backbones/trunks.py", "losses/base.py")
 TRAINING += ("datasets/images.py", "datasets/loading.py", "datasets/transforms.py", "batches/base.py")
+TRAINING += ("batches/kmeans.py", "backbones/heads.py", "teacher.py")
 
 
 def revision() -> str:
