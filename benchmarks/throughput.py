@@ -11,7 +11,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -77,11 +76,11 @@ def training_speed(cell: Cell, images: PackedImages, *, resident: bool) -> tuple
     torch.compiler.reset()  # the compiler keeps only so many versions of the same code
     network, criterion = build(cell, num_classes=int(images.labels.max()) + 1, root=ROOT)
     batches = class_balanced_batches(images.labels.numpy(), recipe.batch_size, recipe.instances, cell.seed)
-    first = replace(images, sizes=images.sizes[: recipe.batch_size], labels=images.labels[: recipe.batch_size])
+    first = images.subset(torch.arange(recipe.batch_size), images.labels[: recipe.batch_size])
     with (
         tempfile.TemporaryDirectory() as folder,
         numerics(recipe) as fabric,
-        patch.object(loop, "place", lambda images, device: images.to(device) if resident else images),
+        patch.object(loop, "place", lambda lists, device: [each.to(device) if resident else each for each in lists]),
     ):
         options = {"fabric": fabric, "label": cell.name, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
         loop.train(recipe, cell.seed, network, criterion, batches, images, first, **options)

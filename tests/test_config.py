@@ -174,6 +174,16 @@ def test_the_presets_are_the_cells_that_the_paper_publishes(size, tmp_path):
         assert cell.recipe.lr_steps == ([3000] if cell.backbone == "googlenet" else [1200])
 
 
+@pytest.mark.parametrize(("dataset", "instances"), [("cars196", 8), ("sop", 4), ("inshop", 4)])
+def test_the_presets_of_other_datasets_are_the_papers_recipe(dataset, instances, tmp_path):
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper={dataset}"])
+    cells = load_params(tmp_path / "params.yaml", ROOT / "conf").cells(dataset)
+    assert len(cells) == 9 and {cell.recipe.instances for cell in cells} == {instances}
+    assert {(cell.recipe_name, cell.recipe.iterations, cell.recipe.batch_size) for cell in cells} == {
+        ("paper", 5000, 120)
+    }
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [

@@ -12,8 +12,8 @@ from test_training import run
 
 from cbml import network, trained
 from cbml.config import load_cell
-from cbml.datasets.images import pack_images
 from cbml.datasets.lists import read_list
+from cbml.datasets.packing import pack_images
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.stages.evaluate import evaluate_cell
@@ -23,7 +23,7 @@ from cbml.stages.evaluate import evaluate_cell
 def cell(workspace):
     """A run folder, five test images, and their embeddings as `evaluate` computes them."""
     folder = run(workspace)
-    images = read_list(Path("lists/glyphs/test.txt"), Path("data/glyphs")).subset(np.arange(5))
+    images = read_list(Path("lists/glyphs/test.txt")).subset(np.arange(5))
     packed = pack_images(
         images, Path("data/glyphs"), workspace.cache, resize=24, interpolation="bilinear", fingerprint="-"
     )

@@ -4,12 +4,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from cbml.datasets.images import PackedImages
+if TYPE_CHECKING:
+    from cbml.datasets.images import Images
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -17,7 +18,7 @@ WORKERS = 4
 
 
 def load_batches(
-    make: Callable[[T], tuple[Tensor, ...]], items: Iterable[T], images: PackedImages, device: torch.device
+    make: Callable[[T], tuple[Tensor, ...]], items: Iterable[T], images: "Images", device: torch.device
 ) -> Iterator[list[Tensor]]:
     """Yield `make(item)` for each item, in order, as tensors on `device`.
 
@@ -26,7 +27,7 @@ def load_batches(
             They do for a CUDA device that the images are not on. On a CPU they would take what the model computes with.
     """
     cuda = device.type == "cuda"
-    if cuda and not images.data.is_cuda:
+    if cuda and not images.on_gpu:
         batches = prefetch(lambda item: [tensor.pin_memory() for tensor in make(item)], items, WORKERS)
     else:
         batches = map(make, items)

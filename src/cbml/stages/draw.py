@@ -11,7 +11,7 @@ from cbml.figures import charts, sheets
 from cbml.figures.embedding_map import map_chart
 from cbml.files import atomic_write, damaged, read_arrays, read_csv, read_json
 from cbml.reporting.cell_page import cell_page
-from cbml.stages.inputs import curves_of, list_of, record_of
+from cbml.stages.inputs import bring, curves_of, dataset_of, record_of, test_list
 from cbml.workspace import Workspace
 
 ROWS = 8  # of a sheet
@@ -21,7 +21,7 @@ NO_FAILURE = ": none, every query's nearest neighbour is of its own class"
 def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     """Write what one trained model's embeddings look like, and how it was trained, into the folder of its page.
 
-    Each query is a test image, its gallery the other test images. Written are:
+    Each query is a test image, its gallery the other test images or the gallery that the dataset has. Written are:
 
         index.html          the page
         gallery.jpg         queries picked by chance, one per class, and their nearest neighbours
@@ -43,14 +43,15 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     """
     cell = load_cell(evaluation / "cell.yaml")
     record = record_of(evaluation)
-    test_list = list_of(workspace, cell, "test")
-    labels = test_list.labels
-    files = [workspace.data(cell.dataset) / path for path in test_list.paths]
-    names = test_list.class_names
+    tested, search = test_list(workspace, cell)
+    labels = tested.labels
+    root = bring(workspace, dataset_of(workspace, cell))
+    files = [root / path for path in tested.paths]
+    names = tested.class_names
     title = f"{cell.name} on {cell.dataset}"
 
     found = _arrays(evaluation / "neighbours.npz", ("indices", "similarities"), len(labels))
-    if len(found["indices"]) != len(labels):
+    if len(found["indices"]) != (search.queries or len(labels)):
         raise damaged(evaluation / "neighbours.npz", "of another list", "evaluate")
     judged = queries.judge(found["indices"], found["similarities"], labels)
     failed = queries.failures(judged)

@@ -6,13 +6,12 @@ import numpy as np
 import torch
 
 from cbml import trained
+from cbml.datasets.folder import PICTURES
 from cbml.errors import UserError
 from cbml.evaluation.retrieval import retrieve
 from cbml.files import atomic_write
 from cbml.tracking import Store
 from cbml.workspace import Workspace
-
-PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def load_model(model: str, workspace: Workspace) -> trained.Trained:

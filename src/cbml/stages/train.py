@@ -19,9 +19,10 @@ from cbml.backbones import weights_content
 from cbml.config import Cell
 from cbml.datasets.lists import ImageList, check_disjoint, hold_out
 from cbml.datasets.sampler import class_balanced_batches
+from cbml.evaluation.search import Search
 from cbml.files import atomic_write, write_tensors
 from cbml.progress import message
-from cbml.stages.inputs import fingerprint, images_of, list_of
+from cbml.stages.inputs import fingerprint, images_of, test_list, training_list
 from cbml.training.checkpoint import hold
 from cbml.training.device import facts, numerics
 from cbml.training.loop import train
@@ -44,10 +45,11 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
     for name, (value, used) in cell.changes.items():
         message(f"{cell.name}: recipe.{cell.recipe_name}.{name} is {used} by backbone.{cell.backbone}, not {value}")
     selection = cell.recipe.select_by
-    train_list, test_list = (list_of(workspace, cell, name) for name in ("train", "test"))
-    train_on_all, code = _prepare(cell, workspace, train_list, test_list)
+    train_list, (scored, search) = training_list(workspace, cell), test_list(workspace, cell)
+    train_on_all, code = _prepare(cell, workspace, train_list, scored, search)
     if selection:
-        select, _ = _prepare(cell, workspace, *hold_out(train_list, selection.validation_classes))
+        held_out = hold_out(train_list, selection.validation_classes)
+        select, _ = _prepare(cell, workspace, *held_out, Search(search.ks))
 
     data = fingerprint(workspace, cell.dataset)
     key = cell.key(data, weights_content(cell.backbone_config, workspace.root))
@@ -106,7 +108,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
 
 
 def _prepare(
-    cell: Cell, workspace: Workspace, train_list: ImageList, scored: ImageList
+    cell: Cell, workspace: Workspace, train_list: ImageList, scored: ImageList, search: Search
 ) -> tuple[Callable[..., dict[str, Any]], dict[str, str]]:
     """Check all that training on one list and scoring on another needs; return `train` with that filled in.
 
@@ -121,9 +123,8 @@ def _prepare(
 
     def train_on(**options) -> dict[str, Any]:
         images = replace(images_of(workspace, cell, train_list), labels=torch.from_numpy(labels))
-        return train(
-            recipe, cell.seed, model, criterion, batches, images, images_of(workspace, cell, scored), **options
-        )
+        scored_images = images_of(workspace, cell, scored)
+        return train(recipe, cell.seed, model, criterion, batches, images, scored_images, search, **options)
 
     return train_on, provenance.training_code(model, criterion)
 

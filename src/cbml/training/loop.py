@@ -17,12 +17,13 @@ from torch import Tensor
 
 from cbml.backbones import EmbeddingModel
 from cbml.config import Recipe
-from cbml.datasets.images import PackedImages
+from cbml.datasets.images import Images
 from cbml.datasets.loading import load_batches
 from cbml.datasets.transforms import color_jitter, random_boxes
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
+from cbml.evaluation.search import Search
 from cbml.losses import Loss
 from cbml.progress import message, progress
 from cbml.training.checkpoint import Checkpoint
@@ -39,8 +40,9 @@ def train(
     network: EmbeddingModel,
     criterion: Loss,
     batches: Iterator[np.ndarray],
-    images: PackedImages,
-    scored: PackedImages,
+    images: Images,
+    scored: Images,
+    search: Search = Search(),  # noqa: B008 (it is frozen)
     *,
     fabric: Fabric,
     label: str,
@@ -55,7 +57,7 @@ def train(
         network, criterion: as built; the checkpoint's state replaces theirs.
         batches: indices into `images`, from the first iteration on.
         images: with labels from 0 to the number of classes - 1.
-        scored: what every evaluation on the way is on.
+        scored, search: what every evaluation on the way is on, and how.
         fabric: the device, inside `numerics`.
         label: of the run, for messages.
         log: called with new rows of losses and evaluations, and with `images_per_second` and `data_share`, the share of
@@ -89,7 +91,7 @@ def train(
     if recipe.compile:
         compile_trunk(network, fabric.device)
     model, optimizer = fabric.setup(network, make_optimizer(recipe, groups, fabric.device))
-    images, scored = place(images, fabric.device), place(scored, fabric.device)
+    images, scored = place([images, scored], fabric.device)
 
     state = checkpoint.read()
     if state:
@@ -104,7 +106,7 @@ def train(
         state = {"iteration": 0, "losses": [], "validations": [], "best": {"iteration": 0, "score": -1.0}}
         state["seconds"] = {"train": 0.0, "data": 0.0, "validation": 0.0}
         began = time.monotonic()
-        state["validations"].append(score(model, scored, recipe, 0, fabric.device, label))
+        state["validations"].append(score(model, scored, search, recipe, 0, fabric.device, label))
         state["seconds"]["validation"] += time.monotonic() - began
         log(state["validations"])
 
@@ -153,7 +155,7 @@ def train(
         seconds["train"] += time.monotonic() - began
         if validates:
             began = time.monotonic()
-            row = score(model, scored, recipe, iteration, fabric.device, label)
+            row = score(model, scored, search, recipe, iteration, fabric.device, label)
             seconds["validation"] += time.monotonic() - began
             state["validations"].append(row)
             unlogged.append(row)
@@ -192,7 +194,7 @@ def lr_scale(recipe: Recipe, iteration: int) -> float:
 
 
 def random_crops(
-    images: PackedImages, recipe: Recipe, seed: int, iteration: int, indices: np.ndarray
+    images: Images, recipe: Recipe, seed: int, iteration: int, indices: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """The crops (B, 3, crop, crop) and labels (B,) of a batch; they depend on these arguments alone."""
     chosen = torch.from_numpy(indices)
@@ -206,13 +208,19 @@ def random_crops(
 
 
 def score(
-    model: EmbeddingModel, images: PackedImages, recipe: Recipe, iteration: int, device: torch.device, label: str
+    model: EmbeddingModel,
+    images: Images,
+    search: Search,
+    recipe: Recipe,
+    iteration: int,
+    device: torch.device,
+    label: str,
 ) -> Row:
     """A row of `validations`."""
     model.eval()
     embeddings = embed(model, images, crop=recipe.crop, interpolation=recipe.interpolation, device=device)
     try:
-        metrics = evaluate(embeddings, images.labels)
+        metrics = evaluate(*search.sides(embeddings, images.labels), ks=search.ks)
     except UserError as error:
         raise UserError(f"{label}: iteration {iteration}: {error}") from None
     message(f"{label}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1%}")
