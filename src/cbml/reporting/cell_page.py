@@ -33,7 +33,7 @@ def cell_page(cell: Cell, evaluation: Path, pictures: Path) -> str:
         UserError: a file of the evaluation is missing or damaged.
     """
     scores = read_json(evaluation / "metrics.json", "evaluate", ("final", "untrained"))
-    names = metrics(scores["final"])
+    names = metrics([*scores["final"], "nmi"])
     protocols = pd.DataFrame({"Protocol": scores.keys()})
     protocols["Iteration"] = [f"{values['iteration']:.0f}" for values in scores.values()]
     for name in names:
@@ -46,6 +46,7 @@ def cell_page(cell: Cell, evaluation: Path, pictures: Path) -> str:
     return render(
         "cell",
         cell=cell,
+        without_nmi="nmi" not in scores["final"],
         unanswered=scores["final"]["queries_without_answer"],
         protocols=protocols,
         figures=[figure(pictures / name, caption) for name, caption in FIGURES.items()],

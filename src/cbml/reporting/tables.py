@@ -315,7 +315,7 @@ def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
     return {
         "best_cell": f"{best.backbone}-{best.method}-{best.embedding_dim}" + (best.variant and f" ({best.variant})"),
         "cells": len(final),
-        **{name: round(float(best[name]), 2) for name in metrics(table)},
+        **{name: round(float(best[name]), 2) for name in metrics(table) if pd.notna(best[name])},
         "mean_recall_at_1": round(float(final.recall_at_1.mean()), 2),
         "untrained_recall_at_1": round(float(best.untrained_recall_at_1), 2),
     }
