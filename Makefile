@@ -1,9 +1,13 @@
-# Two commands on a bare machine: `make repro` and `make test`. Both set up .venv first, once.
+# Two commands on a bare machine: `make repro` and `make test`. Both set up .venv first, once, with the releases of
+# requirements.lock. CPU=1, when .venv is made, takes PyTorch without CUDA, which is 5 GB less: make repro CPU=1
 PYTHON ?= python3
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
+PORT := 5000
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro paper test lint ui clean
+.PHONY: repro paper test lint ui lock clean
 
 repro: .venv/installed
 	dvc repro
@@ -16,19 +20,37 @@ paper: .venv/installed
 	PYTHONPATH=src python -m pipeline.tabulate cub200 --all
 
 test: .venv/installed
-	pytest
+	pytest -n auto --dist loadfile --durations=10
 
 lint: .venv/installed
 	ruff check
+	ruff format --check
+	mypy
 
 ui: .venv/installed
-	mlflow ui --backend-store-uri sqlite:///mlflow.db
+	PYTHONPATH=src python -m pipeline.ui --port $(PORT)
 
-.venv/installed: requirements.txt pyproject.toml
+.venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	@echo "Making .venv: a few minutes, $(if $(filter 1,$(CPU)),2,6.5) GB of disk"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) --quiet 'pip>=25.1' # from there on it shows how far it is when it installs, too
+ifeq ($(CPU),1)
+	grep -E '^torch(vision)?==' requirements.lock > .venv/torch.lock
+	grep -vE '^(torch|torchvision|triton)==|^(nvidia|cuda)-' requirements.lock > .venv/rest.lock
+	$(PIP) --no-deps --index-url $(CPU_INDEX) -r .venv/torch.lock
+	$(PIP) --no-deps -r .venv/rest.lock -e .
+else
+	$(PIP) --no-deps -r requirements.lock -e .
+endif
 	touch $@
+
+# Writes requirements.lock again after pyproject.toml changed; newer releases of everything: make lock UPGRADE=--upgrade
+lock:
+	$(PYTHON) -m venv .cache/uv
+	.cache/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.cache/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --no-emit-index-url \
+		--custom-compile-command 'make lock' $(UPGRADE) pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf .venv .cache .checkpoints

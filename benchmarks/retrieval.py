@@ -80,7 +80,7 @@ def main() -> None:
     scores = evaluate(embeddings, labels)
     print(
         f"{arguments.images:,} × {arguments.dim}, {arguments.classes:,} classes, noise {arguments.noise:g} "
-        f"(Recall@1 {scores['recall_at_1']:.3f}, MAP@R {scores['map_at_r']:.3f}), {torch.get_num_threads()} threads, "
+        f"(Recall@1 {scores['recall_at_1']:.1f}, MAP@R {scores['map_at_r']:.1f}), {torch.get_num_threads()} threads, "
         f"{arguments.rounds} rounds\n"
     )
     columns = ["seconds, least", "median", "MiB over the embeddings"]

@@ -22,9 +22,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from cbml.batches import ClassesConfig
 from cbml.config import Cell, Params
 from cbml.datasets.images import PackedImages
-from cbml.datasets.sampler import class_balanced_batches
 from cbml.datasets.transforms import center_boxes, random_boxes
 from cbml.network import build
 from cbml.training import loop
@@ -76,7 +76,8 @@ def training_speed(cell: Cell, images: PackedImages, *, resident: bool) -> tuple
     recipe, rows = cell.recipe, []
     torch.compiler.reset()  # the compiler keeps only so many versions of the same code
     network, criterion = build(cell, num_classes=int(images.labels.max()) + 1, root=ROOT)
-    batches = class_balanced_batches(images.labels.numpy(), recipe.batch_size, recipe.instances, cell.seed)
+    numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
+    batches = ClassesConfig().build(images.labels.numpy(), seed=cell.seed, **numbers)
     first = replace(images, sizes=images.sizes[: recipe.batch_size], labels=images.labels[: recipe.batch_size])
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -85,8 +86,8 @@ def training_speed(cell: Cell, images: PackedImages, *, resident: bool) -> tuple
     ):
         options = {"fabric": fabric, "label": cell.name, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
         loop.train(recipe, cell.seed, network, criterion, batches, images, first, **options)
-    speed = [row for row in rows if "data_share" in row][-1]
-    return speed["images_per_second"], speed["data_share"]
+    speed = [row for row in rows if "train_data_percent" in row][-1]
+    return speed["train_images_per_second"], speed["train_data_percent"] / 100
 
 
 class Pictures(Dataset):

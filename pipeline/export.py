@@ -10,7 +10,7 @@ from cbml.workspace import Workspace
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="runs/<dataset>/<cell>, or the id of an MLflow run")
+    parser.add_argument("model", help="runs/<dataset>/<cell>, an MLflow run's id or a cell's key")
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
     options = parser.parse_args()
     print(load_model(options.model, Workspace.here()).export(options.out))

@@ -18,7 +18,7 @@ def similarities(queries: Tensor, gallery: Tensor | None) -> Tensor:
 
 
 def evaluate(queries, labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8)) -> dict[str, float]:
-    """Sort the positives and all negatives of each query, and count those ahead of each positive."""
+    """In percent: sort the positives and all negatives of each query, and count those ahead of each positive."""
     found = similarities(queries, gallery)
     same = labels[:, None] == (labels if gallery is None else gallery_labels)
     r = same.sum(dim=1, keepdim=True) - int(gallery is None)
@@ -31,7 +31,7 @@ def evaluate(queries, labels, gallery=None, gallery_labels=None, ks=(1, 2, 4, 8)
     scores = torch.stack(scores, dim=1)[r[:, 0] > 0]
     names = [f"recall_at_{k}" for k in ks] + ["r_precision", "map_at_r"]
     return {
-        **dict(zip(names, scores.mean(dim=0).tolist(), strict=True)),
+        **dict(zip(names, (100 * scores.mean(dim=0)).tolist(), strict=True)),
         "queries": len(scores),
         "queries_without_answer": len(queries) - len(scores),
     }

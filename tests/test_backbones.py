@@ -31,7 +31,11 @@ FEATURES = {
     "bn_inception": 1024,
     "timm": 512,
     "tf_efficientnet_lite0": 1280,
+    "convnext_tiny": 768,
+    "vit_small_patch16_224": 384,
+    "vit_small_patch14_dinov2": 384,
 }
+SIZES = {"vit_small_patch14_dinov2": 56}  # of images; 64 for the others
 TORCHVISION = {
     "resnet18": "ResNet18",
     "resnet34": "ResNet34",
@@ -44,19 +48,25 @@ TORCHVISION = {
 
 def config_of(name, **changes):
     if ENTRIES[name]["type"] == "timm":
-        pytest.importorskip("timm", reason="timm is not installed (requirements-extra.txt)")
+        pytest.importorskip("timm", reason="timm is not installed (pip install 'cbml[timm]')")
     return BackboneConfig.model_validate({**ENTRIES[name], **changes})
+
+
+def random_images(size):
+    return torch.randint(256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 @pytest.fixture
 def images():
-    return torch.randint(256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return random_images(64)
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_every_backbone(name, images):
+def test_every_backbone(name):
+    size = SIZES.get(name, 64)
+    images = random_images(size)
     torch.manual_seed(0)
-    model = create_model(config_of(name), embedding_dim=5, root=ROOT)
+    model = create_model(config_of(name), embedding_dim=5, root=ROOT, crop=size)
     assert model.trunk.num_features == model.head.in_features == FEATURES[name]
 
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -69,7 +79,7 @@ def test_every_backbone(name, images):
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
 
     assert model.training
-    assert norms
+    assert bool(norms) != name.startswith(("vit_", "convnext_"))
     assert not any(norm.training for norm in norms)
     assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
 
@@ -80,7 +90,7 @@ def test_every_backbone(name, images):
     # what files of weights hold: nothing of the normalisation
     assert list(state) == [*(f"trunk.{key}" for key in model.trunk.state_dict()), "head.weight", "head.bias"]
     torch.manual_seed(1)
-    twin = create_model(config_of(name), embedding_dim=5, root=ROOT)
+    twin = create_model(config_of(name), embedding_dim=5, root=ROOT, crop=size)
     assert not torch.equal(twin.head.weight, model.head.weight)
     twin.load_state_dict(state)
     torch.testing.assert_close(twin.eval()(images), model.eval()(images))
@@ -264,6 +274,41 @@ def test_timm_pools_by_itself(images):
     assert model.trunk(model.normalize(images)).shape == (2, 1280)
 
 
+def test_another_size_of_images_is_the_crop_that_a_timm_model_brings():
+    """Beside its crop, resize follows by the share that the model's own evaluation crops."""
+    expected = {"resize": 124, "crop": 112, "interpolation": "bicubic"}
+    own = input_convention(config_of("vit_small_patch16_224", arguments={"img_size": 112}))
+    assert own.model_dump(include=set(expected)) == expected
+    assert input_convention(config_of("vit_small_patch14_dinov2")).crop == 224  # its weights: 518
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_vit_relpos", "test_resnet"])
+def test_a_timm_model_is_built_for_the_crop(model):
+    config = config_of("timm", model=model)
+    own = input_convention(config).crop
+    for crop in (64, own, None):
+        network = create_model(config, embedding_dim=5, root=ROOT, crop=crop)
+        assert network(random_images(crop or own)).shape == (2, 5) and network.training
+
+
+def test_further_arguments_reach_timm():
+    trunk = build_trunk(config_of("timm", model="test_vit", arguments={"drop_path_rate": 0.5, "img_size": 80}), ROOT)
+    assert trunk.blocks[-1].drop_path1.drop_prob == 0.5 and trunk.patch_embed.img_size == (80, 80)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "crop", "message"),
+    [
+        ({}, 100, r"timm model 'test_vit' does not take images of 100 pixels \(AssertionError: .*patch size"),
+        ({"drop_pat_rate": 0.5}, None, r"timm model 'test_vit' cannot be had \(TypeError: .*drop_pat_rate"),
+    ],
+)
+def test_what_a_timm_model_does_not_take(arguments, crop, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_trunk(config_of("timm", model="test_vit", arguments=arguments), ROOT, crop)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -279,7 +324,7 @@ def test_unknown_timm_model(model, message):
 def test_timm_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     config = BackboneConfig(type="timm", model="resnet18")
-    with pytest.raises(UserError, match=r"needs timm: pip install -r requirements-extra.txt"):
+    with pytest.raises(UserError, match=r"needs timm: pip install 'cbml\[timm\]'"):
         create_model(config, embedding_dim=0, root=ROOT)
 
 
@@ -307,6 +352,12 @@ def test_timm_missing(monkeypatch):
         ({"input": {**ENTRIES["resnet18"]["input"], "crop": 0}}, "input.crop\n.*greater than 0"),
         ({"type": "timm", "published": None, "model": "resnet18"}, "brings its own pooling and input"),
         ({"type": "timm"}, "type timm needs `model`"),
+        ({"arguments": {"img_size": 96}}, "`arguments` is for type timm only"),
+        (
+            {"type": "timm", "model": "a", "pooling": None, "input": None, "published": None}
+            | {"arguments": {"img_size": [96, 96]}},
+            "arguments.img_size is the side of a square",
+        ),
     ],
 )
 def test_bad_options_are_found_in_the_configuration(changes, message):

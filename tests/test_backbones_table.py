@@ -1,3 +1,4 @@
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -22,6 +23,10 @@ def test_table_of_the_shipped_entries(monkeypatch, capsys):
     assert rows["resnet18"] == ["11,176,512", rows["resnet18"][1], "512", "227"]
     assert rows["bn_inception"][0] == "10,270,240"
     assert {"googlenet", "resnet34", "resnet50", "resnet101", "resnet152", "resnet50_caffe"} <= rows.keys()
+    if importlib.util.find_spec("timm"):
+        assert rows["vit_small_patch16_224"][0::3] == ["21,665,664", "224"]
+        assert rows["vit_small_patch14_dinov2"][2:] == ["384", "224"]  # as its entry says; the model's own is 518
+        assert rows["convnext_tiny"][2:] == ["768", "224"]
 
 
 def test_flops_of_resnet18_by_hand():

@@ -1,14 +1,17 @@
 """The command of a row: Hydra, as DVC calls it, makes the same cells of it."""
 
 import importlib.util
+import itertools
+import re
 import shlex
 import shutil
+import subprocess
 
 import pytest
 import yaml
 from conftest import ROOT
 from dvc.utils.cli_parse import to_path_overrides
-from dvc.utils.hydra import compose_and_dump
+from dvc.utils.hydra import compose_and_dump, get_hydra_sweeps
 
 from cbml.config import Params, load_params
 from cbml.reporting.commands import command
@@ -36,7 +39,7 @@ def test_it_names_what_differs_from_the_files(compose):
     changed = yaml.safe_load((ROOT / "params.yaml").read_text())
     changed["loss"]["cbml_log"]["margin"] = 0.2
     changed["backbone"]["resnet18"] |= {"weights": "my weights.pth", "recipe": {"quick": {"lr": 0.01}}}
-    changed["recipe"]["quick"] |= {"lr_steps": [50, 80], "select_by": "map_at_r"}
+    changed["recipe"]["quick"] |= {"scale": [0.5, 0.8], "select_by": "map_at_r"}
     cell = Params.model_validate(changed).cell("glyphs", "resnet18", "cbml_log", 512, 0)
     settings = settings_of(command(cell, [0, 1], ROOT / "conf"))
     assert settings == [
@@ -49,7 +52,7 @@ def test_it_names_what_differs_from_the_files(compose):
         'backbone.resnet18.weights="my weights.pth"',
         "loss.cbml_log.margin=0.2",
         "recipe.quick.lr=0.01",
-        "recipe.quick.lr_steps=[50,80]",
+        "recipe.quick.scale=[0.5,0.8]",
         "recipe.quick.select_by={metric:map_at_r,validation_classes:0.2}",
     ]
     again = compose(settings)
@@ -76,6 +79,13 @@ SETTINGS = {
         "++backbone.timm.recipe.cpu={crop:96,resize:112}",
     ],
     "a timm backbone with an entry": ["recipe=cpu", "backbone=[tf_efficientnet_lite0]", "recipe.cpu.crop=64"],
+    "a timm model's arguments": ["recipe=cpu", "backbone=[timm]", "backbone.timm.model=test_vit"]
+    + ["+backbone.timm.arguments={img_size: 96, drop_path_rate: 0.1}"],
+    "a crop against a timm entry's": ["recipe=cpu", "backbone=[vit_small_patch14_dinov2]", "recipe.cpu.crop=84"],
+    "another optimizer and schedule": ["recipe=paper", "recipe.paper.optimizer=adamw", "recipe.paper.weight_decay=0.05"]
+    + ["recipe.paper.schedule=cosine", "recipe.paper.lr_steps=[]", "recipe.paper.warmup=250"]
+    + ["recipe.paper.clip_norm=1", "recipe.paper.head_lr_factor=10"],
+    "colours": ["recipe.quick.color_jitter=[0.4,0.4,0.4,0.1]"],
     "weights of one's own": ["recipe=cpu", "backbone.resnet18.weights=/data/my-weights.pth"],
     "odd characters": ['backbone.resnet18.weights="é $x {a}, \'b\' \\"c\\" \\\\d:%.pth"'],
     "words that are not words": ["backbone.resnet18.weights='null'", "dataset.glyphs.seed=1"],
@@ -95,6 +105,25 @@ def test_hydra_makes_the_same_cell_of_it(compose, case):
     cell = params.cells(*params.dataset)[-1]
     again = compose(settings_of(command(cell, [cell.seed], ROOT / "conf")))
     assert again.cells(cell.dataset) == [cell]
+
+
+EXAMPLES = [
+    line.strip() for line in (ROOT / "README.md").read_text().splitlines() if re.match("    dvc exp run.* -S ", line)
+]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_a_command_of_the_readme_makes_cells(compose, line):
+    """As the shell splits it and as DVC takes it, without training."""
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line.partition('&&')[0]}"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split("\0")
+    settings = [word for option, word in itertools.pairwise(words) if option == "-S"]
+    overrides = to_path_overrides(settings)
+    sweeps = get_hydra_sweeps(overrides) if "--queue" in words else [overrides]
+    for sweep in sweeps:
+        params = compose(list(itertools.chain(*sweep.values())))
+        assert params.cells(*params.dataset)
 
 
 def test_a_default_cell_needs_no_parameter(compose):

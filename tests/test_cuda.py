@@ -15,7 +15,7 @@ from conftest import ROOT, TINY_RECIPE, VALIDATING, environment
 from test_losses import OPTIONS, option, sample, value_and_gradient
 from test_training import break_at, broken, from_the_beginning, result, run
 
-from cbml import network
+from cbml import network, trained
 from cbml.datasets.images import PackedImages
 from cbml.datasets.transforms import random_boxes
 from cbml.stages.evaluate import evaluate_cell
@@ -83,7 +83,7 @@ def step(workspace):
             for iteration in range(1, steps + 1):
                 if watch and iteration == steps:
                     torch.cuda.set_sync_debug_mode(watch)
-                crops, _ = loop.random_crops(images, recipe, seed, iteration, np.arange(12))
+                crops = loop.random_crops(images, recipe, seed, iteration, np.arange(12))
                 loss = criterion(model(crops), labels)
                 optimizer.zero_grad()
                 loss.backward()
@@ -146,4 +146,12 @@ def test_a_cell_is_trained_continued_and_evaluated(workspace, monkeypatch, preci
         False,
     )
     metrics = evaluate_cell(folder, workspace)
-    assert 0 < metrics["final"]["map_at_r"] <= 1 and set(metrics) >= {"final", "best_on_test", "validated"}
+    assert 0 < metrics["final"]["map_at_r"] <= 100 and set(metrics) >= {"final", "best_on_test", "validated"}
+
+
+@on_a_gpu
+def test_a_trained_cell_embeds_as_on_the_cpu(workspace):
+    folder = run(workspace)
+    pictures = sorted(Path("data/glyphs/images").rglob("*.png"))[:9]
+    found, expected = (trained.load(folder, where).embed(pictures) for where in (DEVICE, "cpu"))
+    assert np.abs(found - expected).max() < 1e-2  # PyTorch's own default is TF32

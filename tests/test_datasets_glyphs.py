@@ -53,7 +53,7 @@ def test_more_images_leave_the_first_ones_as_they_were(config, tmp_path):
 def test_every_typeface_has_every_character():
     assert len(CHARACTERS) == len(set(CHARACTERS)) >= 200
     for typeface in TYPEFACES:
-        assert {ord(c) for c in CHARACTERS} <= FT2Font(FONTS / typeface).get_charmap().keys(), typeface
+        assert {ord(c) for c in CHARACTERS} <= FT2Font(str(FONTS / typeface)).get_charmap().keys(), typeface
 
 
 def test_drawings_of_a_character_differ_and_have_contrast():

@@ -1,5 +1,7 @@
 """The stage draw: pictures and page of a cell from what its evaluation left, and one line if that is damaged."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -21,14 +23,10 @@ from cbml.evaluation import queries
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
-from cbml.figures import sheets
-from cbml.stages.draw import NO_FAILURE, draw_cell
+from cbml.stages.draw import draw_cell
 from cbml.workspace import Workspace
 
-FILES = [
-    *("confusions.jpg", "embedding_map.svg", "failures.jpg", "gallery.jpg", "index.html"),
-    *("recall_at_k.svg", "similarities.svg", "training.svg"),
-]
+FILES = ["embedding_map.svg", "index.html", "recall_at_k.svg", "similarities.svg", "training.svg"]
 RECORD = {
     "iterations": {"final": 6, "best_on_test": 4},
     "train_seconds": 9.0,
@@ -37,6 +35,7 @@ RECORD = {
     "device": "a <CPU>",
     "code": {},
     "versions": {"python": "3.11"},
+    "unit": "percent",
 }
 CELL = Path("glyphs", "resnet18-cbml_log-16-0")
 
@@ -67,7 +66,7 @@ def write_inputs(tree, test, labels, train=None, train_labels=None):
     (folder / "run.json").write_text(json.dumps(record))
     losses = pd.DataFrame({"iteration": range(1, 7), "loss": 1.0, "lr": 0.1, "loss_a": 0.4, "loss_b": 0.6})
     losses.to_csv(folder / "losses.csv", index=False)
-    validations = pd.DataFrame({"iteration": [0, 2, 4, 6], "recall_at_1": [0.1, 0.3, 0.5, 0.4]})
+    validations = pd.DataFrame({"iteration": [0, 2, 4, 6], "recall_at_1": [10.0, 30.0, 50.0, 40.0]})
     validations.to_csv(folder / "validations.csv", index=False)
 
     scores = evaluate(test, labels, ks=(1, 2, 4, 8)) | {"iteration": 6}
@@ -117,10 +116,6 @@ def workspace(written, tmp_path):
 def test_all_files_are_written_and_small(drawn, written):
     assert drawn == written.tree / "pages" / CELL
     assert sorted(path.name for path in drawn.iterdir()) == sorted(FILES)
-    for path in drawn.glob("*.jpg"):
-        with Image.open(path) as image:
-            image.load()
-        assert path.stat().st_size < 400_000
     for path in drawn.glob("*.svg"):
         assert path.stat().st_size < 150_000
 
@@ -138,6 +133,15 @@ def test_a_page_that_is_there_is_replaced(workspace):
     assert sorted(path.name for path in page.iterdir()) == sorted(FILES)
 
 
+def test_pseudo_labels_are_a_chart_where_there_are_any(workspace):
+    table = "refresh,nmi,purity,kept_purity,changed,iteration\n0,40.0,30.0,35.0,,0\n1,50.0,45.0,50.0,20.0,3\n"
+    (workspace.tree / "evaluations" / CELL / "pseudo_labels.csv").write_text(table)
+    page = draw(workspace)
+    assert sorted(path.name for path in page.iterdir()) == sorted([*FILES, "pseudo_labels.svg"])
+    assert "purity of what is kept" in (page / "pseudo_labels.svg").read_text()
+    assert "which training did not know" in (page / "index.html").read_text()
+
+
 def test_the_pictures_show_what_the_files_say(drawn, written):
     training, similarities, recall = (
         (drawn / f"{name}.svg").read_text() for name in ("training", "similarities", "recall_at_k")
@@ -149,25 +153,61 @@ def test_the_pictures_show_what_the_files_say(drawn, written):
         assert split in similarities
         for values in kinds.values():
             assert f"mean {values['mean']:.3f}" in similarities
-    assert f"{pd.read_csv(evaluation / 'recall_at_k.csv').recall[0]:.1%}" in recall
+    assert f"{pd.read_csv(evaluation / 'recall_at_k.csv').recall[0]:.1f}%" in recall
     title = f"{CELL.name} on glyphs"
     assert all(f">{title}" in (drawn / f"{name}.svg").read_text() for name in ("training", "recall_at_k"))
 
 
-def test_a_sheet_has_a_row_for_each_of_eight_classes(drawn):
-    for name in ("gallery", "failures"):
-        with Image.open(drawn / f"{name}.jpg") as image:
-            assert image.size == (9 * sheets.CELL + 2 * sheets.MARGIN, sheets.HEADER + 8 * sheets.ROW)
-    with Image.open(drawn / "confusions.jpg") as image:
-        assert image.height == sheets.HEADER + 4 * sheets.PAIR_HEIGHT
+def galleries(page):
+    """Of each gallery of a page its rows, and in them the titles of the images."""
+    text = (page / "index.html").read_text()
+    parts = [part.partition("<h2>")[0] for part in text.split('<div class="box gallery"')[1:]]
+    return [[re.findall(r'title="([^"]*)"', row) for row in part.split('<div class="row">')[1:]] for part in parts]
 
 
-def test_the_page_holds_every_picture_and_the_names_that_the_pictures_have(drawn):
+def test_the_page_shows_queries_with_their_neighbours_and_who_is_right(drawn, written):
+    chance, failures = galleries(drawn)
+    with np.load(written.tree / "evaluations" / CELL / "neighbours.npz") as arrays:
+        found = dict(arrays)
+    images = read_list(written.tree / "lists/glyphs/test.txt", written.tree / "data/glyphs")
+    names = [images.class_names[label] for label in images.labels]
+    judge = queries.judge(found["indices"], found["similarities"], images.labels)
+    for rows, chosen in (
+        (chance, queries.pick(judge, 8, 0)),
+        (failures, queries.surest(queries.failures(judge), 8)),
+    ):
+        expected = [
+            [f"{names[query]}, query"]
+            + [
+                f"{names[index]}, {'right' if names[index] == names[query] else 'wrong'}, {similarity:.3f}"
+                for index, similarity in zip(found["indices"][query], found["similarities"][query], strict=True)
+            ]
+            for query in chosen
+        ]
+        assert rows == expected and len(rows) == 8
+    assert [row[1].split(", ")[1] for row in failures] == ["wrong"] * 8
+
+
+def test_every_image_of_a_page_is_in_it_once(drawn):
     text = (drawn / "index.html").read_text()
-    assert text.count("<figure>") == len(FILES) - 1
-    assert text.count('<img src="data:image/jpeg;base64,') == 3 and text.count("<svg") == 4
+    (sheet,) = re.findall(r"url\(data:image/jpeg;base64,([^)]*)\)", text)
+    places = set(re.findall(r'style="--x:(\d+);--y:(\d+)"', text))
+    with Image.open(io.BytesIO(base64.b64decode(sheet))) as image:
+        assert image.size == (16 * 96, -(-len(places) // 16) * 96)
+    assert len(text) < 600_000
+
+
+def test_the_page_holds_every_chart_and_the_names_that_the_charts_have(drawn):
+    text = (drawn / "index.html").read_text()
+    assert text.count("<figure>") == text.count("<svg") == len(FILES) - 1
     assert "class 7" in text and "class 7" in (drawn / "embedding_map.svg").read_text()
     assert not re.search(r"CLASS_\d", text)
+
+
+def test_a_page_leads_back(drawn, written):
+    index, report = re.findall(r'<a href="([^"]*index.html)">', (drawn / "index.html").read_text())
+    assert (drawn / report).resolve() == (written.report("glyphs") / "index.html").resolve()
+    assert (drawn / index).resolve() == written.index.resolve()
 
 
 @pytest.mark.parametrize(
@@ -184,17 +224,12 @@ def test_class_names_are_shown_for_reading(raw, shown):
     assert ImageList([f"images/{raw}/1.jpg"], np.array([4])).class_names == {4: shown}
 
 
-def test_no_failure_is_said_in_the_pictures(tmp_path):
-    folder = draw(write_inputs(tmp_path, *clusters(4, 5, noise=0.01)))
-    said = sheets.neighbour_sheet(
-        f"{CELL.name} on glyphs", f"The surest failures, one per class{NO_FAILURE}", {}, [], [], {}
-    )
-    sheets.save_jpeg(said, tmp_path / "said.jpg")
-    assert (folder / "failures.jpg").read_bytes() == (tmp_path / "said.jpg").read_bytes()
-    with Image.open(folder / "confusions.jpg") as image:
-        assert image.height == sheets.HEADER  # a header alone
-    with Image.open(folder / "gallery.jpg") as image:
-        assert image.height == sheets.HEADER + 4 * sheets.ROW
+def test_no_failure_is_said(tmp_path):
+    page = draw(write_inputs(tmp_path, *clusters(4, 5, noise=0.01)))
+    chance, failures = galleries(page)
+    assert len(chance) == 4 and failures == []
+    text = (page / "index.html").read_text()
+    assert text.count("None: every query") == 1 and "confusions" not in text.partition("</style>")[2]
 
 
 def test_the_smallest_lists(tmp_path):
@@ -202,8 +237,7 @@ def test_the_smallest_lists(tmp_path):
         tmp_path, angles(0, 20, 90), torch.tensor([12, 12, 40]), angles(0, 1), torch.tensor([3, 3])
     )
     folder = draw(workspace)
-    with Image.open(folder / "gallery.jpg") as image:
-        assert image.height == sheets.HEADER + sheets.ROW  # the class of one image has no answer
+    assert len(galleries(folder)[0]) == 1  # the class of one image has no answer
     assert (folder / "similarities.svg").read_text().count("negative: mean") == 1
 
 
@@ -224,7 +258,7 @@ def test_a_network_that_was_not_trained_has_no_losses(workspace):
     (evaluation / "cell.yaml").write_text(yaml.safe_dump(content))
     record = json.loads((evaluation / "run.json").read_text())
     (evaluation / "run.json").write_text(json.dumps(record | {"iterations": {"final": 0, "best_on_test": 0}}))
-    (evaluation / "validations.csv").write_text("iteration,recall_at_1\n0,0.25\n")
+    (evaluation / "validations.csv").write_text("iteration,recall_at_1\n0,25.0\n")
     (evaluation / "losses.csv").write_text("\n")  # of no rows pandas writes that
     text = (draw(workspace) / "training.svg").read_text()
     assert "untrained: 25.0% at 0" in text and "final" not in text and ">loss<" not in text

@@ -32,6 +32,7 @@ RECORD = {
     "device": "abacus",
     "code": {},
     "versions": {"python": "3.11"},
+    "unit": "percent",
 }
 
 
@@ -56,7 +57,7 @@ def write_run(workspace, **changes):
         model, _ = network.build(cell, num_classes=6, root=workspace.root)
         torch.save(model.state_dict(), folder / f"{name}.pt")
     pd.DataFrame({"iteration": range(1, 7), "loss": 1.0}).to_csv(folder / "losses.csv", index=False)
-    scores = pd.DataFrame({"iteration": [0, 2, 4, 6], "recall_at_1": [0.1, 0.3, 0.5, 0.4], "map_at_r": 0.1})
+    scores = pd.DataFrame({"iteration": [0, 2, 4, 6], "recall_at_1": [10.0, 30.0, 50.0, 40.0], "map_at_r": 10.0})
     scores.to_csv(folder / "validations.csv", index=False)
     return folder
 
@@ -104,7 +105,7 @@ def test_each_protocol_is_scored_with_its_own_weights(evaluated, embeddings, lis
     assert metrics["final"] == pytest.approx(evaluate(embeddings, labels, nmi=True) | {"iteration": 6})
     assert metrics["best_on_test"]["iteration"] == 4
     assert metrics["best_on_test"]["map_at_r"] != metrics["final"]["map_at_r"]
-    assert metrics["untrained"] == {"iteration": 0, "recall_at_1": 0.1, "map_at_r": 0.1}
+    assert metrics["untrained"] == {"iteration": 0, "recall_at_1": 10, "map_at_r": 10}
 
 
 def test_recall_at_k_is_that_of_evaluate(evaluated, embeddings, listed):

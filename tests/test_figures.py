@@ -1,5 +1,6 @@
-"""Charts and sheets: what they show, and that the same input gives the same picture."""
+"""Charts and thumbnails: what they show, and that the same input gives the same picture."""
 
+import io
 from collections import Counter
 from xml.etree import ElementTree
 
@@ -7,17 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image, ImageChops
-from test_queries import angles, clusters, judged
+from PIL import Image
+from test_queries import angles, clusters
 
 from cbml.errors import UserError
-from cbml.evaluation import queries
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.retrieval import unit_vectors
 from cbml.evaluation.similarities import pair_similarities
-from cbml.figures import charts, comparisons, sheets
+from cbml.figures import charts, comparisons
 from cbml.figures.embedding_map import map_chart, project
-from cbml.figures.style import INK, RIGHT, WRONG, chart, to_svg
+from cbml.figures.style import INK, chart, to_svg
+from cbml.figures.thumbnails import contact_sheet, thumbnail
 
 CLASSES = {7: "gull", 10: "tern", 13: "auk", 16: "skua"}
 
@@ -27,86 +28,19 @@ def texts(svg):
     return Counter(element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text"))
 
 
-def has_colour(image, colour):
-    pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    return (pixels == np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])).all(1).any()
+# Thumbnails
 
 
-def difference(a, b):
-    """The box in which two pictures differ, or None."""
-    return ImageChops.difference(a, b).getbbox()
-
-
-@pytest.fixture
-def files(tmp_path):
-    """Pictures on disk, each of its own grey and none square."""
-    paths = [tmp_path / f"{n}.png" for n in range(6)]
-    for n, path in enumerate(paths):
-        Image.new("RGB", (30, 24 + n % 3), (40 * n,) * 3).save(path)
-    return paths
-
-
-# Sheets
-
-
-def test_right_and_wrong_frames_differ_in_colour_and_in_shape(files):
-    image = sheets.thumbnail(files[3])
-    right, wrong = sheets.framed(image, True), sheets.framed(image, False)
-    assert has_colour(right, RIGHT) and not has_colour(right, WRONG)
-    assert has_colour(wrong, WRONG) and not has_colour(wrong, RIGHT)
-    inside = (sheets.FRAME, sheets.FRAME, sheets.FRAME + sheets.THUMBNAIL, sheets.FRAME + sheets.THUMBNAIL)
-    assert not difference(right.crop(inside), image)
-    assert difference(wrong.crop(inside), image)
-
-
-def test_a_sheet_frames_each_neighbour_by_its_class(files):
-    sheet = sheets.neighbour_sheet("t", "s", {0: [(2, 0.9), (1, 0.8)]}, files, [0, 0, 1], {0: "a", 1: "b"})
-    columns = [sheets.MARGIN + 8 + column * sheets.CELL for column in (1, 2)]
-    for left, colour in zip(columns, (WRONG, RIGHT), strict=True):
-        cell = sheet.crop((left, sheets.HEADER, left + sheets.FRAMED, sheets.HEADER + sheets.FRAMED))
-        assert has_colour(cell, colour)
-        assert not has_colour(cell, {RIGHT: WRONG, WRONG: RIGHT}[colour])
-
-
-def test_every_picture_of_a_sheet_is_in_its_place(files):
-    rows = {0: [(2, 0.9), (1, 0.8)], 4: [(3, 0.7), (5, 0.6)]}
-    sheet = sheets.neighbour_sheet("t", "s", rows, files, [0] * 6, {0: "a"})
-    found = [
-        [
-            sheet.getpixel(
-                (
-                    sheets.MARGIN + 8 * (column > 0) + column * sheets.CELL + sheets.FRAMED // 2,
-                    sheets.HEADER + row * sheets.ROW + sheets.FRAMED // 2,
-                )
-            )
-            for column in range(3)
-        ]
-        for row in range(2)
-    ]
-    assert found == [[(0,) * 3, (80,) * 3, (40,) * 3], [(160,) * 3, (120,) * 3, (200,) * 3]]
-
-
-def test_a_sheet_of_confusions_has_two_pairs_abreast(files):
-    labels = torch.tensor([7, 10, 7, 13, 10, 7])
-    pairs = queries.confusions(judged(angles(0, 4, 100, 106, 200, 208), labels))
-    assert len(pairs) > 2
-    sheet = sheets.confusion_sheet("t", "s", pairs, files, CLASSES)
-    assert sheet.size == (
-        2 * sheets.PAIR_WIDTH + 2 * sheets.MARGIN,
-        sheets.HEADER + (len(pairs) + 1) // 2 * sheets.PAIR_HEIGHT,
-    )
-    middle = sheets.FRAMED // 2
-    for number, pair in enumerate(pairs.itertuples()):
-        left = sheets.MARGIN + number % 2 * sheets.PAIR_WIDTH + middle
-        top = sheets.HEADER + number // 2 * sheets.PAIR_HEIGHT + middle
-        assert sheet.getpixel((left, top)) == (40 * pair.query,) * 3
-        assert sheet.getpixel((left + sheets.FRAMED + 6, top)) == (40 * pair.nearest,) * 3
-
-
-def test_a_sheet_without_rows_is_a_header_alone():
-    assert sheets.neighbour_sheet("t", "s", {}, [], [], {}).height == sheets.HEADER
-    none = queries.confusions(judged(*clusters(4, 5, noise=0.01)))
-    assert sheets.confusion_sheet("t", "s", none, [], {}).height == sheets.HEADER
+def test_every_thumbnail_is_in_its_place(tmp_path):
+    files = [tmp_path / f"{n}.png" for n in range(5)]
+    for n, file in enumerate(files):
+        Image.new("RGB", (30, 24 + n % 3), (40 * n,) * 3).save(file)  # each of its own grey and none square
+    with Image.open(io.BytesIO(contact_sheet(files, 16, columns=2))) as sheet:
+        assert sheet.size == (32, 48) and sheet.format == "JPEG"
+        pixels = np.asarray(sheet).astype(int)
+    for n in range(5):
+        top, left = 16 * (n // 2), 16 * (n % 2)
+        assert abs(pixels[top : top + 16, left : left + 16] - 40 * n).max() <= 2
 
 
 def test_a_thumbnail_is_the_centre_of_its_own_image(tmp_path):
@@ -115,34 +49,22 @@ def test_a_thumbnail_is_the_centre_of_its_own_image(tmp_path):
     tall[40:-40] = 90
     for name, pixels in (("wide", wide), ("tall", tall)):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-        shown = np.asarray(sheets.thumbnail(tmp_path / f"{name}.png"))
-        assert shown.shape == (sheets.THUMBNAIL, sheets.THUMBNAIL, 3)
+        shown = np.asarray(thumbnail(tmp_path / f"{name}.png", 96))
+        assert shown.shape == (96, 96, 3)
         assert np.unique(shown).tolist() == [pixels.max()]
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(UserError, match="broken.jpg: not an image") as caught:
-        sheets.neighbour_sheet("t", "s", {0: []}, [tmp_path / "broken.jpg"], [0], {0: "a"})
+        contact_sheet([tmp_path / "broken.jpg"], 16, columns=2)
     assert "\n" not in str(caught.value)
-
-
-def test_a_sheet_of_long_names_is_no_wider(files):
-    rows = {0: [(1, 0.9)]}
-    short, long = (
-        sheets.neighbour_sheet(name, "s", rows, files, [0, 1], {0: name, 1: name})
-        for name in ("a", "an_unbroken_name_of_very_many_letters_" * 9)
-    )
-    assert short.size == long.size
-    blank = sheets.neighbour_sheet("", "s", rows, files, [0, 1], {0: "", 1: ""})
-    left, _, right, _ = difference(long, blank)  # nothing is written beyond its margins
-    assert left >= sheets.MARGIN - 1 and right <= long.width - sheets.MARGIN + 1
 
 
 # Charts of one cell
 
 
-VALIDATIONS = pd.DataFrame({"iteration": [0, 5, 10], "recall_at_1": [0.1, 0.5, 0.4]})
+VALIDATIONS = pd.DataFrame({"iteration": [0, 5, 10], "recall_at_1": [10.0, 50.0, 40.0]})
 
 
 def losses_of(iterations):
@@ -165,14 +87,14 @@ def test_a_network_that_was_not_trained():
 
 
 def test_many_iterations_are_averaged():
-    validations = pd.DataFrame({"iteration": [0, 5000], "recall_at_1": [0.25, 0.5]})
+    validations = pd.DataFrame({"iteration": [0, 5000], "recall_at_1": [25.0, 50.0]})
     text = charts.training_chart("a cell", losses_of(5000), validations, 5000)
     assert "means of 13 iterations" in text and len(text) < 100_000
     assert "means of" not in charts.training_chart("a cell", losses_of(10), VALIDATIONS, 5)
 
 
 def test_recall_at_k_says_its_first_and_its_eighth_in_percent():
-    recalls = pd.DataFrame({"k": [1, 2, 4, 8, 16], "recall": [0.125, 0.3, 0.5, 0.754, 0.9]})
+    recalls = pd.DataFrame({"k": [1, 2, 4, 8, 16], "recall": [12.5, 30.0, 50.0, 75.4, 90.0]})
     shown = texts(charts.recall_chart("a cell", recalls))
     assert {"12.5%", "75.4%", "a cell", "1", "2", "4", "8", "16"} <= set(shown)
     assert not {"30.0%", "50.0%", "90.0%"} & set(shown)
@@ -208,7 +130,7 @@ def test_a_map_keeps_clusters_together():
     embeddings, labels = clusters(3, 30, noise=0.05)
     positions, method = project(unit_vectors(embeddings, "test").numpy(), 0)
     assert positions.shape == (90, 2) and method in ("t-SNE", "UMAP")
-    assert evaluate(torch.from_numpy(positions) - positions.mean(0), labels)["recall_at_1"] > 0.9
+    assert evaluate(torch.from_numpy(positions) - positions.mean(0), labels)["recall_at_1"] > 90
 
 
 def test_a_map_names_its_classes_and_how_it_was_made():
@@ -274,6 +196,23 @@ def test_few_methods_share_the_panel_of_their_backbone_and_size():
     assert alone["resnet18, 64"] == 1 and "cbml_log" not in alone  # no legend of one method
 
 
+def test_seeds_are_a_mean_with_a_band_and_a_single_seed_is_a_line(monkeypatch):
+    monkeypatch.setattr(comparisons, "to_svg", lambda figure: figure)
+    seeds = curves_of(["a"], seeds=(0, 1, 2))
+    seeds["recall_at_1"] += 5 * (seeds.seed - 1)  # mean as of one seed, standard deviation 5
+    for curves, reach in ((seeds, 5), (curves_of(["a"]), 0)):
+        (axis,) = comparisons.curves_chart(curves).axes
+        (band,) = axis.collections
+        corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
+        means = {0: 20, 5: 50, 10: 40}
+        assert corners == {(x, y + sign * reach) for x, y in means.items() for sign in (-1, 1)}
+        line, marker = axis.lines[:2]
+        assert dict(zip(*line.get_data(), strict=True)) == means and (*marker.get_xdata(), *marker.get_ydata()) == (
+            5,
+            50,
+        )
+
+
 def test_many_methods_have_a_panel_each_the_best_first():
     methods = [f"loss_{i}" for i in range(13)]
     svg = comparisons.curves_chart(curves_of(methods))
@@ -322,7 +261,7 @@ def test_the_papers_figures_stand_beside_those_that_have_one():
 def every_chart(title):
     embeddings, labels = clusters(4, 10)
     densities, moments = similarities_of(train=(embeddings, labels), test=(embeddings, labels))
-    recalls = pd.DataFrame({"k": [1, 2, 4, 8], "recall": [0.1, 0.2, 0.3, 0.4]})
+    recalls = pd.DataFrame({"k": [1, 2, 4, 8], "recall": [10.0, 20.0, 30.0, 40.0]})
     return {
         "training": charts.training_chart(title, losses_of(10), VALIDATIONS, 5),
         "recall": charts.recall_chart(title, recalls),

@@ -14,7 +14,7 @@ from conftest import environment
 from test_training import run
 
 from cbml.errors import UserError, run_main, shortage
-from cbml.files import atomic_write, read_tensors, write_tensors, write_text
+from cbml.files import atomic_write, read_tensors, share, write_tensors, write_text
 from cbml.stages.evaluate import evaluate_cell
 from cbml.workspace import Workspace
 
@@ -67,6 +67,21 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
     left.mkdir(), alive.mkdir()
     write_text(tmp_path / "file", "x")
     assert not left.exists() and alive.exists()
+
+
+def test_a_copy_shares_its_files_space_where_the_disk_can(tmp_path, monkeypatch):
+    file, copy = tmp_path / "file", tmp_path / "elsewhere" / "copy"
+    copy.parent.mkdir()
+    for each in (file, copy):
+        each.write_text("weights")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", lambda *_: os.listdir("/nowhere"))  # as between two disks: an OSError
+        share(file, copy)
+    assert copy.read_text() == "weights" and not copy.samefile(file)
+    share(file, copy)
+    assert copy.samefile(file)
+    file.unlink()
+    assert copy.read_text() == "weights" and [*copy.parent.iterdir()] == [copy]
 
 
 def test_tensors_whose_bytes_have_changed_are_not_read(tmp_path):

@@ -144,7 +144,10 @@ def test_terms_add_up_to_the_loss():
     ("parameters", "message"),
     [
         ({"form": "cube"}, "form: Input should be 'log', 'sqrt' or 'const', got 'cube'"),
-        ({"margn": 0.1}, "unknown parameter margn; allowed: type, weight, lr_factor, form, margin"),
+        (
+            {"margn": 0.1},
+            "unknown parameter margn; allowed: type, weight, lr_factor, head, batches, teacher, recipe, form, ",
+        ),
         ({"margin": "wide"}, "margin: Input should be a valid number"),
         ({"negative_scale": 0}, "negative_scale: Input should be greater than 0, got 0"),
         ({"gamma": 1.5}, "gamma: Input should be less than or equal to 1, got 1.5"),

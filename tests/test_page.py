@@ -5,17 +5,17 @@ import os
 import re
 import shutil
 import warnings
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
 import yaml
 from conftest import ROOT, tiny_params
-from finished_cells import TEST, cells, draw, finish
+from finished_cells import TEST, cells, finish, pictures, write_cell_page, write_images
 
 from cbml.reporting import tables
-from cbml.reporting.cell_page import cell_page
-from cbml.reporting.html import render
-from cbml.reporting.tables_page import tables_page
+from cbml.reporting.tables_page import index_page, tables_page
+from cbml.stages.inputs import neighbours_of
 from cbml.workspace import Workspace
 
 DEVICE = "a <CPU> & \"co\" 'x'"
@@ -47,13 +47,13 @@ def finish_all(tree, several, **facts):
     """Finish cells, each in a tree of its own, the first one's Recall@1 50 %, each next one's 1 % more."""
     trees = [Workspace(tree / str(i)) for i in range(len(several))]
     return tables.told_apart(
-        [finish(own, cell, 0.5 + 0.01 * i, **facts) for i, (own, cell) in enumerate(zip(trees, several, strict=True))]
+        [finish(own, cell, 50.0 + i, **facts) for i, (own, cell) in enumerate(zip(trees, several, strict=True))]
     )
 
 
-def write_tables_page(path, evaluated, table):
+def write_tables_page(path, evaluated, table, *retrieved):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(tables_page(table, evaluated, "glyphs", TEST, path.parent))
+    path.write_text(tables_page(table, evaluated, "glyphs", TEST, path.parent, *retrieved))
     return path
 
 
@@ -79,14 +79,15 @@ def pages(folder, evaluated):
     table = table_of(evaluated, with_published=True)
     table["versus_best"], table["versus_best_low"], table["versus_best_high"] = -1.25, -2.5, 0.5
     table["within_noise"] = [True] + [False] * (len(table) - 1)
-    page = write_tables_page(folder / "reports" / "glyphs" / "index.html", evaluated, table)
-    first = evaluated[0]
-    draw(first.page)
-    (first.page / "index.html").write_text(cell_page(first.cell, first.folder, first.page))
-    index = folder / "reports" / "index.html"
+    workspace = Workspace(folder)
+    write_images(workspace)
+    found = partial(neighbours_of, images=40)
+    report = workspace.report("glyphs") / "index.html"
+    page = write_tables_page(report, evaluated, table, pictures(workspace), found)
+    cell = write_cell_page(evaluated[0], workspace)
     reports = {"glyphs": tables.headline(table), "cub200": tables.headline(table) | {"best_cell": "a<b>&c", "cells": 7}}
-    index.write_text(render("index", reports=reports))
-    return {"tables": page, "cell": first.page / "index.html", "index": index}
+    workspace.index.write_text(index_page(reports))
+    return {"tables": page, "cell": cell, "index": workspace.index}
 
 
 @pytest.fixture(params=["tables", "cell"])
@@ -99,12 +100,20 @@ def test_the_page_of_tables_holds_every_row_and_leads_to_every_cell(pages, evalu
     rows = [attributes["class"] for attributes in page.all("tr") if attributes.get("class")]
     # Two methods × two sizes, twice; and the paper's six rows for ResNet18 with embeddings of 64.
     assert sorted(rows) == ["best_on_test"] * 4 + ["final"] * 4 + ["published"] * 6
-    links = {(pages["tables"].parent / attributes["href"]).resolve() for attributes in page.all("a")}
-    assert links == {pages["index"], *(one.page / "index.html" for one in evaluated)} and len(links) == 9
+    files = {pages["tables"].with_name(f"tables.{name}") for name in ("csv", "tex", "md")}
+    links = [attributes["href"].partition("#") for attributes in page.all("a")]
+    assert {(pages["tables"].parent / link).resolve() for link, _, _ in links} == {
+        *(one.page / "index.html" for one in evaluated),
+        *files,
+        pages["index"],
+    }
+    back = {(one.page / back).resolve() for one, (_, _, back) in zip(evaluated, links, strict=False) if back}
+    assert back == {pages["tables"]}
     assert "50.5 ± 0.7" in page.text  # seeds at 50 and 51 %
     assert "paper 61.3 (-10.8)" in page.text
     assert page.text.count("-1.2 [-2.5, +0.5]") == 14 and page.text.count("within noise") == 1
     assert page.text.count("dvc exp run -S dataset=glyphs") == 8 and "seed=[0,1]" in page.text
+    assert len(re.findall(r'<button type="button" class="copy">', page.html)) == 8
     assert f"device: {DEVICE}" in page.text
     assert "1,140 images of 20 classes" in page.text and "not comparable with this part" in page.text
     assert all(tables.PROTOCOLS[name] in page.text for name in rows)
@@ -121,9 +130,9 @@ def test_both_variants_of_a_method_are_rows_and_named_in_the_charts(tmp_path):
     several = [*cells(loss={"a": {"type": "cbml", "margin": 0.1}}), *cells(loss={"a": {"type": "cbml", "margin": 0.2}})]
     evaluated = finish_all(tmp_path, several)
     page = Page(write_tables_page(tmp_path / "page" / "index.html", evaluated, table_of(evaluated)))
-    names = re.findall(r'<th scope="row"><span>(.*)</span></th>', page.html)
+    names = re.findall(r'<th scope="row"><span>(.*)<small>resnet18 · \w+</small></span></th>', page.html)
     assert sorted(names) == ["a (margin=0.1)"] * 2 + ["a (margin=0.2)"] * 2
-    links = [attributes["href"] for attributes in page.all("a") if attributes["href"] != "../index.html"]
+    links = [attributes["href"] for attributes in page.all("a") if "#" in attributes["href"]]
     assert len(links) == 4 and len(set(links)) == 2
     curves, similarities = re.findall(r"<svg.*?</svg>", page.html, re.DOTALL)
     assert all(f">a (margin={margin})<" in curves and f"margin={margin}" in similarities for margin in (0.1, 0.2))
@@ -155,14 +164,14 @@ def test_cells_that_other_code_trained_are_announced_above_the_tables(evaluated,
     page = Page(write_tables_page(tmp_path / "page" / "index.html", other, table_of(other)))
     warning = page.html.partition("<table>")[0]
     assert "<strong>Trained by other code than today&#x27;s</strong> (src/cbml/losses/&lt;b&gt;.py)" in warning
-    assert "<code>dvc repro -f -s train@resnet18-cbml_log-16-0-glyphs</code>" in warning
+    assert "<code>dvc repro -f -s train@resnet18-cbml_log-16-0-glyphs &amp;&amp; dvc repro</code>" in warning
 
 
 def test_the_page_over_all_tables_leads_to_each(pages):
     page = Page(pages["index"])
     assert [attributes["href"] for attributes in page.all("a")] == ["glyphs/index.html", "cub200/index.html"]
-    assert "cub200: 7 rows, best Recall@1 56.5 % (a<b>&c)" in page.text
-    assert "glyphs: 4 rows, best Recall@1" in page.text and not page.all("b")
+    rows = re.sub(r"\s*\n\s*", "|", page.text)
+    assert "cub200|56.5|10.0|7|a<b>&c|" in rows and "glyphs|56.5|10.0|4|resnet18-" in rows and not page.all("b")
 
 
 @pytest.mark.parametrize("name", ["tables", "cell", "index"])
@@ -171,8 +180,9 @@ def test_nothing_is_loaded(pages, name):
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "srcset", "poster", "data"):
             value = attributes.get(name, "")
-            assert re.match(r"data:|#|$", value) or (tag == "a" and ":" not in value), (tag, name, value[:80])
-    assert not re.search(r"@import|url\((?!#)", page.html)
+            own = ":" not in value or value.startswith("http://127.0.0.1:5000/#/runs/")
+            assert re.match(r"data:|#|$", value) or (tag == "a" and own), (tag, name, value[:80])
+    assert not re.search(r"@import|url\((?!#|data:)", page.html)
 
 
 def test_ids_are_unique_and_what_refers_to_them_finds_them(path):
@@ -183,18 +193,23 @@ def test_ids_are_unique_and_what_refers_to_them_finds_them(path):
 
 def test_pictures_have_words(path, pages):
     page = Page(path)
-    for image in page.all("img"):
-        assert image["alt"] and image["loading"] == "lazy" and image["width"] and image["height"]
+    tiles = [attributes for attributes in page.all("span") if "tile" in attributes.get("class", "").split()]
+    assert tiles and all(tile["role"] == "img" and tile["title"] for tile in tiles)
+    assert {"Class 2", "Laysan <Albatross>"} <= {tile["title"].partition(",")[0] for tile in tiles}
+    for tile in tiles:
+        assert tile["class"].removeprefix("tile").strip() == "".join(
+            re.findall(r", (right|wrong), 0\.\d{3}$", tile["title"])
+        )
     for svg in page.all("svg"):
         assert svg["role"] == "img" and svg["aria-label"]
-    assert len(page.all("img")) == (3 if path == pages["cell"] else 0)
     assert len(page.all("svg")) == (4 if path == pages["cell"] else 3)
-    assert len(page.all("figcaption")) == len(page.all("figure")) == len(page.all("img") + page.all("svg"))
+    assert len(page.all("figcaption")) == len(page.all("figure")) == len(page.all("svg"))
+    assert page.html.count("data:image/jpeg;base64,") == 1  # all of them
 
 
 def test_every_column_can_be_sorted_by_keyboard(path):
     page = Page(path)
-    columns = [attributes for attributes in page.all("th") if attributes["scope"] == "col"]
+    columns = [attributes for attributes in page.all("th") if attributes.get("scope") == "col"]
     assert columns and all(attributes["aria-sort"] == "none" for attributes in columns)
     in_headers = re.findall(r'<th scope="col"[^>]*><button type="button">', page.html)
     assert len(in_headers) == len(columns)
@@ -204,6 +219,7 @@ def test_names_are_text_not_html(path, pages):
     page = Page(path)
     assert (DEVICE if path == pages["tables"] else "Laysan <Albatross>") in page.text
     assert not page.all("cpu") and not page.all("albatross") and "&amp;lt;" not in page.html
+    assert "Laysan <Albatross>" in page.text
 
 
 def test_a_cells_page_says_what_its_files_say(pages):
@@ -212,15 +228,21 @@ def test_a_cells_page_says_what_its_files_say(pages):
     assert "50.0" in text and "53.0" in text  # R@1, final and best on test
     assert "3 queries have no other image" in text
     cells_of_rows = re.sub(r"\s*\n\s*", "|", text)
-    assert "Laysan <Albatross>|9|25.0|Crow|" in cells_of_rows
-    assert "None|1|–|" in cells_of_rows  # a class named None, without an answer
+    assert "Laysan <Albatross>|25.0|9|Crow|" in cells_of_rows
+    assert "None|–|1|" in cells_of_rows  # a class named None, without an answer
     assert "margin: 0.1" in text and '"fingerprint": "0123"' in text  # cell.yaml, run.json
 
 
-def test_many_methods_are_each_named_and_the_best_twelve_distributions_shown(tmp_path):
+def test_many_methods_are_each_named_and_the_best_twelve_shown(tmp_path):
     losses = [f"loss_{i}" for i in range(13)]
     evaluated = finish_all(tmp_path, cells(loss={name: {"type": "cbml"} for name in losses}))
-    html = write_tables_page(tmp_path / "page" / "index.html", evaluated, table_of(evaluated)).read_text()
+    write_images(workspace := Workspace(tmp_path))
+    retrieved = pictures(workspace), partial(neighbours_of, images=40)
+    path = tmp_path / "page" / "index.html"
+    html = write_tables_page(path, evaluated, table_of(evaluated), *retrieved).read_text()
+    assert re.findall(r"<span>(loss_\d+) <strong>", html) == losses[:0:-1]
+    assert re.findall(r"<option.*>(loss_\d+), seed 0</option>", html) == 2 * losses[:0:-1]
+    assert "What each of the best 12 methods retrieves" in html
     charts = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     named = [{name for name in losses if f">{name}<" in svg} for svg in charts]
     assert named == [set(losses), set(losses) - {"loss_0"}]  # loss_0 has the lowest Recall@1
@@ -232,8 +254,9 @@ def test_many_methods_are_each_named_and_the_best_twelve_distributions_shown(tmp
 def test_dvc_plots_name_columns_that_the_files_have(evaluated):
     stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["tabulate"]
     columns = {"curves": tables.curves(evaluated), "similarities": tables.similarities(evaluated, 0.02)}
-    assert len(stage["plots"]) == len(columns)
-    for plot in stage["plots"]:
+    (picture, *plots) = stage["plots"]
+    assert picture == "reports/${item.dataset}/curves.svg" and len(plots) == len(columns)
+    for plot in plots:
         ((path, properties),) = plot.items()
         name = re.fullmatch(r"reports/\$\{item\.dataset\}/(\w+)\.csv", path)[1]
         template = json.loads((ROOT / ".dvc/plots" / f"{properties['template']}.json").read_text())
@@ -246,7 +269,7 @@ def test_dvc_plots_name_columns_that_the_files_have(evaluated):
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (requirements-extra.txt)")
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install 'cbml[browser]')")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         pytest.skip("Chromium is not installed")
@@ -257,7 +280,7 @@ def browser():
         browser.close()
 
 
-@pytest.mark.parametrize("width", [360, 1400])
+@pytest.mark.parametrize("width", [390, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["tables", "cell", "index"])
 def test_in_a_browser(pages, name, browser, width, scheme):
@@ -267,6 +290,12 @@ def test_in_a_browser(pages, name, browser, width, scheme):
     page.on("request", lambda request: requests.append(request.url))
     page.goto(pages[name].resolve().as_uri())
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+    for box in page.locator(".box:has(table)").all():
+        if width == 1400:  # the last column is not cut
+            assert box.evaluate("box => box.scrollWidth <= box.clientWidth")
+        for recall in box.get_by_role("button", name="R@1", exact=True).all():
+            assert recall.evaluate("button => button.getBoundingClientRect().right") < width
 
     # The name of a row stays in view beside its figures, and leaves room for them.
     parts = """[...document.querySelectorAll(".box")].filter(box => box.scrollWidth > box.clientWidth).flatMap(
@@ -296,8 +325,58 @@ def test_in_a_browser(pages, name, browser, width, scheme):
         page.locator("input[value=best_on_test]").uncheck()
         assert body.locator("tr:visible").count() == before - 2
         page.locator("summary").first.click()
-        assert page.get_by_text("dvc exp run").first.is_visible()
+        command = page.get_by_text("dvc exp run").first
+        assert command.is_visible()
+        page.locator("button.copy").first.click()
+        page.evaluate("document.querySelector('h1').contentEditable = true")
+        page.locator("h1").press("Control+V")
+        assert page.locator("h1").inner_text().endswith(command.inner_text())
     assert not errors and all(url.startswith(("file:", "data:")) for url in requests)
+    page.close()
+
+
+def test_two_cells_are_compared(pages, evaluated, browser):
+    page = browser.new_page(viewport={"width": 1400, "height": 800})
+    page.goto(pages["tables"].resolve().as_uri())
+    compared, (first, second) = page.locator("#compare"), page.locator("#compare select").all()
+
+    def choose(one, other):  # the cells of `finish` answer the first 20, 20, 21, 21, 22, 22, 22, 23 of 40 rightly
+        for select, index in ((first, one), (second, other)):
+            cell = evaluated[index].cell
+            select.select_option(label=f"{cell.loss}, {cell.backbone}, {cell.embedding_dim}, seed {cell.seed}")
+        return compared.locator("b").all_inner_texts()
+
+    def shown(number):
+        """Queries that one of the two alone answers rightly, and whether each cell's nearest neighbour is right."""
+        return [
+            (query.locator(".name").inner_text().strip(), query.locator(".row:visible .tile:first-child").evaluate_all(
+                "tiles => tiles.sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top)"
+                ".map(tile => tile.classList[1])"
+            ))
+            for query in compared.locator(".queries").nth(number).locator(".query:visible").all()
+        ]  # fmt: skip
+
+    assert choose(0, 7) == ["20", "0", "3", "17", "0.250"]
+    assert shown(0) == [] and shown(1) == [("Class 5", ["wrong", "right"])]
+    row = compared.locator("tbody tr")
+    assert row.all_inner_texts() == ["Class 5\t0.0\t75.0\t+75.0\t1.000\t4"]
+    assert choose(7, 0) == ["20", "3", "0", "17", "0.250"]
+    assert shown(0) == [("Class 5", ["right", "wrong"])] and shown(1) == []
+    assert row.all_inner_texts() == ["Class 5\t75.0\t0.0\t-75.0\t1.000\t4"]
+    assert choose(3, 3)[1:3] == ["0", "0"] and shown(0) == shown(1) == [] and row.count() == 0
+    page.close()
+
+
+def test_the_way_back_from_a_page_that_is_kept_elsewhere(pages, browser, tmp_path):
+    kept = tmp_path / "kept.html"
+    kept.write_text(pages["cell"].read_text())
+    page = browser.new_page()
+    page.goto(f"{kept.as_uri()}#{os.path.relpath(pages['tables'], tmp_path)}")
+    links = page.locator("nav a").evaluate_all("links => links.map(link => link.href)")
+    assert links == [pages["index"].resolve().as_uri(), pages["tables"].resolve().as_uri()]
+    page.goto(pages["cell"].as_uri())
+    page.locator("nav a").last.click()
+    assert page.locator("h1").inner_text() == "Recall@K on glyphs"
     page.close()
 
 

@@ -9,6 +9,7 @@ import mlflow
 import pytest
 import yaml
 from conftest import ROOT, TINY_GLYPHS, TINY_RECIPE, environment
+from dvc.api import exp_show
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,11 @@ def ran(repository, command):
     return re.findall(r"Running stage '(.*)'", done.stdout)
 
 
+def changed_files(repository):
+    command = ["git", "status", "--porcelain"]
+    return subprocess.run(command, cwd=repository, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
 def stages(loss, *names, dataset="glyphs"):
     return [f"{name}@resnet18-{loss}-16-0-{dataset}" for name in names]
 
@@ -74,12 +80,20 @@ def test_from_nothing_to_the_table_and_only_what_changed_afterwards(repository):
     assert sorted(first[2:-1]) == sorted(stages("cbml_sqrt", *CELL) + stages("cbml_log", *CELL))
     table = (repository / "reports" / "glyphs" / "tables.md").read_text()
     assert re.search(r"\| cbml_sqrt +\| final ", table) and re.search(r"\| cbml_log +\| best_on_test ", table)
+    assert changed_files(repository) == [" M params.yaml", "?? dvc.lock"]  # which is what DVC writes
+
+    # DVC's cache, the workspace and MLflow's store have the same file.
+    assert {file.stat().st_nlink for file in (repository / "runs").rglob("final.pt")} == {3}
+    assert 'class="tile ' in (repository / "reports" / "glyphs" / "index.html").read_text()
 
     assert ran(repository, "dvc repro") == []
     assert ran(repository, "dvc exp run -S loss=cbml_sqrt") == ["tabulate@glyphs"]
     assert json.loads((repository / "reports" / "glyphs" / "metrics.json").read_text())["cells"] == 1
     again = [*stages("cbml_sqrt", *CELL), "tabulate@glyphs"]
-    assert ran(repository, "dvc exp run -S loss.cbml_sqrt.margin=0.2 -S loss=cbml_sqrt") == again
+    assert ran(repository, "dvc exp run -n wide -S loss.cbml_sqrt.margin=0.2 -S loss=cbml_sqrt") == again
+    metrics = json.loads((repository / "reports" / "glyphs" / "metrics.json").read_text())
+    (shown,) = [each for each in exp_show(str(repository)) if each["Experiment"] == "wide"]
+    assert shown["R@1.resnet18-cbml_sqrt-16"] == metrics["R@1"]["resnet18-cbml_sqrt-16"]
 
     client = mlflow.MlflowClient(f"sqlite:///{repository}/mlflow.db")
     cells, sets = (
@@ -107,8 +121,8 @@ def test_a_change_of_code_runs_what_it_changes_and_nothing_else(repository):
     table = (repository / "reports" / "glyphs" / "tables.md").read_text()
     (command,) = re.findall(r"`(dvc repro -f -s .*?)`", table)
     assert "other code than today's** (src/cbml/losses/cbml.py)" in table
-    assert ran(repository, command) == stages("cbml_sqrt", "train")
-    assert ran(repository, "dvc repro")[-1] == "tabulate@glyphs"
+    again = ran(repository, command)
+    assert (again[0], again[-1]) == (*stages("cbml_sqrt", "train"), "tabulate@glyphs")
     assert "other code" not in (repository / "reports" / "glyphs" / "tables.md").read_text()
 
 

@@ -120,17 +120,26 @@ def test_code_that_is_reached_through_a_link_is_hashed_all_the_same(tmp_path):
     assert done.stdout.strip() == provenance.training_code()["network.py"] != "absent"
 
 
-def test_a_revision_is_a_commit_and_says_whether_the_tree_differs(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "SOURCE", tmp_path)
+def test_a_revision_is_a_commit_and_says_whether_the_code_differs(tmp_path, monkeypatch):
+    source = tmp_path / "src" / "cbml"
+    source.mkdir(parents=True)
+    monkeypatch.setattr(provenance, "SOURCE", source)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert provenance.revision() == "unknown"  # no repository
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x"]
-    (tmp_path / "file").write_text("one")
+    for file in (source / "loop.py", tmp_path / "params.yaml"):
+        file.write_text("one")
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
         subprocess.run([*git, *words], cwd=tmp_path, check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert provenance.revision() == commit.stdout[:12]
-    (tmp_path / "file").write_text("two")
+    (tmp_path / "params.yaml").write_text("two")  # as DVC does before every experiment
+    (tmp_path / "dvc.lock").write_text("new")
+    assert provenance.revision() == commit.stdout[:12]
+    (source / "mine.py").write_text("new")
+    assert provenance.revision() == f"{commit.stdout[:12]}-dirty"
+    (source / "mine.py").unlink()
+    (source / "loop.py").write_text("two")
     assert provenance.revision() == f"{commit.stdout[:12]}-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
     assert provenance.revision() == "unknown"

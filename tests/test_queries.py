@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from test_evaluation import LargestTensor
 
 from cbml.errors import UserError
@@ -41,7 +42,7 @@ def test_a_query_is_judged_as_evaluate_does():
     embeddings[7] = embeddings[20]  # a tie
     found = judged(embeddings, labels)
     right = found.right[found.has_answer]
-    assert right.mean() == pytest.approx(evaluate(embeddings, labels)["recall_at_1"])
+    assert 100 * right.mean() == pytest.approx(evaluate(embeddings, labels)["recall_at_1"])
     assert 0.1 < right.mean() < 0.9
 
 
@@ -108,6 +109,33 @@ def test_failures_are_ordered_by_similarity_and_each_pair_is_shown_once():
     assert queries.surest(failed, 1) == [0]
 
 
+def models(*rights, labels):
+    """What `judge` says of models that answer these queries rightly; similarities do not matter."""
+    labels, answer = np.array(labels), {}
+    for label in labels:
+        answer[label] = np.flatnonzero(labels == label)
+    wrong = {label: np.flatnonzero(labels != label)[0] for label in labels}
+    found = []
+    for right in rights:
+        nearest = [
+            next((i for i in answer[label] if i != query), wrong[label]) if query in right else wrong[label]
+            for query, label in enumerate(labels)
+        ]
+        found.append(queries.judge(np.array(nearest)[:, None], np.ones((len(labels), 1)), labels))
+    return found
+
+
+def test_the_queries_that_models_are_most_divided_on_come_first_one_of_a_class():
+    labels = [2, 2, 2, 5, 5, 8, 8, 9, 9]
+    several = models(
+        {0, 1, 3, 5, 6}, {0, 1, 5, 6}, {0, 2, 5, 6}, {0, 5, 7}, labels=labels
+    )  # right by 4 2 1 1 0 4 3 1 0
+    firsts = {tuple(queries.divided(several, seed)) for seed in range(20)}
+    assert {chosen[0] for chosen in firsts} == {1}
+    assert {chosen[1:] for chosen in firsts} == {(3, 6, 7), (3, 7, 6), (6, 3, 7), (6, 7, 3), (7, 3, 6), (7, 6, 3)}
+    assert queries.divided(several[:1], 0) == []
+
+
 def test_chosen_images_are_some_of_some_classes_in_order():
     labels = np.array([4, 9, 9, 4, 2, 9, 4, 9])
     picks = set()
@@ -119,6 +147,40 @@ def test_chosen_images_are_some_of_some_classes_in_order():
         picks.add(tuple(chosen.tolist()))
     assert len(picks) > 5
     assert queries.choose(labels, 9, 9, 0).tolist() == list(range(8))
+
+
+# Two models
+
+
+def test_two_models_are_compared_class_by_class():
+    labels = [4] * 8 + [7] * 4 + [9]  # 9 has no answer
+    first, second = models({0, 1, 8, 9, 10, 11}, {1, 2, 3, 4, 5, 6, 7, 8, 9, 11}, labels=labels)
+    table = queries.compare(first, second)
+    assert table.index.tolist() == [4, 7]
+    assert table[["queries", "both", "only_first", "only_second"]].to_numpy().tolist() == [[8, 1, 1, 6], [4, 3, 1, 0]]
+    # 4: (1 + 7) / 2^7 on either side; 7: 1 of 1.
+    assert table.p.tolist() == pytest.approx([0.125, 1])
+    assert table.p_corrected.tolist() == pytest.approx([0.25, 1])
+    turned = queries.compare(second, first)
+    assert turned.only_first.tolist() == table.only_second.tolist() and turned.p.tolist() == table.p.tolist()
+
+
+def test_the_exact_mcnemar_test_is_a_binomial_test():
+    rng = np.random.default_rng(0)
+    only_first, only_second = rng.integers(0, 40, (2, 50))
+    expected = [stats.binomtest(int(a), int(a + b)).pvalue for a, b in zip(only_first, only_second, strict=True)]
+    assert queries.mcnemar(only_first, only_second).tolist() == pytest.approx(expected)
+    assert queries.mcnemar(0, 0) == 1 and queries.mcnemar(3, 3) == 1
+
+
+def test_p_values_are_corrected_as_holm_does():
+    rng = np.random.default_rng(1)
+    labels = np.repeat(np.arange(12), 20)
+    first, second = models(*(set(np.flatnonzero(rng.random(240) < share)) for share in (0.3, 0.6)), labels=labels)
+    table = queries.compare(first, second)
+    assert table.p.is_monotonic_increasing and len(table) == 12
+    literal = [min(1, max((12 - j) * p for j, p in enumerate(table.p[: i + 1]))) for i in range(12)]
+    assert table.p_corrected.tolist() == pytest.approx(literal) and 0 < literal[0] < 1
 
 
 # classes.csv and confusions
@@ -139,7 +201,7 @@ def test_class_table():
     assert rows == [
         ["seven", 3, 0.0, "two"],
         ["two", 3, 0.0, "seven"],
-        ["four", 2, 1.0, None],
+        ["four", 2, 100.0, None],
         ["nine", 1, None, None],
     ]
 
@@ -149,14 +211,14 @@ def test_class_table_adds_up_to_recall_at_1():
     table = queries.class_table(judged(embeddings, labels), {label: f"{label:02}" for label in labels.tolist()})
     mean = (table.recall_at_1 * table.images).sum() / table.images.sum()
     assert mean == pytest.approx(evaluate(embeddings, labels)["recall_at_1"])
-    assert table.recall_at_1.is_monotonic_increasing and 0.1 < mean < 0.9
+    assert table.recall_at_1.is_monotonic_increasing and 10 < mean < 90
 
 
 def test_without_a_failure_no_class_is_confused():
     embeddings, labels = clusters(4, 5, noise=0.01)
     found = judged(embeddings, labels)
     table = queries.class_table(found, {label: f"{label}" for label in labels.tolist()})
-    assert len(table) == 4 and table.confused_with.isna().all() and (table.recall_at_1 == 1).all()
+    assert len(table) == 4 and table.confused_with.isna().all() and (table.recall_at_1 == 100).all()
     assert not len(queries.confusions(found)) and queries.surest(queries.failures(found), 8) == []
 
 

@@ -10,12 +10,11 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, tiny_params
-from finished_cells import TEST, cells, draw, finish
+from finished_cells import TEST, cells, finish, write_cell_page, write_images
 
 from cbml import provenance, tracking
 from cbml.errors import UserError
 from cbml.reporting import tables
-from cbml.reporting.cell_page import cell_page
 from cbml.reporting.latex import to_latex
 from cbml.reporting.markdown import to_markdown
 from cbml.stages.hand_over import hand_over
@@ -49,7 +48,7 @@ def workspace(empty):
     params = set_params(empty)
     for dataset in DATASETS:
         for cell in params.cells(dataset):
-            finish(empty, cell, 0.60 + 0.01 * cell.seed + (0.05 if cell.loss == "cbml_sqrt" else 0))
+            finish(empty, cell, 60.0 + cell.seed + (5 if cell.loss == "cbml_sqrt" else 0))
     return empty
 
 
@@ -108,6 +107,7 @@ def cells_with(recalls):
             "backbone": "b",
             "method": method,
             "variant": "",
+            "unsupervised": False,
             "protocol": "final",
             "seed": seed,
             "recall_at_1": value,
@@ -252,9 +252,12 @@ def test_every_finished_cell_of_the_store_is_tabulated(tmp_path, monkeypatch, ca
     curves = pd.read_csv(workspace.report("glyphs") / "curves.csv")
     assert set(curves.variant) == {"margin=0.1", "margin=0.2"} and len(curves) == 8
     page = (workspace.report("glyphs") / "index.html").read_text()
-    seeds = re.findall(r"\((margin=0.\d)\)</span></th>\n<td>resnet18</td>\n<td>final</td>\n<td>(.*)</td>", page)
-    link = re.fullmatch(r'<a href="(.+)">0</a>', dict(seeds)["margin=0.1"])[1]
-    assert (workspace.report("glyphs") / link).read_text() == "the page of a cell" and dict(seeds)["margin=0.2"] == "0"
+    rows = [row for row in page.split("<tr") if "resnet18 · final" in row]
+    seeds = {
+        re.search(r"\((margin=0.\d)\)", row)[1]: re.search(r"<td>(.*0.*)</td>\n<td><button", row)[1] for row in rows
+    }
+    link = re.fullmatch(r'<a href="(.+)#.+">0</a>', seeds["margin=0.1"])[1]
+    assert (workspace.report("glyphs") / link).read_text() == "the page of a cell" and seeds["margin=0.2"] == "0"
 
     client = tracking.Store(workspace).client
     (run,) = client.search_runs([client.get_experiment_by_name("tables").experiment_id])
@@ -268,15 +271,18 @@ def test_two_datasets_have_a_page_each_and_one_page_leads_to_both(workspace):
     tabulate(workspace, "glyphs")
     (workspace.report("birds")).mkdir()  # as git has it: the figures of a page that was made elsewhere
     (workspace.report("birds") / "metrics.json").write_text((workspace.report("glyphs") / "metrics.json").read_text())
-    links = re.findall(r'<li><a href="([^"]+)">', workspace.index.read_text())
+    links = re.findall(r'<a href="([^"]+)">', workspace.index.read_text())
     assert links == ["glyphs/index.html"]
     tabulate(workspace, "cub200")
     text = workspace.index.read_text()
-    assert re.findall(r'<li><a href="([^"]+)">', text) == ["cub200/index.html", "glyphs/index.html"]
+    assert re.findall(r'<a href="([^"]+)">', text) == ["cub200/index.html", "glyphs/index.html"]
     for dataset in DATASETS:
         page = (workspace.reports / dataset / "index.html").read_text()
         assert f"<h1>Recall@K on {dataset}</h1>" in page and 'href="../index.html"' in page
-    assert text.count("2 rows, best Recall@1 66.0 % (resnet18-cbml_sqrt-64)") == 2
+    assert (
+        len(re.findall(r">66.0</td>\s*<td class=\"number\">10.0</td>\s*.*2</td>\s*<td>resnet18-cbml_sqrt-64<", text))
+        == 2
+    )
 
 
 def test_a_cell_that_other_code_trained_is_announced_with_the_command_that_trains_it_again(finished):
@@ -286,7 +292,7 @@ def test_a_cell_that_other_code_trained_is_announced_with_the_command_that_train
     old = finished(*cells(), code=now | {"training/loop.py": "000000000000", "losses/gone.py": "111111111111"})
     (line,) = tables.outdated(old)
     assert line.startswith("**Trained by other code than today's** (src/cbml/losses/gone.py, src/cbml/training/loop.py")
-    assert f"`{TRAIN}`" in line
+    assert f"`{TRAIN} && dvc repro`" in line
     table = tables.summarise(tables.collect(old, ROOT / "conf"), with_published=False)
     assert line in to_markdown(table, "glyphs", TEST, old).partition("## Embeddings")[0]  # before any figure
     assert "other code" not in to_markdown(table, "glyphs", TEST, evaluated)
@@ -296,7 +302,7 @@ def test_one_command_trains_all_such_cells_again_and_names_each_once(finished):
     old = {"code": {"network.py": "000000000000"}}
     evaluated = finished(*cells(loss=losses(margin=0.1), seed=[0, 1]), *cells(loss=losses(margin=0.2)), **old)
     (line,) = tables.outdated([*evaluated, *finished(*cells(embedding_dim=[32]))])
-    assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs`" in line and "-32-" not in line
+    assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs && dvc repro`" in line and "-32-" not in line
 
 
 def test_a_change_of_training_code_runs_tabulate_again():
@@ -314,14 +320,49 @@ def test_the_metrics_have_the_same_names_whatever_cells_ran(workspace):
     tabulate(workspace, "glyphs")
     one_cell = json.loads(file.read_text())
     assert list(all_cells) == list(one_cell)
+    assert one_cell["R@1"] == {"resnet18-cbml_log-64": 62.0}
+    assert sorted(all_cells["R@1"]) == ["resnet18-cbml_log-64", "resnet18-cbml_sqrt-64"]
     assert (all_cells["best_cell"], all_cells["recall_at_1"]) == ("resnet18-cbml_sqrt-64", 66.0)
     assert (one_cell["best_cell"], one_cell["recall_at_1"], one_cell["cells"]) == ("resnet18-cbml_log-64", 62.0, 1)
 
 
+def named(backbone, losses, sizes):
+    """Cells whose names are those of published rows."""
+    entry = tiny_params()["backbone"]["resnet18"]
+    return cells(backbone={backbone: entry}, loss=losses, embedding_dim=sizes)
+
+
+def test_published_figures_of_others_stand_beside_our_option_of_their_method_with_their_size(finished):
+    evaluated = finished(*named("resnet50", {"mic": {"type": "cbml"}, "tml": {"type": "tml"}}, [512, 128]))
+    table = tables.summarise(tables.collect(evaluated, ROOT / "conf"), with_published=True)
+    text = squeezed(to_markdown(table, "cub200", tables.PUBLISHED_TEST, evaluated))
+    large, small = text.split("## Embeddings of ")[1:3]
+    assert "| resnet50 | mic | final | 1 | 50.0 | 66.1 (128-d, -16.1) |" in large
+    assert "| resnet50 | tml | final | 1 | 50.0 | 62.5 (-12.5) |" in large
+    assert "| resnet50 | mic | final | 1 | 50.0 | 66.1 (-16.1) |" in small  # in its own size
+    assert "MIC+Margin: 128 in its authors' code" in text and "CBML-log: " not in text
+
+
+def test_what_was_trained_without_labels_is_a_table_of_its_own_beside_its_published_figures(finished):
+    clusters = {"type": "cbml", "batches": {"type": "clusters", "k": 4}}
+    losses = {"stml": clusters, "cbml_log": {"type": "cbml"}}
+    evaluated = finished(*named("googlenet", losses, [512]))
+    table = tables.summarise(tables.collect(evaluated, ROOT / "conf"), with_published=True)
+    text = squeezed(to_markdown(table, "cub200", tables.PUBLISHED_TEST, evaluated))
+    labelled, unlabelled = text.split("## Embeddings of 512")[1:]
+    assert unlabelled.startswith(", trained without labels")
+    assert "| googlenet | stml (from scratch) | final | 1 | 50.0 | 60.6 (-10.6) |" in unlabelled
+    assert "UDML-SS" in unlabelled and "UDML-SS" not in labelled and "| cbml_log |" not in unlabelled
+    assert "BIER" in labelled and "| cbml_log | final | 1 | 50.0 | 63.8 (-13.8) |" in labelled
+    assert "no label of this dataset" in text
+
+
 def test_the_published_tables_are_complete():
     paper = tables.published()
-    assert len(paper) == 47 and (paper.source == "paper").sum() == 18
-    recalls = paper[tables.recalls(paper)]
+    assert paper.source.value_counts().to_dict() == {"literature": 29, "paper": 18, "unsupervised": 4}
+    options = {file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml")}
+    assert set(paper.option.dropna()) <= options and paper[paper.option.isna()].method.tolist() == ["DeML"]
+    recalls = paper[paper.source != "unsupervised"][tables.recalls(paper)]
     assert recalls.shape == (47, 4)
     assert (recalls.diff(axis=1).iloc[:, 1:].fillna(1) > 0).all(axis=None)
 
@@ -369,6 +410,7 @@ WRITTEN_BY = {
     "metrics.json": "evaluate",
     "similarities.csv": "evaluate",
     "classes.csv": "evaluate",
+    "neighbours.npz": "evaluate",
     "summary.json": "evaluate",
 }
 DAMAGED = [(name, content) for name in WRITTEN_BY for content in (None, b"", b"\x89PNG\n\0\xff", b"[]")] + [
@@ -387,19 +429,37 @@ DAMAGED = [(name, content) for name in WRITTEN_BY for content in (None, b"", b"\
 def test_one_line_names_a_file_that_is_missing_or_damaged_and_the_stage_that_writes_it(empty, name, content):
     (cell,) = set_params(empty, loss=losses(), seed=[0]).cells("glyphs")
     evaluated = finish(empty, cell)
-    draw(evaluated.page)
+    write_images(empty)
     file = evaluated.folder / name
     file.unlink()
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError) as raised:
         if name == "classes.csv":
-            cell_page(cell, evaluated.folder, evaluated.page)
+            write_cell_page(evaluated, empty)
         else:
             tabulate(empty, "glyphs")
     text = str(raised.value)
     assert text.startswith(f"{file}: ") and "\n" not in text and f"the stage {WRITTEN_BY[name]}" in text
     assert not empty.reports.exists()
+
+
+def test_without_the_images_of_the_cells_a_page_has_no_pictures_and_says_why(workspace, capsys):
+    write_images(workspace)
+    tabulate(workspace, "glyphs")
+    page = workspace.report("glyphs") / "index.html"
+    assert 'class="tile right"' in page.read_text() and "without pictures" not in capsys.readouterr().err
+    for damage, reason in (
+        (
+            lambda lists: (lists / "summary.json").write_text('{"fingerprint": "4567"}'),
+            "is of other images than the cells",
+        ),
+        (lambda lists: (lists / "summary.json").unlink(), "summary.json: no such file"),
+    ):
+        damage(workspace.lists("glyphs"))
+        tabulate(workspace, "glyphs")
+        assert "tile right" not in page.read_text() and "<h1>Recall@K on glyphs" in page.read_text()
+        assert reason in capsys.readouterr().err
 
 
 def test_a_missing_evaluation_is_named_with_its_stage(workspace):

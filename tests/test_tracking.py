@@ -23,8 +23,10 @@ from cbml import network, tracking
 from cbml.config import load_cell
 from cbml.datasets.images import pack_images
 from cbml.datasets.lists import read_list
+from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.stages.draw import draw_cell
+from cbml.stages.embed import load_model
 from cbml.stages.evaluate import evaluate_cell
 from cbml.stages.train import train_cell
 
@@ -42,7 +44,7 @@ def runs(root):
     return client, client.search_runs([client.get_experiment_by_name("glyphs").experiment_id])
 
 
-def test_a_cell_is_one_run_from_training_to_its_pictures(workspace):
+def test_a_cell_is_one_run_from_training_to_its_pictures(workspace, tmp_path_factory):
     folder = train_cell(the_cell(workspace), workspace)
     metrics = evaluate_cell(folder, workspace, register=True)
     page = draw_cell(workspace.evaluation(the_cell(workspace)), workspace)
@@ -54,25 +56,38 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace):
     assert {"backbone", "loss", "embedding_dim", "seed", "dataset_fingerprint", "recipe"} <= set(run.data.tags)
     for name in ("recall_at_1", "recall_at_8", "r_precision", "map_at_r", "nmi"):
         assert run.data.metrics[name] == pytest.approx(metrics["final"][name])
-    assert run.data.metrics["untrained_recall_at_1"] == pytest.approx(metrics["untrained"]["recall_at_1"])
-    assert run.data.metrics["best_on_test_recall_at_1"] >= run.data.metrics["recall_at_1"]
+    assert run.data.metrics["recall_at_1_untrained"] == pytest.approx(metrics["untrained"]["recall_at_1"])
+    assert run.data.metrics["recall_at_1_best_on_test"] >= run.data.metrics["recall_at_1"]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4, 5, 6]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "recall_at_1")] == [0, 2, 4, 6]
+    by_k = client.get_metric_history(run.info.run_id, "recall_at_k")  # K as the step
+    assert [(m.step, m.value) for m in by_k] == [(k, metrics["final"][f"recall_at_{k}"]) for k in (1, 2, 4, 8)]
     (dataset,) = run.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("glyphs", run.data.tags["dataset_fingerprint"])
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert {"params.yaml", "versions.json", "index.html", "gallery.jpg"} <= artifacts
+    assert {"params.yaml", "versions.json", "index.html", "training.svg"} <= artifacts
     # What tables are made from: the store is the archive.
     needed = {"cell.yaml", "run.json", "metrics.json", "validations.csv", "similarities.csv", "summary.json"}
     assert needed <= artifacts
     note = run.data.tags["mlflow.note.content"]
-    assert f"| {100 * metrics['final']['recall_at_1']:.1f} " in note and "-S 'loss=[cbml_log]'" in note
+    assert f"| {metrics['final']['recall_at_1']:.1f} " in note and "-S 'loss=[cbml_log]'" in note
+    assert {"mlflow.user", "mlflow.source.name", "mlflow.source.git.commit"} <= set(run.data.tags)
     (model,) = client.search_registered_models()
     assert model.name == "glyphs-resnet18-cbml_log-16-0" and model.latest_versions[0].run_id == run.info.run_id
     text = (page / "index.html").read_text()
     assert "data:image/jpeg;base64," in text and "<svg" in text and "Most often taken for" in text
 
-    # The logged model embeds as `evaluate` does, from paths and from bytes.
+    # The logged model has the final model's metrics, lies on the disk once, and says what it takes, with an example.
+    (output,) = run.outputs.model_outputs
+    logged = client.get_logged_model(output.model_id)
+    found = {metric.key: metric.value for metric in logged.metrics}
+    assert found["recall_at_1"] == metrics["final"]["recall_at_1"]
+    weights = workspace.artifacts / "glyphs/models" / output.model_id / "artifacts/artifacts/final.pt"
+    assert weights.samefile(folder / "final.pt")
+    info = mlflow.models.get_model_info(f"models:/{output.model_id}")
+    assert info.signature.inputs.input_names() == ["image", "path"] and info.saved_input_example_info
+
+    # It embeds as `evaluate` does, from paths and from bytes.
     model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")
     images = read_list(Path("lists/glyphs/test.txt"), Path("data/glyphs"))
     paths = [str(Path("data/glyphs") / path) for path in images.paths[:5]]
@@ -84,6 +99,47 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace):
     expected = embed(trained, packed, crop=20, interpolation="bilinear", device=torch.device("cpu"))[:5].numpy()
     assert np.abs(from_paths - expected).max() < 1e-5 and np.array_equal(from_paths, from_bytes)
     assert np.linalg.norm(from_paths, axis=1) == pytest.approx(1, abs=1e-5)
+    assert np.abs(load_model(run.info.run_id, workspace).embed(paths) - expected).max() < 1e-5
+    key = json.loads((folder / "run.json").read_text())["key"]
+    assert np.abs(load_model(key, workspace).embed(paths) - expected).max() < 1e-5
+    with pytest.raises(UserError, match="^00: neither a folder nor the id of a run or the key of a cell"):
+        load_model("00", workspace)
+
+    # From any directory, with its own code.
+    code = "import mlflow, sys; model = mlflow.pyfunc.load_model(sys.argv[1]); import cbml; print(cbml.__file__, "
+    code += "model.predict(model.input_example).shape)"
+    elsewhere = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+    elsewhere["MLFLOW_TRACKING_URI"] = f"sqlite:///{workspace.database}"
+    command = [sys.executable, "-c", code, f"models:/{output.model_id}"]
+    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("x"), env=elsewhere, capture_output=True, text=True)
+    assert done.stdout.split(maxsplit=1) == [str(weights.parents[1] / "code/cbml/__init__.py"), "(1, 16)\n"], (
+        done.stderr
+    )
+
+    # Its weights go when its run is deleted, and not before.
+    store = tracking.Store(workspace)
+    store.clean()
+    assert weights.is_file()
+    store.client.delete_run(run.info.run_id)
+    store.clean()
+    assert not weights.exists()
+    with pytest.raises(UserError, match="neither a folder"):
+        load_model(key, workspace)
+
+
+def test_the_load_of_the_machine_is_logged_when_asked_for(workspace, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    with open_cell(workspace) as run:
+        time.sleep(0.5)
+    assert not run.store.client.get_run(run.id).data.metrics
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    for _ in range(2):
+        with open_cell(workspace, run_id=run.id):
+            time.sleep(1)
+    history = run.store.client.get_metric_history(run.id, "system/cpu_utilization_percentage")
+    steps = [point.step for point in history]
+    assert len(steps) >= 2 and steps == [*range(len(steps))]
+    assert run.store.client.get_run(run.id).info.status == "FINISHED"
 
 
 def test_loading_a_network_does_not_import_what_only_people_look_at():

@@ -1,4 +1,4 @@
-"""A trained cell used elsewhere: the same embeddings from its run, from an exported folder, from ONNX, from the store."""
+"""A trained cell used elsewhere: the same embeddings from its run, from an exported folder, and from ONNX."""
 
 import subprocess
 import sys
@@ -8,91 +8,155 @@ import numpy as np
 import pytest
 import torch
 from conftest import environment
-from test_training import run
+from test_importing import HIDE
 
-from cbml import network, trained
-from cbml.config import load_cell
+from cbml import network, progress, trained
 from cbml.datasets.images import pack_images
 from cbml.datasets.lists import read_list
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
-from cbml.stages.evaluate import evaluate_cell
+from cbml.files import write_tensors
+from cbml.stages.embed import embed_images, load_model, nearest
 
 
 @pytest.fixture
-def cell(workspace):
-    """A run folder, five test images, and their embeddings as `evaluate` computes them."""
-    folder = run(workspace)
-    images = read_list(Path("lists/glyphs/test.txt"), Path("data/glyphs")).subset(np.arange(5))
-    packed = pack_images(
-        images, Path("data/glyphs"), workspace.cache, resize=24, interpolation="bilinear", fingerprint="-"
-    )
-    model = network.load(load_cell(folder / "cell.yaml"), folder / "final.pt")
-    expected = embed(model, packed, crop=20, interpolation="bilinear", device=torch.device("cpu")).numpy()
-    return folder, [Path("data/glyphs") / path for path in images.paths], expected
+def folder(workspace):
+    """Of a run what is needed here, after no training."""
+    (cell,) = workspace.params().cells("glyphs")
+    model, _ = network.build(cell, num_classes=6, root=Path())
+    folder = workspace.run(cell)
+    folder.mkdir(parents=True)
+    (folder / "cell.yaml").write_text(cell.to_yaml())
+    write_tensors(folder / "final.pt", model.state_dict())
+    return folder
 
 
-def test_three_lines_give_the_embeddings_of_pictures(cell):
-    folder, pictures, expected = cell
+@pytest.fixture
+def pictures():
+    return [Path("data/glyphs") / path for path in read_list(Path("lists/glyphs/test.txt"), Path("data/glyphs")).paths]
+
+
+@pytest.fixture
+def expected(folder, workspace):
+    """The embeddings of all test images as `evaluate` computes them."""
+    images = read_list(Path("lists/glyphs/test.txt"), Path("data/glyphs"))
+    size = {"resize": 24, "interpolation": "bilinear"}
+    packed = pack_images(images, Path("data/glyphs"), workspace.cache, fingerprint="-", **size)
+    where = {"crop": 20, "interpolation": "bilinear", "device": torch.device("cpu")}
+    return embed(trained.load(folder).network, packed, **where).numpy()
+
+
+def test_the_embeddings_are_those_of_evaluate(folder, pictures, expected):
     model = trained.load(folder)
-    embeddings = model.embed(pictures)
-    assert np.abs(embeddings - expected).max() < 1e-5
-    assert np.abs(model.embed([str(path) for path in pictures]) - expected).max() < 1e-5
-    assert np.linalg.norm(embeddings, axis=1) == pytest.approx(1, abs=1e-5)
+    embeddings = model.embed([*map(str, pictures[:3]), pictures[3].open("rb"), *pictures[4:]])
+    assert embeddings.dtype == np.float32 and np.abs(embeddings - expected).max() < 1e-6
+    assert model.device == torch.device("cpu") and trained.load(folder, "meta").device == torch.device("meta")
     with pytest.raises(UserError, match="none are given"):
         model.embed([])
 
 
-def test_an_exported_cell_gives_the_same_and_so_does_onnx(cell, tmp_path):
-    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install 'cbml[onnx]')")
-    folder, pictures, expected = cell
-    out = trained.load(folder).export(tmp_path / "exported")
-    assert sorted(file.name for file in out.iterdir()) == ["cell.yaml", "model.onnx", "model.safetensors"]
-    assert np.abs(trained.load(out).embed(pictures) - expected).max() < 1e-6
-    session = runtime.InferenceSession(str(out / "model.onnx"))
-    images = torch.randint(0, 256, (7, 3, 20, 20), generator=torch.Generator().manual_seed(0)).float()
-    with torch.no_grad():
-        ours = trained.load(out).network(images).numpy()
-    (onnx,) = session.run(None, {"images": images.numpy()})
-    assert onnx.shape == (7, 16) and np.abs(onnx - ours).max() < 1e-4
-    with pytest.raises(UserError, match="exported: exists"):
-        trained.load(folder).export(out)
+def test_a_few_batches_are_in_memory_and_progress_is_shown(folder, pictures, expected, monkeypatch, capsys):
+    loaded, ahead = [], []
+    load_image = trained.load_image
+
+    def counted(source, **size):
+        loaded.append(source)
+        return load_image(source, **size)
+
+    model = trained.load(folder)
+    monkeypatch.setattr(trained, "load_image", counted)
+    monkeypatch.setattr(trained, "batch_size", lambda crop, device: 2)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
+    model.network.register_forward_hook(lambda *_: ahead.append(len(loaded) - 2 * len(ahead)))
+    assert np.abs(model.embed(pictures) - expected).max() < 1e-5
+    assert len(ahead) == 18 and max(ahead) <= 2 * (trained.WORKERS + 1) < 36
+    assert "embed: 100%|" in capsys.readouterr().err
 
 
-def script(*command):
-    return subprocess.run([sys.executable, "-m", *map(str, command)], env=environment(), capture_output=True, text=True)
-
-
-def test_the_script_takes_a_folder_or_a_run_and_files_or_folders(cell, workspace):
-    folder, pictures, expected = cell
-    evaluate_cell(folder, workspace)
-    (run_id,) = (file.parent.name for file in workspace.artifacts.glob("glyphs/*/artifacts"))
-    for model in (folder, run_id):
-        done = script("pipeline.embed", model, *pictures, "--out", "e.npz", "--neighbours", 2)
-        assert done.returncode == 0, done.stderr
-        with np.load("e.npz") as arrays:
-            assert arrays["paths"].tolist() == list(map(str, pictures))
-            assert np.abs(arrays["embeddings"] - expected).max() < 1e-5
-        lines = done.stdout.splitlines()
-        assert lines[0] == "e.npz: 5 embeddings of 16" and lines[1] == str(pictures[0])
-        first = (expected @ expected[0])[1:]
-        assert lines[2] == f"    {first.max():.3f} {pictures[1 + int(first.argmax())]}" and len(lines) == 1 + 3 * 5
-    assert "36 embeddings" not in script("pipeline.embed", folder, pictures[0].parent).stdout
-    assert (
-        f"{len(list(pictures[0].parent.iterdir()))} embeddings of 16"
-        in script("pipeline.embed", folder, pictures[0].parent).stdout
+def test_three_lines_of_python_and_the_script_need_neither_mlflow_nor_dvc(folder, pictures, expected):
+    code = f"""
+{HIDE}
+from cbml import trained
+model = trained.load({str(folder)!r})
+print(*model.embed([{str(pictures[0])!r}])[0])
+import runpy
+runpy.run_module("pipeline.embed", run_name="__main__", alter_sys=True)
+"""
+    command = [sys.executable, "-c", code, str(folder), str(pictures[0].parent), *map(str, pictures[-2:])]
+    done = subprocess.run(
+        [*command, "--out", "e.npz", "--neighbours", "2"], env=environment(), capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stderr
+    first, written, *shown = done.stdout.splitlines()
+    assert np.abs(np.array(first.split(), dtype=float) - expected[0]).max() < 1e-6
+    files = [*sorted(pictures[0].parent.iterdir()), *pictures[-2:]]
+    assert written == f"e.npz: {len(files)} embeddings of 16" and shown[::3] == list(map(str, files))
+    with np.load("e.npz") as arrays:
+        assert arrays["paths"].tolist() == list(map(str, files))
+        assert np.abs(arrays["embeddings"][-2:] - expected[-2:]).max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "model, message",
-    [("nowhere", "nowhere: neither a folder nor a run with a model"), ("data", "data/cell.yaml: no such file")],
-)
-def test_what_is_no_model_is_one_line(workspace, model, message):
-    done = script("pipeline.embed", model, "data")
-    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+def test_neighbours_are_the_most_similar_others(folder, pictures, expected):
+    lines = nearest(pictures, expected, 3).splitlines()
+    similarities = expected[0] @ expected[1:].T
+    order = np.argsort(-similarities)[:3]
+    assert lines[:5] == [
+        str(pictures[0]),
+        *(f"    {similarities[index]:.3f} {pictures[index + 1]}" for index in order),
+        str(pictures[1]),
+    ]
+    assert nearest(pictures[:1], expected[:1], 3) == str(pictures[0])
 
 
-def test_a_folder_without_images(cell, tmp_path):
-    done = script("pipeline.embed", cell[0], tmp_path)
-    assert done.returncode == 1 and "no images; expected .avif, .bmp" in done.stderr
+def test_an_exported_cell_gives_the_same_and_so_does_onnx(folder, pictures, expected):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed (pip install 'cbml[onnx]')")
+    import onnxruntime
+
+    command = [sys.executable, "-m", "pipeline.export", str(folder), "exported"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.stdout == "exported\n" and done.stderr.count("\n") == 1, done.stderr
+    assert sorted(file.name for file in Path("exported").iterdir()) == ["cell.yaml", "model.onnx", "model.safetensors"]
+    assert b"cbml/backbones/model.py" not in Path("exported/model.onnx").read_bytes()  # nor other paths of this machine
+    model = trained.load("exported")
+    assert np.abs(model.embed(pictures) - expected).max() < 1e-6
+    session = onnxruntime.InferenceSession("exported/model.onnx")
+    for count in (1, 7):
+        images = torch.randint(0, 256, (count, 3, 20, 20), generator=torch.Generator().manual_seed(0)).float()
+        (embeddings,) = session.run(["embeddings"], {"images": images.numpy()})
+        with torch.no_grad():
+            assert np.abs(embeddings - model.network(images).numpy()).max() < 1e-4
+
+
+def test_an_export_is_whole_or_absent(folder, monkeypatch):
+    model = trained.load(folder)
+    Path("there").mkdir()
+    with pytest.raises(UserError, match="there: exists; name a folder that does not"):
+        model.export(Path("there"))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"ONNX: .*onnxscript.*; pip install 'cbml\[onnx\]'"):
+        model.export(Path("out"))
+    assert not Path("out").exists() and not list(Path().glob(".out*"))
+
+
+def test_what_is_no_model_or_no_picture_is_one_line(folder, workspace, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for model, message in (
+        ("nowhere", "nowhere: no such folder, and no store"),
+        ("data", "data/cell.yaml: no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_model(model, workspace)
+    assert not Path("mlflow.db").exists()
+    model = load_model(str(folder), workspace)
+    with pytest.raises(UserError, match=r"empty: no images; expected \.avif, \.bmp"):
+        embed_images(model, [tmp_path / "empty"], Path("e.npz"))
+    with pytest.raises(UserError, match="params.yaml: not an image that Pillow can read"):
+        embed_images(model, [Path("params.yaml")], Path("e.npz"))
+    assert not Path("e.npz").exists()
+    (folder / "final.pt").unlink()
+    with pytest.raises(UserError, match=r"final\.pt: no such file; the stage train writes it"):
+        trained.load(folder)
+    (folder / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"model\.safetensors: unreadable: truncated"):
+        trained.load(folder)

@@ -16,8 +16,10 @@ import yaml
 from conftest import ROOT, TINY_RECIPE, VALIDATING, environment, tiny_params
 
 from cbml import network, tracking
+from cbml.config import load_cell
 from cbml.datasets.loading import prefetch
 from cbml.errors import UserError
+from cbml.files import read_tensors
 from cbml.losses import Loss
 from cbml.stages.evaluate import evaluate_cell
 from cbml.stages.train import train_cell, weights_sha256
@@ -119,18 +121,59 @@ def test_switches_are_set_for_the_run_alone(workspace, monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize("loss", ["cbml_log", "softtriple", "xbm_contrastive"])
+METHODS = ["abier", "divide_conquer", "hdc", "horde", "mic"]
+WITHOUT_LABELS = ["cbml_clusters", "isif", "moco", "multi_similarity_clusters", "stml"]
+
+
+def method(name, **recipe):
+    """A method on the tiny cell; batches that look at the images do so every three iterations."""
+    config = yaml.safe_load((ROOT / "conf" / "loss" / f"{name}.yaml").read_text())[name]
+    small = {"horde": {"width": 64}, "moco": {"queue": 16}, "stml": {"projection_dim": 8, "neighbours": 4}}
+    config |= small.get(name, {})
+    if "batches" in config:
+        config["batches"]["refresh"] = 0.375 if config["batches"]["type"] in ("instances", "neighbours") else 0.75
+        config["batches"] |= {"clusters": {"k": 6}, "neighbours": {"count": 2}}.get(config["batches"]["type"], {})
+    return {"loss": {name: config}, "embedding_dim": [48], "recipe": {"tiny": TINY_RECIPE | recipe}}
+
+
+@pytest.mark.parametrize("loss", ["cbml_log", "softtriple", "xbm_contrastive", *METHODS, *WITHOUT_LABELS])
 def test_broken_off_at_any_iteration_it_ends_with_the_same_bits(workspace, monkeypatch, loss):
-    changes = {
-        "loss": {loss: yaml.safe_load((ROOT / "conf" / "loss" / f"{loss}.yaml").read_text())[loss]},
-        "recipe": {"tiny": TINY_RECIPE | {"checkpoint_every": 1}},
-    }
+    changes = method(loss, checkpoint_every=1)
     unbroken = from_the_beginning(workspace, **changes)
     calls = break_at(monkeypatch, 2, 4)
     broken(workspace, **changes)
     broken(workspace, **changes)
     assert result(run(workspace, **changes)) == unbroken
     assert len(calls) == 6  # 0, 2 (broken) — 2, 4 (broken) — 4, 6: nothing was done twice
+
+
+@pytest.mark.parametrize("loss", WITHOUT_LABELS)
+def test_labels_of_training_images_change_no_bit(workspace, tmp_path, loss):
+    changes = method(loss)
+    expected = weights_of(run(workspace, **changes))
+    lists = Path("lists").resolve()
+    Path("lists").unlink()
+    shutil.copytree(lists, "lists")
+    train_list = Path("lists/glyphs/train.txt")
+    paths = [line.rpartition(",")[0] for line in train_list.read_text().splitlines()]
+    for labels in ([0] * len(paths), [number % 6 for number in range(len(paths))]):
+        train_list.write_text("".join(f"{path},{label}\n" for path, label in zip(paths, labels, strict=True)))
+        shutil.rmtree(".checkpoints")
+        assert weights_of(run(workspace, **changes)) == expected
+
+
+def weights_of(folder):
+    return weights_sha256(read_tensors(folder / "final.pt", "train"))
+
+
+@pytest.mark.parametrize("loss", METHODS + WITHOUT_LABELS)
+def test_what_only_training_has_does_not_reach_the_trained_network(workspace, loss):
+    folder = run(workspace, **method(loss, iterations=1))
+    cell = load_cell(folder / "cell.yaml")
+    state = read_tensors(folder / "final.pt", "train")
+    assert {name.partition(".")[0] for name in state} == {"trunk", "head"}
+    model = network.load(cell, folder / "final.pt")
+    assert model(torch.zeros(1, 3, 20, 20)).shape == (1, 48)
 
 
 def test_validated_is_the_run_on_all_classes_as_long_as_held_out_classes_say(workspace):
@@ -194,10 +237,10 @@ def test_the_share_of_time_spent_on_batches_is_logged(workspace, monkeypatch):
 
     monkeypatch.setattr(loop, "load_batches", slow_load)
     run(workspace, recipe={"tiny": TINY_RECIPE | {"iterations": 2, "checkpoint_every": 2}})
-    (speed,) = [row for row in rows if "data_share" in row]
-    assert speed["iteration"] == 2 and speed["images_per_second"] < 8 / 0.5
-    seconds = 2 * 8 / speed["images_per_second"]
-    assert 1.0 <= speed["data_share"] * seconds < seconds
+    (speed,) = [row for row in rows if "train_data_percent" in row]
+    assert speed["iteration"] == 2 and speed["train_images_per_second"] < 8 / 0.5
+    seconds = 2 * 8 / speed["train_images_per_second"]
+    assert 1.0 <= speed["train_data_percent"] / 100 * seconds < seconds
 
 
 def train_command(*options):
@@ -310,8 +353,51 @@ def test_gradients_are_clipped_together(workspace):
 def test_what_a_backbone_changes_in_the_recipe_is_said(workspace, capsys):
     entry = tiny_params()["backbone"]["resnet18"] | {"recipe": {"tiny": {"lr": 0.5}}}
     folder = run(workspace, backbone={"resnet18": entry})
-    assert "recipe.tiny.lr is 0.5 by backbone.resnet18, not 0.001" in capsys.readouterr().err
+    said = "recipe.tiny.lr is 0.5 by backbone.resnet18, not 0.001"
+    keep = "(to keep that: -S '++backbone.resnet18.recipe.tiny.lr=0.001')"
+    assert f"{said} {keep}" in capsys.readouterr().err
     assert pd.read_csv(folder / "losses.csv").lr.tolist() == [0.5] * 6
+
+
+def test_a_vision_transformer_is_trained_at_its_own_size_which_is_said_or_at_any_that_is_set(workspace, capsys):
+    pytest.importorskip("timm", reason="timm is not installed (pip install 'cbml[timm]')")
+    vit = {"vit": {"type": "timm", "model": "test_vit", "arguments": {"img_size": 48}}}
+    recipe = TINY_RECIPE | {"iterations": 1, "validate_every": 0}
+    folder = run(workspace, backbone=vit, recipe={"tiny": recipe})
+    text = capsys.readouterr().err
+    assert "recipe.tiny.crop is 48 by backbone.vit, not 20" in text and "recipe.tiny.resize is 50" in text
+    assert evaluate_cell(folder, workspace)["final"]["queries"] == 36
+
+    Path("conf/recipe").mkdir(parents=True)
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": recipe}))
+    folder = run(workspace, backbone=vit, recipe={"tiny": recipe | {"crop": 32, "resize": 40}})
+    assert "recipe.tiny.crop" not in capsys.readouterr().err
+    assert torch.load(folder / "final.pt")["trunk.pos_embed"].shape[1] == 1 + (32 // 16) ** 2
+    assert evaluate_cell(folder, workspace)["final"]["queries"] == 36
+
+
+def test_without_a_network_it_says_how_to_name_a_file_of_weights(workspace, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    published = {"url": (tmp_path / "absent.pth").as_uri(), "sha256": "0" * 8}
+    entry = tiny_params()["backbone"]["resnet18"] | {"weights": "imagenet", "published": published}
+    hint = "a file does without a network: -S backbone.{}.weights=PATH"
+    with pytest.raises(UserError, match=rf"^weights file:.* cannot be downloaded .*{hint.format('resnet18')}"):
+        run(workspace, backbone={"resnet18": entry})
+    with pytest.raises(UserError, match=r"no such file") as error:
+        run(workspace, backbone={"resnet18": entry | {"weights": "absent.pth"}})
+    assert hint.format("resnet18") not in str(error.value)
+    timm = pytest.importorskip("timm", reason="timm is not installed (pip install 'cbml[timm]')")
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: 1 / 0)
+    with pytest.raises(UserError, match=rf"^timm model 'test_vit' cannot be had .*{hint.format('vit')}"):
+        run(workspace, backbone={"vit": {"type": "timm", "model": "test_vit", "weights": "imagenet"}})
+
+
+def test_colours_are_jittered_by_the_seed(workspace):
+    plain, jittered, again = (
+        result(run(workspace, recipe={"tiny": TINY_RECIPE | {"color_jitter": jitter}}))
+        for jitter in (None, [0.4, 0.4, 0.4, 0.1], [0.4, 0.4, 0.4, 0.1])
+    )
+    assert jittered == again != plain
 
 
 def test_a_batch_of_more_classes_than_exist(workspace):
@@ -368,10 +454,10 @@ def test_half_precision_reaches_the_loss_in_float32(workspace, monkeypatch):
     seen = []
 
     class Watching(Diverging):
-        def terms(self, embeddings, labels):
+        def terms(self, embeddings, labels, **more):
             seen.append(embeddings.dtype)
             assert (embeddings.norm(dim=1) - 1).abs().max() < 1e-5
-            return super().terms(embeddings, labels)
+            return super().terms(embeddings, labels, **more)
 
     monkeypatch.setattr(network, "build_loss", lambda *_, **__: Watching(at=None))
     run(workspace, recipe={"tiny": TINY_RECIPE | {"precision": "bf16-mixed", "channels_last": True}})

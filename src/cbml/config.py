@@ -5,12 +5,12 @@ import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from cbml.backbones import BackboneConfig, input_convention, needs_size
+from cbml.backbones import BackboneConfig, input_convention
 from cbml.datasets import Dataset
 from cbml.errors import UserError
 from cbml.losses import LossConfig, config_union
@@ -25,6 +25,10 @@ def _distinct(values: list[int]) -> list[int]:
 
 Distinct = (Field(min_length=1), AfterValidator(_distinct))
 Whole = Annotated[int, Field(ge=0)]
+if TYPE_CHECKING:
+    AnyLoss = LossConfig
+else:
+    AnyLoss = config_union()
 
 
 class Selection(Schema):
@@ -75,7 +79,7 @@ class Recipe(Schema):
             speed.
 
     `resize`, `crop` and `interpolation` of a backbone's own input win over the recipe's file, but not over what is set
-    for a run; so does what a backbone's entry says for this recipe.
+    for a run; so does what a backbone's entry says for this recipe, and what that of a loss says wins over both.
     """
 
     weights: Literal["imagenet"] | None = None
@@ -120,8 +124,6 @@ class Recipe(Schema):
             raise ValueError(
                 f"lr_steps {self.lr_steps} are for schedule steps, not for cosine: lr_steps=[] leaves them out"
             )
-        if self.warmup > self.iterations:
-            raise ValueError(f"warmup {self.warmup} is longer than the {self.iterations} iterations")
         if self.select_by and not (self.validate_every and self.iterations):
             raise ValueError(f"select_by {self.select_by.metric} needs iterations and validate_every of at least 1")
         if self.scale[0] > self.scale[1] or self.ratio[0] > self.ratio[1]:
@@ -138,7 +140,7 @@ class Params(Schema):
 
     dataset: Annotated[dict[Name, Dataset], Field(min_length=1)]
     backbone: Annotated[dict[Name, BackboneConfig], Field(min_length=1)]
-    loss: Annotated[dict[Name, config_union()], Field(min_length=1)]
+    loss: Annotated[dict[Name, AnyLoss], Field(min_length=1)]
     recipe: Annotated[dict[Name, Recipe], Field(min_length=1, max_length=1)]
     embedding_dim: Annotated[list[Annotated[int, Field(ge=0, le=2**16)]], *Distinct]
     seed: Annotated[list[Seed], *Distinct]
@@ -165,24 +167,35 @@ class Params(Schema):
             self.option(*choice) for choice in (("dataset", dataset), ("backbone", backbone), ("loss", loss))
         )
         ((recipe_name, recipe),) = self.recipe.items()
-        given, changes = recipe.model_dump(), {}
+        given, changes, changed_by = recipe.model_dump(), {}, {}
         own = input_convention(network).model_dump(include={"resize", "crop", "interpolation"}, exclude_none=True)
-        for name, value in (own | network.recipe.get(recipe_name, {})).items():
-            # What differs from the recipe's file was set for this run, and wins.
-            if given.get(name) == self._recipe_file.get(name, given.get(name)):
-                changes[name] = value
-        size = (given | changes)["crop"]
-        if needs_size(network) and size != own["crop"]:
-            network = network.model_copy(update={"arguments": {"img_size": size} | network.arguments})
-        started = {"weights": network.weights or (given | changes).get("weights"), "recipe": {}}
+        for owner, values in (
+            (f"backbone.{backbone}", own | network.recipe.get(recipe_name, {})),
+            (f"loss.{loss}", loss_config.recipe.get(recipe_name, {})),
+        ):
+            for name, value in values.items():
+                # What differs from the recipe's file was set for this run, and wins.
+                if given.get(name) == self._recipe_file.get(name, given.get(name)):
+                    changes[name], changed_by[name] = value, owner
+        started: dict[str, Any] = {"weights": network.weights or (given | changes).get("weights"), "recipe": {}}
         try:
             recipe = Recipe.model_validate(given | changes)
             network = BackboneConfig.model_validate(network.model_dump() | started)
         except ValidationError as error:
-            where = f"backbone.{backbone} with recipe.{recipe_name}"
+            where = f"{' and '.join(dict.fromkeys(changed_by.values()))} with recipe.{recipe_name}"
             raise UserError(f"params.yaml: {where}: {first_error(error, given | changes)}") from None
-        changes = {name: (given[name], used) for name in changes if (used := getattr(recipe, name)) != given[name]}
+        if recipe.select_by and loss_config.batches and not loss_config.batches.needs_labels:
+            raise UserError(
+                f"params.yaml: recipe.{recipe_name}.select_by {recipe.select_by.metric} needs labels, loss.{loss} is "
+                "trained without; allowed: null"
+            )
+        changes = {
+            name: (given[name], used, owner)
+            for name, owner in changed_by.items()
+            if (used := getattr(recipe, name)) != given[name]
+        }
         names = (dataset, backbone, loss, embedding_dim, seed)
+        loss_config = loss_config.model_copy(update={"recipe": {}})
         return Cell(*names, dataset_config, network, loss_config, recipe_name, recipe, changes)
 
     def cells(self, dataset: str) -> list["Cell"]:
@@ -204,7 +217,8 @@ def flatten(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
 class Cell:
     """One training run: a point of the matrix with everything that determines it.
 
-    `changes` is what the backbone's entry changed in the recipe: the recipe's value and the one in use, by name.
+    `changes` is what the entries of backbone and loss changed in the recipe, by name: the recipe's value, the one in
+    use, and the entry.
     """
 
     dataset: str
@@ -217,7 +231,7 @@ class Cell:
     loss_config: LossConfig
     recipe_name: str
     recipe: Recipe
-    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
+    changes: dict[str, tuple[Any, Any, str]] = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:

@@ -81,6 +81,12 @@ def locked(path: Path, waiting: str) -> Iterator[None]:
         lock.release()
 
 
+def share(file: Path, copy: Path) -> None:
+    """Let a file and a copy of it take the disk's space once, where the disk can. For files that nobody changes."""
+    with suppress(OSError), atomic_write(copy) as temporary:
+        os.link(file.resolve(), temporary)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with atomic_write(path) as temporary:
@@ -109,7 +115,7 @@ def read_json(path: Path, stage: str, names: tuple[str, ...] = ()) -> Any:
         return content
 
 
-def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options) -> Any:
+def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options: Any) -> Any:
     """The content of a CSV file as a DataFrame; `options` are pandas'.
 
     Raises:

@@ -1,33 +1,45 @@
 """The network of a cell: built on its starting weights, or loaded with trained ones."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from cbml.backbones import EmbeddingModel, create_model
-from cbml.backbones.weights import read_state
+from cbml.backbones.weights import Unavailable, read_state
 from cbml.config import Cell
 from cbml.errors import UserError
 from cbml.files import read_tensors
-from cbml.losses import Loss, build_loss
+from cbml.losses import Loss, build_loss, needs
 
 
 def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, Loss]:
     """The untrained network of a cell, on its weights, and its loss.
 
     Args:
-        num_classes: of the training list.
+        num_classes: of the batches' labels.
         root: what a path of weights is relative to.
 
     Raises:
         UserError: the weights cannot be had or do not fit; the loss's parameters do not fit together.
     """
     try:
-        network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=root)
-    except UserError as error:
-        raise UserError(f"backbone {cell.backbone}: {error}") from error
+        network = create_model(cell.backbone_config, root=root, **_shape(cell))
+    except Unavailable as error:
+        hint = f"a file does without a network: -S backbone.{cell.backbone}.weights=PATH"
+        raise UserError(f"{error}; {hint}") from error
     network.freeze_bn = cell.recipe.freeze_bn
-    criterion = build_loss(cell.loss_config, embedding_dim=network.embedding_dim, num_classes=num_classes)
+    criterion = build_loss(
+        cell.loss_config,
+        embedding_dim=network.embedding_dim,
+        num_classes=num_classes,
+        feature_dim=cast(int, network.trunk.num_features),
+        parts=network.parts,
+    )
+    if "map" in needs(criterion) and network.pooling is None:
+        raise UserError(f"loss {cell.loss}: needs the last feature map, which backbone {cell.backbone} does not give")
+    if "teacher" in needs(criterion) and cell.loss_config.teacher is None:
+        raise UserError(f"loss {cell.loss}: needs a teacher; its momentum is to be set: loss.{cell.loss}.teacher=0.999")
     return network, criterion
 
 
@@ -40,7 +52,7 @@ def load(cell: Cell, weights: Path) -> EmbeddingModel:
     Raises:
         UserError: `weights` is missing or damaged, or of another network.
     """
-    network = create_model(cell.backbone_config, embedding_dim=cell.embedding_dim, root=Path(), load_weights=False)
+    network = create_model(cell.backbone_config, root=Path(), load_weights=False, **_shape(cell))
     state = read_state(weights) if weights.suffix == ".safetensors" else read_tensors(weights, "train")
     try:
         network.load_state_dict(state)
@@ -50,3 +62,7 @@ def load(cell: Cell, weights: Path) -> EmbeddingModel:
     if cell.recipe.channels_last:
         network.to(memory_format=torch.channels_last)
     return network.eval()
+
+
+def _shape(cell: Cell) -> dict[str, Any]:
+    return {"embedding_dim": cell.embedding_dim, "head": cell.loss_config.head, "crop": cell.recipe.crop}

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -21,7 +21,7 @@ def progress(
         unit: what is counted ("images", "B"); an item counts as `scale` of them.
         total, initial: in items: how many there are, and how many an earlier run has done.
     """
-    total = len(items) if total is None and hasattr(items, "__len__") else total
+    total = len(items) if total is None and isinstance(items, Sized) else total
     meter = {
         "total": total and total * scale,
         "unit": f" {unit}",

@@ -9,6 +9,7 @@ import subprocess
 import tokenize
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,18 +18,28 @@ SOURCE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "pytorch-metric-learning", "timm", "numpy", "pillow")
 TOOLS = ("mlflow", "dvc")  # they run a cell, and do not change it
 # Beside the modules of network and loss themselves.
+TRAINING: tuple[str, ...]
 TRAINING = ("training/loop.py", "training/device.py", "network.py", "backbones/trunks.py", "losses/base.py")
-TRAINING += ("datasets/images.py", "datasets/loading.py", "datasets/sampler.py", "datasets/transforms.py")
+TRAINING += ("datasets/images.py", "datasets/loading.py", "datasets/transforms.py", "batches/base.py")
+TRAINING += ("batches/kmeans.py", "backbones/heads.py", "teacher.py")
 
 
 def revision() -> str:
-    """The git commit of this source, with `-dirty` if the working tree differs; "unknown" without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The git commit of this source, with `-dirty` if src/ or pipeline/ differ from it; "unknown" without git.
+
+    Nothing else counts: DVC writes params.yaml before every experiment, and what is in it is recorded with each cell.
+    """
+    commit = _git("describe", "--always", "--abbrev=12")
+    # With files that git does not know: a loss of one's own is one at first.
+    dirty = commit and _git("status", "--porcelain", "--", ":/src", ":/pipeline")
+    return f"{commit}-dirty" if dirty else commit or "unknown"
+
+
+def _git(*words: str) -> str:
     try:
-        done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
+        return subprocess.run(["git", *words], cwd=SOURCE, capture_output=True, text=True).stdout.strip()
     except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return ""
 
 
 def packages(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
@@ -57,9 +68,14 @@ def device_name() -> str:
     return f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
 
 
-def training_code(*modules: nn.Module) -> dict[str, str]:
-    """A hash of each source file that takes part in training these modules, by its path in this package."""
-    own = {type(part).__module__ for module in modules for part in module.modules()}
+def training_code(*taking_part: Any) -> dict[str, str]:
+    """A hash of each source file that takes part in training, by its path in this package.
+
+    Args:
+        taking_part: network, loss and batches.
+    """
+    parts = [part for each in taking_part for part in (each.modules() if isinstance(each, nn.Module) else [each])]
+    own = {type(part).__module__ for part in parts}
     files = {name.removeprefix("cbml.").replace(".", "/") + ".py" for name in own if name.startswith("cbml.")}
     return {name: code_hash(SOURCE / name) for name in sorted(files | set(TRAINING))}
 

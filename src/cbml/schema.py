@@ -35,9 +35,11 @@ class Schema(BaseModel):
 def first_error(error: ValidationError, data: Any) -> str:
     """The first problem of validating `data` as one line: `path.to.parameter: what is wrong`."""
     problem = error.errors()[0]
-    path, node = [], data
+    path: list[str] = []
+    node = data
     for part in problem["loc"]:
-        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
+        if inside:
             path.append(str(part))
             node = node[part]
         elif problem["type"] == "missing":

@@ -4,28 +4,25 @@ import io
 from pathlib import Path
 from typing import Any
 
-import mlflow
+import mlflow.models
 import numpy as np
 import pandas as pd
+from mlflow.pyfunc import PythonModel
 
-from cbml import network
-from cbml.config import load_cell
-from cbml.trained import Trained
+from cbml import trained
 
 
-class Embedder(mlflow.pyfunc.PythonModel):
+class Embedder(PythonModel):
     """Pictures → embeddings."""
 
     def load_context(self, context: Any) -> None:
-        cell = load_cell(Path(context.artifacts["cell"]))
-        self.trained = Trained(cell, network.load(cell, Path(context.artifacts["weights"])))
+        self.trained = trained.load(Path(context.artifacts["cell"]).parent)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         """(N, D) float32 of unit norm, for a table with a column `image` (encoded bytes) or `path`."""
-        encoded = "image" in model_input
-        return self.trained.embed(
-            [io.BytesIO(each) for each in model_input["image"]] if encoded else model_input["path"]
-        )
+        if "image" in model_input:
+            return self.trained.embed([io.BytesIO(each) for each in model_input["image"]])
+        return self.trained.embed(model_input["path"].tolist())
 
 
 mlflow.models.set_model(Embedder())

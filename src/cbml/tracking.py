@@ -1,4 +1,4 @@
-"""MLflow: the only module that knows it, beside the model in `serving.py` that it logs.
+"""MLflow: the only module that knows it, beside the model in `serving.py` that it logs and its pages in `ui.py`.
 
 The store is a SQLite file and a folder of artifacts at the root of the repository, also for an experiment that DVC runs
 in a temporary copy of it; `MLFLOW_TRACKING_URI` overrides. It is the archive of finished cells. It may be away: then
@@ -11,11 +11,10 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,30 +28,36 @@ from PIL import Image
 from cbml import provenance
 from cbml.config import Cell, load_cell
 from cbml.errors import UserError
-from cbml.files import atomic_write, locked, write_text
+from cbml.files import atomic_write, locked, share, write_text
 from cbml.progress import message
 from cbml.workspace import Workspace
 
-# A store that cannot be reached is to say so within a minute; and no bars for copying files between folders.
+# A store that cannot be reached is to say so within a minute; no bars for copying files between folders, and no word
+# to MLflow's makers.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-# Tracebacks of what is caught here, and remarks on packages and examples.
-for name in ("mlflow.store.db.utils", "mlflow.pyfunc", "mlflow.utils.environment"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
+# Tracebacks of what is caught here; remarks on packages, examples, descriptions that are cut, and threads.
+QUIET = ("store.db.utils", "pyfunc", "utils.environment", "utils.validation", "system_metrics.system_metrics_monitor")
+for name in QUIET:
+    logging.getLogger(f"mlflow.{name}").setLevel(logging.CRITICAL)
 
 try:
     import mlflow
-    from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunStatus
+    from mlflow.entities import Dataset, DatasetInput, LoggedModelStatus, Metric, Param, RunStatus
+    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
     from mlflow.models import ModelSignature
     from mlflow.tracking import MlflowClient
+    from mlflow.tracking.context.registry import resolve_tags
     from mlflow.types import ColSpec, Schema, TensorSpec
-    from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
+    from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 except ModuleNotFoundError:
-    mlflow = None
+    mlflow = None  # type: ignore[assignment]
 
 # What the logged model imports.
+SERVING: tuple[str, ...]
 SERVING = ("torch", "torchvision", "pytorch-metric-learning", "pydantic", "safetensors", "matplotlib", "pillow")
 SERVING += ("mlflow", "pandas", "filelock", "requests", "tqdm", "pyyaml")
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits
@@ -73,6 +78,8 @@ class Store:
 
     @cached_property
     def client(self) -> "MlflowClient":
+        if mlflow is None:
+            raise UserError("MLflow is not installed; pip install mlflow")
         database = self.workspace.database
         with self._alone():
             if self.own and not (database.is_file() and database.stat().st_size):
@@ -92,7 +99,7 @@ class Store:
             kind = {"mlflow.experimentKind": "custom_model_development"}
             return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
 
-    def _alone(self):
+    def _alone(self) -> AbstractContextManager[None]:
         """Hold what two processes might make at once: the database, an experiment."""
         return locked(self.workspace.cache / "mlflow", "MLflow: waiting for another process")
 
@@ -110,29 +117,61 @@ class Store:
             )
             for run in page:
                 if (key := run.data.tags["cell_key"]) not in found:
-                    found[key] = self._files(run)
+                    found[key] = self.folder(run.info.artifact_uri, run.info.run_id)
             if not (token := page.token):
                 break
         return dict(sorted(found.items()))
 
-    def model(self, run_id: str) -> Path:
-        """The folder with the cell and the weights of a run's logged model.
+    def model(self, name: str) -> Path:
+        """The folder with the cell and the weights of a model: the newest of the run with that id, or of a cell's key.
 
         Raises:
             UserError: the store has no such run, or the run no model.
         """
+        if mlflow is None or (self.own and not self.workspace.database.is_file()):
+            raise UserError(f"{name}: no such folder, and no store that could have a run or a cell of this name")
+        client = self.client
         try:
-            self.client.get_run(run_id)
-            return Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/model")) / "artifacts"
+            experiments = [each.experiment_id for each in client.search_experiments()]
+            wanted = [f"{what} = '{name}'" for what in ("attributes.run_id", "tags.cell_key")]
+            runs = [run for each in wanted for run in client.search_runs(experiments, each)]
+            outputs = [output for run in runs if run.outputs for output in run.outputs.model_outputs]
+            models = [client.get_logged_model(output.model_id) for output in outputs]
         except mlflow.MlflowException as error:
-            raise UserError(f"{run_id}: neither a folder nor a run with a model ({error})") from None
+            raise UserError(f"{name}: MLflow at {public(self.uri)}: {error}") from None
+        whole = [model for model in models if model.status == LoggedModelStatus.READY]
+        if not whole:
+            raise UserError(f"{name}: neither a folder nor the id of a run or the key of a cell with a model in MLflow")
+        newest = max(whole, key=lambda model: model.creation_timestamp)
+        return self.folder(newest.artifact_location, newest.model_id) / "artifacts"
 
-    def _files(self, run: Any) -> Path:
-        """The artifacts of a run: where they are, or a copy of those that are elsewhere."""
-        uri = run.info.artifact_uri
-        if uri.startswith(("file:", "/")):
+    def clean(self) -> None:
+        """Remove for good what was deleted in MLflow: runs and, what `mlflow gc` alone would leave, their models.
+
+        Raises:
+            UserError: the store is not this repository's own.
+        """
+        if not self.own:
+            raise UserError(f"{public(self.uri)}: not this repository's own store; whoever keeps it cleans it")
+        client = self.client
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        page = client.search_logged_models(experiments)
+        models = [*page]
+        while page.token:
+            page = client.search_logged_models(experiments, page_token=page.token)
+            models += page
+        for model in models:
+            if model.source_run_id and not _exists(client, model.source_run_id):
+                client.delete_logged_model(model.model_id)
+        from mlflow.cli import gc
+
+        gc.main(["--backend-store-uri", self.uri, "--tracking-uri", self.uri], standalone_mode=False)
+
+    def folder(self, uri: str, name: str) -> Path:
+        """Artifacts: where they are, or a copy of that name of those that are elsewhere."""
+        if local(uri):
             return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-        copy = self.workspace.cache / "archive" / run.info.run_id
+        copy = self.workspace.cache / "archive" / name
         if not copy.is_dir():
             with atomic_write(copy) as temporary:
                 temporary.mkdir()
@@ -194,23 +233,33 @@ class Run:
         for start in range(0, len(points), METRICS_A_CALL):
             self.do(partial(self._log_points, points[start : start + METRICS_A_CALL], replace))
 
+    def opened(self) -> tuple["MlflowClient", str]:
+        """The client and the id of the run, for what is done by `do`: there is a store then, and the run is made."""
+        assert self.store and self.id
+        return self.store.client, self.id
+
     def _log_points(self, points: list[tuple[str, float, int, int]], replace: bool) -> None:
-        client = self.store.client
+        client, run_id = self.opened()
         for name in {name for name, *_ in points} - self._logged.keys():
-            history = client.get_metric_history(self.id, name) if self.continued else []
+            history = client.get_metric_history(run_id, name) if self.continued else []
             self._logged[name] = {point.step: point.value for point in history}
         new = []
         for name, value, time_logged, step in points:
             known = self._logged[name].get(step)
             if known is None or (replace and known != value):
                 new.append(Metric(name, value, time_logged, step))
-        client.log_batch(self.id, metrics=new)
+        client.log_batch(run_id, metrics=new)
         for metric in new:
             self._logged[metric.key][metric.step] = metric.value
 
     def call(self, method: str, *args: Any) -> None:
         """Call that method of MLflow's client for this run."""
-        self.do(lambda: getattr(self.store.client, method)(self.id, *args))
+
+        def operation() -> None:
+            client, run_id = self.opened()
+            getattr(client, method)(run_id, *args)
+
+        self.do(operation)
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
@@ -238,7 +287,29 @@ class Run:
 
     def log_model(self, folder: Path, *, register_as: str | None = None) -> None:
         """Log what training a cell left in `folder` as an MLflow model that turns pictures into embeddings."""
-        self.do(lambda: _log_model(self.id, folder, register_as))
+        self.do(lambda: self._log_model(folder, register_as))
+
+    def _log_model(self, folder: Path, register_as: str | None) -> None:
+        cell = load_cell(folder / "cell.yaml")
+        picture = io.BytesIO()
+        Image.new("RGB", (cell.recipe.resize, cell.recipe.resize)).save(picture, "PNG")
+        columns = Schema([ColSpec("binary", "image", required=False), ColSpec("string", "path", required=False)])
+        signature = ModelSignature(columns, Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
+        needs = [*SERVING, *(["timm"] if cell.backbone_config.type == "timm" else [])]
+        with mlflow.start_run(run_id=self.id, log_system_metrics=False):
+            model = mlflow.pyfunc.log_model(
+                name="model",
+                step=cell.recipe.iterations,  # whose metrics the model's page shows
+                registered_model_name=register_as,
+                python_model=str(Path(__file__).with_name("serving.py")),
+                artifacts={"cell": str(folder / "cell.yaml"), "weights": str(folder / "final.pt")},
+                code_paths=[str(Path(__file__).parent)],
+                signature=signature,
+                input_example=pd.DataFrame({"image": [picture.getvalue()]}),
+                pip_requirements=[f"{name}=={version(name)}" for name in needs],
+            )
+        if self.store and local(model.artifact_path):  # else its weights would lie twice on one disk
+            share(folder / "final.pt", self.store.folder(model.artifact_path, model.model_id) / "artifacts/final.pt")
 
 
 @contextmanager
@@ -265,11 +336,13 @@ def open_run(
     if mlflow is None:
         yield Run(None)
         return
-    run = Run(Store(workspace), run_id)
-    run.do(lambda: _start(run, experiment, name, tags, remember))
+    store = Store(workspace)
+    run = Run(store, run_id)
+    run.do(lambda: _start(run, store, experiment, name, tags, remember))
     run.do(lambda: _describe(run, experiment, config, params, fingerprint))
     try:
-        yield run
+        with _system_metrics(run):
+            yield run
     except BaseException as error:
         run.tag("error", " ".join(str(error).split()) or type(error).__name__)
         run.call("set_terminated", RunStatus.to_string(RunStatus.FAILED))
@@ -280,21 +353,20 @@ def open_run(
             return
         time.sleep(attempt)
         run.send()
-    message(f"MLflow at {public(run.store.uri)} did not take all of {name}; import_cells can bring it there later")
+    message(f"MLflow at {public(store.uri)} did not take all of {name}; import_cells can bring it there later")
 
 
-def _start(run: Run, experiment: str, name: str, tags: dict[str, str], remember: Path | None) -> None:
-    client = run.store.client
+def _start(run: Run, store: Store, experiment: str, name: str, tags: dict[str, str], remember: Path | None) -> None:
+    client = store.client
     if run.id and _exists(client, run.id):
         run.continued = True
         client.update_run(run.id, status=RunStatus.to_string(RunStatus.RUNNING))
         if "error" in client.get_run(run.id).data.tags:  # of an earlier attempt
             client.delete_tag(run.id, "error")
         return
-    revision = provenance.revision()
     tags = tags | {variable.lower(): os.environ[variable] for variable in DVC_VARIABLES if variable in os.environ}
-    tags |= {MLFLOW_GIT_COMMIT: revision, MLFLOW_SOURCE_NAME: Path(sys.argv[0]).stem, MLFLOW_SOURCE_TYPE: "LOCAL"}
-    run.id = client.create_run(run.store.experiment(experiment), run_name=name, tags=tags).info.run_id
+    tags = resolve_tags(tags | {MLFLOW_GIT_COMMIT: provenance.revision()})  # and user, script, branch, as MLflow does
+    run.id = client.create_run(store.experiment(experiment), run_name=name, tags=tags).info.run_id
     if remember:
         write_text(remember, run.id)
 
@@ -304,14 +376,33 @@ def _describe(
 ) -> None:
     if run.continued:
         return
-    client = run.store.client
+    client, run_id = run.opened()
     flat = [Param(key, str(value)) for key, value in params.items()]
     for start in range(0, len(flat), PARAMS_A_CALL):
-        client.log_batch(run.id, params=flat[start : start + PARAMS_A_CALL])
+        client.log_batch(run_id, params=flat[start : start + PARAMS_A_CALL])
     if fingerprint:
         source = json.dumps({"uri": f"lists/{experiment}"})
-        client.log_inputs(run.id, [DatasetInput(Dataset(experiment, fingerprint, "local", source))])
-    client.log_text(run.id, yaml.safe_dump(config, sort_keys=False), "params.yaml")
+        client.log_inputs(run_id, [DatasetInput(Dataset(experiment, fingerprint, "local", source))])
+    client.log_text(run_id, yaml.safe_dump(config, sort_keys=False), "params.yaml")
+
+
+@contextmanager
+def _system_metrics(run: Run) -> Iterator[None]:
+    """Log the load of this machine meanwhile, as MLflow does, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for it."""
+    monitor = None
+    if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() and run.id and run.store:
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            monitor = SystemMetricsMonitor(run.id, resume_logging=run.continued, tracking_uri=run.store.uri)
+            monitor.start()
+        except Exception as error:  # psutil is not installed, or the store is away
+            message(f"system metrics are not logged: {error}")
+    try:
+        yield
+    finally:
+        if monitor:
+            monitor.finish()
 
 
 def _exists(client: "MlflowClient", run_id: str) -> bool:
@@ -323,7 +414,16 @@ def _exists(client: "MlflowClient", run_id: str) -> bool:
         return False
 
 
-def open_cell(workspace: Workspace, cell: Cell, key: str, fingerprint: str, *, run_id=None, remember=None, **tags: str):
+def open_cell(
+    workspace: Workspace,
+    cell: Cell,
+    key: str,
+    fingerprint: str,
+    *,
+    run_id: str | None = None,
+    remember: Path | None = None,
+    **tags: str,
+) -> AbstractContextManager[Run]:
     """`open_run` for a cell, under its dataset's experiment; `tags` go with its own."""
     own = {"cell_key": key, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
     own |= {"embedding_dim": str(cell.embedding_dim), "seed": str(cell.seed), "dataset_fingerprint": fingerprint}
@@ -340,9 +440,9 @@ def open_cell(workspace: Workspace, cell: Cell, key: str, fingerprint: str, *, r
     )
 
 
-def open_tables(workspace: Workspace, dataset: str, cells: list[Cell]):
+def open_tables(workspace: Workspace, dataset: str, cells: list[Cell]) -> AbstractContextManager[Run]:
     """`open_run` for the table set of these cells, in an experiment of their own."""
-    axes = {
+    axes: dict[str, list[Any]] = {
         "dataset": [dataset],
         "backbone": [cell.backbone for cell in cells],
         "loss": [cell.loss for cell in cells],
@@ -356,34 +456,22 @@ def open_tables(workspace: Workspace, dataset: str, cells: list[Cell]):
 
 
 def summary(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
-    """A cell's metrics by protocol as one row: those of `final`, and the others' Recall@K under their protocol."""
+    """A cell's metrics by protocol as one row: those of `final`, and the others' Recall@K as `recall_at_1_<protocol>`.
+
+    MLflow's UI orders charts and columns by name: so the headline comes first.
+    """
     row = dict(metrics["final"])
     for protocol, scores in metrics.items():
         if protocol != "final":
-            row |= {f"{protocol}_{name}": value for name, value in scores.items() if "recall" in name}
+            row |= {f"{name}_{protocol}": value for name, value in scores.items() if "recall" in name}
     return row
+
+
+def local(uri: str) -> bool:
+    """Whether artifacts lie in a folder of this machine."""
+    return uri.startswith(("file:", "/"))
 
 
 def public(uri: str) -> str:
     """A URI without the user and password that may be in it."""
     return re.sub(r"//[^/@]*@", "//", uri)
-
-
-def _log_model(run_id: str, folder: Path, register_as: str | None) -> None:
-    cell = load_cell(folder / "cell.yaml")
-    picture = io.BytesIO()
-    Image.new("RGB", (cell.recipe.resize, cell.recipe.resize)).save(picture, "PNG")
-    columns = [ColSpec("binary", "image", required=False), ColSpec("string", "path", required=False)]
-    signature = ModelSignature(Schema(columns), Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
-    needs = [*SERVING, *(["timm"] if cell.backbone_config.type == "timm" else [])]
-    with mlflow.start_run(run_id=run_id):
-        mlflow.pyfunc.log_model(
-            name="model",
-            registered_model_name=register_as,
-            python_model=str(Path(__file__).with_name("serving.py")),
-            artifacts={"cell": str(folder / "cell.yaml"), "weights": str(folder / "final.pt")},
-            code_paths=[str(Path(__file__).parent)],
-            signature=signature,
-            input_example=pd.DataFrame({"image": [picture.getvalue()]}),
-            pip_requirements=[f"{name}=={version(name)}" for name in needs],
-        )

@@ -1,6 +1,5 @@
-"""A trained cell as something that turns pictures into embeddings."""
+"""A trained cell as something that turns pictures into embeddings. It needs neither DVC nor MLflow."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,49 +8,67 @@ from typing import BinaryIO
 import numpy as np
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from cbml import network
 from cbml.backbones import EmbeddingModel
 from cbml.config import Cell, load_cell
-from cbml.datasets.images import PackedImages, load_image
+from cbml.datasets.images import load_image
+from cbml.datasets.loading import WORKERS, prefetch
+from cbml.datasets.transforms import center_boxes
 from cbml.errors import UserError
-from cbml.evaluation.embedding import embed
+from cbml.evaluation.embedding import batch_size
 from cbml.files import atomic_write
+from cbml.progress import message, progress
 
 WEIGHTS = ("model.safetensors", "final.pt")  # of an exported cell, and of a run
-ONNX = "model.onnx"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A cell and its trained network, in eval mode on the CPU: pictures in, embeddings out."""
+    """A cell and its trained network, in eval mode: pictures in, embeddings out."""
 
     cell: Cell
     network: EmbeddingModel
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @torch.no_grad()
     def embed(self, pictures: Sequence[str | Path | BinaryIO]) -> np.ndarray:
         """(N, D) float32 embeddings of unit norm, with the resize and the crop that the cell was evaluated with.
+
+        A few batches of decoded pictures are in memory at a time.
 
         Raises:
             UserError: there is no picture, or one cannot be read.
         """
         if not len(pictures):
             raise UserError("pictures: none are given; at least one is needed")
+        size = batch_size(self.cell.recipe.crop, self.device)
+        batches = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+        crops = prefetch(lambda batch: torch.stack([self._crop(each) for each in batch]), batches, WORKERS)
+        shown = progress(crops, "embed", "images", total=len(batches), scale=size)
+        return torch.cat([self.network(batch.to(self.device)).cpu() for batch in shown]).numpy()
+
+    def _crop(self, picture: str | Path | BinaryIO) -> Tensor:
+        """The centre of a picture, (3, crop, crop) uint8."""
         recipe = self.cell.recipe
-        size = {"resize": recipe.resize, "interpolation": recipe.interpolation}
-        sources = [Path(each) if isinstance(each, str) else each for each in pictures]
-        images = PackedImages.of([load_image(source, **size) for source in sources])
-        where = {"crop": recipe.crop, "interpolation": recipe.interpolation, "device": torch.device("cpu")}
-        return embed(self.network, images, **where).numpy()
+        source = Path(picture) if isinstance(picture, str) else picture
+        image = load_image(source, resize=recipe.resize, interpolation=recipe.interpolation)
+        ((top, left, height, width),) = center_boxes(torch.tensor([image.shape[:2]]), recipe.crop).tolist()
+        return torch.tensor(image[top : top + height, left : left + width]).permute(2, 0, 1)
 
     def export(self, folder: Path) -> Path:
-        """Write the cell as a folder that needs neither DVC nor MLflow: weights, configuration, and an ONNX model.
+        """Write the cell as a folder for use elsewhere: weights, configuration, and an ONNX model.
 
         `model.safetensors` and `cell.yaml` are what `load` takes. `model.onnx` takes `images`, (B, 3, crop, crop) RGB
         with values 0–255 as float32, and gives `embeddings`, (B, D) of unit norm.
 
         Raises:
-            UserError: ONNX's packages are missing, or `folder` exists.
+            UserError: ONNX's packages are missing, it cannot express the network, or `folder` exists.
         """
         if folder.exists():
             raise UserError(f"{folder}: exists; name a folder that does not")
@@ -59,25 +76,32 @@ class Trained:
         with atomic_write(folder) as temporary:
             temporary.mkdir()
             state = {name: value.contiguous() for name, value in self.network.state_dict().items()}
-            safetensors.torch.save_file(state, temporary / WEIGHTS[0])
+            (temporary / WEIGHTS[0]).write_bytes(safetensors.torch.save(state))  # save_file's is the owner's alone
             (temporary / "cell.yaml").write_text(self.cell.to_yaml())
+            message(f"{folder}: tracing the network for ONNX, which takes up to a minute")
             try:
-                with warnings.catch_warnings(action="ignore"):  # the other exporter needs more packages
-                    torch.onnx.export(
-                        self.network,
-                        (torch.zeros(2, 3, crop, crop),),
-                        str(temporary / ONNX),
-                        input_names=["images"],
-                        output_names=["embeddings"],
-                        dynamic_axes={"images": {0: "batch"}, "embeddings": {0: "batch"}},
-                        dynamo=False,
-                    )
+                program = torch.onnx.export(
+                    self.network,
+                    (torch.zeros(2, 3, crop, crop, device=self.device),),
+                    input_names=["images"],
+                    output_names=["embeddings"],
+                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                    dynamo=True,
+                    verbose=False,
+                )
             except ModuleNotFoundError as error:
                 raise UserError(f"ONNX: {error}; pip install 'cbml[onnx]'") from None
+            except torch.onnx.OnnxExporterError as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"ONNX: {self.cell.backbone} cannot be expressed in it ({reason})") from error
+            assert program  # with `dynamo`
+            for node in program.model.graph:
+                node.metadata_props.clear()  # among them paths of this machine
+            program.save(temporary / "model.onnx", external_data=False)
         return folder
 
 
-def load(folder: str | Path) -> Trained:
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
     """The cell of a run folder, or of one that `Trained.export` wrote.
 
     Raises:
@@ -86,4 +110,4 @@ def load(folder: str | Path) -> Trained:
     folder = Path(folder)
     cell = load_cell(folder / "cell.yaml")
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[-1])
-    return Trained(cell, network.load(cell, weights))
+    return Trained(cell, network.load(cell, weights).to(device))

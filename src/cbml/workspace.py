@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbml.config import Cell, Params, load_params
+from cbml.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,19 @@ class Workspace:
 
     def params(self) -> Params:
         """The validated parameters; see `load_params`."""
-        return load_params(self.tree / "params.yaml", self.conf)
+        try:
+            return load_params(self.tree / "params.yaml", self.conf)
+        except UserError as error:
+            if not (absent := self._not_copied()):
+                raise
+            hint = f"a queued experiment has only what git knows: `git add {' '.join(absent)}`, and queue it again"
+            raise UserError(f"{error}; {hint}") from None
+
+    def _not_copied(self) -> list[str]:
+        """Source and options of the repository that DVC's copy of it lacks."""
+        files = [*self.root.glob("conf/**/*.yaml"), *self.root.glob("src/**/*.py")]
+        names = [file.relative_to(self.root) for file in sorted(files)]
+        return [str(name) for name in names if not (self.tree / name).exists()]
 
     @property
     def conf(self) -> Path:

@@ -1,17 +1,17 @@
 """Backbones: trunks with pretrained weights, the pixels that they expect, and the embedding head on top."""
 
 from cbml.backbones.entries import BackboneConfig, InputConvention, PublishedWeights
-from cbml.backbones.model import EmbeddingModel, create_model
-from cbml.backbones.trunks import build_trunk, input_convention, needs_size, weights_content
+from cbml.backbones.model import EmbeddingModel, Outputs, create_model
+from cbml.backbones.trunks import build_trunk, input_convention, weights_content
 
 __all__ = [
     "BackboneConfig",
     "EmbeddingModel",
     "InputConvention",
+    "Outputs",
     "PublishedWeights",
     "build_trunk",
     "create_model",
     "input_convention",
-    "needs_size",
     "weights_content",
 ]

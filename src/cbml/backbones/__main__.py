@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
@@ -17,10 +18,10 @@ from cbml.schema import first_error
 def trunk_size(config: BackboneConfig, crop: int) -> tuple[int, int, int]:
     """Parameters, FLOPs for one image of `crop` × `crop` pixels (a multiply-add counts 2), and feature size."""
     with torch.device("meta"):  # shapes suffice
-        trunk = build_trunk(config.model_copy(update={"weights": None}), Path()).eval()
+        trunk = build_trunk(config.model_copy(update={"weights": None}), Path(), crop).eval()
         with FlopCounterMode(display=False) as counter:
             trunk(torch.empty(1, 3, crop, crop))
-    return sum(p.numel() for p in trunk.parameters()), counter.get_total_flops(), trunk.num_features
+    return sum(p.numel() for p in trunk.parameters()), counter.get_total_flops(), cast(int, trunk.num_features)
 
 
 def main() -> None:

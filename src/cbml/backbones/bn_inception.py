@@ -69,9 +69,18 @@ class BNInception(nn.Module):
         branches = [self._apply_layers(x, f"{name}_1x1"), *branches, self._apply_layers(pooled, f"{name}_pool_proj")]
         return torch.cat(branches, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def stages(self) -> list[str]:
+        """What can be named as a tap."""
+        return [f"inception_{block}" for block in BLOCKS]
+
+    def forward(self, x: Tensor, taps: tuple[str, ...] = ()) -> Tensor | list[Tensor]:
+        """The last feature map or, if `taps` are named, a list of that and of the maps after those blocks."""
         x = F.max_pool2d(self._apply_layers(x, "conv1_7x7_s2"), 3, 2, ceil_mode=True)
         x = F.max_pool2d(self._apply_layers(x, "conv2_3x3_reduce", "conv2_3x3"), 3, 2, ceil_mode=True)
-        for block in BLOCKS:
+        maps = {}
+        for stage, block in zip(self.stages, BLOCKS, strict=True):
             x = self._block(x, block)
-        return x
+            if stage in taps:
+                maps[stage] = x
+        return [x, *(maps[stage] for stage in taps)] if taps else x

@@ -42,7 +42,8 @@ class BackboneConfig(Schema):
     Attributes:
         type: how the trunk is built.
         model: the model's name, for `type: timm` only.
-        arguments: further arguments of `timm.create_model`, such as `img_size`; for `type: timm` only.
+        arguments: further arguments of `timm.create_model`, for `type: timm` only. `img_size` stands for the crop that
+            the model brings, instead of its own.
         stride_in: the convolution of a bottleneck that holds its stride: the 3×3 (`conv2`, torchvision) or the first
             1×1 (`conv1`, as He et al. published it). ResNet-50, -101 and -152 only.
         weights: None (as the recipe says), "imagenet" (the published file; for timm its own), or the path of a file,
@@ -65,16 +66,18 @@ class BackboneConfig(Schema):
 
     @model_validator(mode="after")
     def _options_fit_the_type(self) -> "BackboneConfig":
-        own = {"pooling": self.pooling, "input": self.input}
+        own: dict[str, Any] = {"pooling": self.pooling, "input": self.input}
         if self.type == "timm":
             if self.model is None:
                 raise ValueError("type timm needs `model`, a name from timm.list_models()")
             own["published"] = self.published
             if given := [name for name, value in own.items() if value is not None]:
                 raise ValueError(f"a timm model brings its own {' and '.join(given)}: leave out or null")
+            if not isinstance(self.arguments.get("img_size", 0), int):
+                raise ValueError("arguments.img_size is the side of a square, in whole pixels")
         else:
-            if self.model is not None or self.arguments:
-                raise ValueError(f"`model` and `arguments` are for type timm only, not for {self.type}")
+            if given := [name for name in ("model", "arguments") if getattr(self, name)]:
+                raise ValueError(f"`{given[0]}` is for type timm only, not for {self.type}")
             if absent := [name for name, value in own.items() if value is None]:
                 raise ValueError(f"type {self.type} needs `{'` and `'.join(absent)}`")
             if self.weights == "imagenet" and self.published is None:

@@ -1,19 +1,25 @@
 """Trunk → global pooling → linear head → L2 normalisation."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cbml.backbones import heads
 from cbml.backbones.entries import BackboneConfig, InputConvention
-from cbml.backbones.trunks import build_trunk, input_convention
+from cbml.backbones.trunks import build_trunk, channels_of, input_convention
 
-POOLING = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}
+POOLING: dict[str, Callable[..., Tensor]] = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}
 
 
 class Normalize(nn.Module):
     """RGB images (B, 3, H, W) with values 0–255 → the float32 values that a trunk expects."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, input: InputConvention):
         super().__init__()
@@ -31,6 +37,22 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
+class Outputs(NamedTuple):
+    """What a network makes of a batch of images.
+
+    Attributes:
+        embeddings: (B, D) float32, of unit length.
+        raw: (B, D) float32, what the head gives, before it is normalised.
+        features: (B, C), the trunk's, pooled.
+        map: (B, C, h, w), the trunk's last feature map.
+    """
+
+    embeddings: Tensor
+    raw: Tensor | None = None
+    features: Tensor | None = None
+    map: Tensor | None = None
+
+
 class EmbeddingModel(nn.Module):
     """Embeddings from raw images: the backbone's own normalisation is part of the model.
 
@@ -38,33 +60,64 @@ class EmbeddingModel(nn.Module):
         trunk: normalised images → features (B, C, h, w), or (B, C) if `pooling` is None; has `num_features`.
         input: the pixels that the trunk expects.
         pooling: "avg", "max", or None for a trunk that pools by itself.
-        embedding_dim: D of the linear head, or 0 for no head: D is C then.
+        embedding_dim: D of the head, or 0 for no head: D is C then.
         freeze_bn: keep the trunk's BN layers in eval mode, their affine parameters trained, also in `train()`. A later
             change takes effect at the next `train()`.
+        head: None for one linear layer.
+        taps: the stages of the trunk that the head takes.
+
+    Attributes:
+        parts: sizes of the embedding's parts.
+
+    Raises:
+        UserError: the head does not fit `embedding_dim`, or the trunk has no such stages.
     """
 
+    embedding_dim: int
+    parts: list[int]
+
     def __init__(
-        self, trunk: nn.Module, input: InputConvention, pooling: str | None, embedding_dim: int, freeze_bn: bool = True
+        self,
+        trunk: nn.Module,
+        input: InputConvention,
+        pooling: str | None,
+        embedding_dim: int,
+        freeze_bn: bool = True,
+        head: heads.Head | None = None,
+        taps: tuple[str, ...] = (),
     ):
         super().__init__()
+        head = head or heads.Linear()
         self.normalize = Normalize(input)
         self.trunk = trunk
         self.pooling = pooling
         self.freeze_bn = freeze_bn
-        self.head = nn.Identity()
+        self.taps = taps
+        features = cast(int, trunk.num_features)
+        self.embedding_dim = embedding_dim or features
+        self.parts = head.parts(embedding_dim) if embedding_dim or head.type != "linear" else [features]
+        self.part_weights = head.part_weights(self.parts)
+        self.head: nn.Module = nn.Identity()
         if embedding_dim:
-            self.head = nn.Linear(trunk.num_features, embedding_dim)
-            nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
-            nn.init.zeros_(self.head.bias)
-        self.embedding_dim = embedding_dim or trunk.num_features
+            self.head = head.build(features, channels_of(trunk, taps), self.parts)
         self.train()
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB images (B, 3, H, W), uint8 or float with values 0–255 → float32 embeddings (B, D) of unit length."""
-        features = self.trunk(self.normalize(images))
-        if self.pooling:
-            features = POOLING[self.pooling](features, 1).flatten(1)
-        return F.normalize(self.head(features).float(), dim=1)
+        return self.outputs(images).embeddings
+
+    def outputs(self, images: Tensor, wanted: Iterable[str] = ()) -> Outputs:
+        """Embeddings, as `forward`, and those of the other `Outputs` that are wanted.
+
+        In training the parts of an embedding have the same length; in eval mode, that of their weights.
+        """
+        pixels = self.normalize(images)
+        last, *maps = self.trunk(pixels, self.taps) if self.taps else (self.trunk(pixels),)
+        features = POOLING[self.pooling](last, 1).flatten(1) if self.pooling else last
+        raw = self.head(features, *maps).float()
+        embeddings = heads.join(raw, self.parts, [1.0] * len(self.parts) if self.training else self.part_weights)
+        others = {"raw": raw, "features": features, "map": last if self.pooling else None}
+        return Outputs(embeddings, **{name: others[name] for name in wanted if name in others})
 
     def train(self, mode: bool = True) -> "EmbeddingModel":
         super().train(mode)
@@ -76,13 +129,24 @@ class EmbeddingModel(nn.Module):
 
 
 def create_model(
-    config: BackboneConfig, *, embedding_dim: int, root: Path, load_weights: bool = True
+    config: BackboneConfig,
+    *,
+    embedding_dim: int,
+    root: Path,
+    crop: int | None = None,
+    head: heads.Head | None = None,
+    load_weights: bool = True,
 ) -> EmbeddingModel:
     """Build a backbone with its weights (unless `load_weights` is off: for a checkpoint to follow) and a new head.
 
+    Args:
+        root, crop: as in `build_trunk`.
+
     Raises:
-        UserError: as `build_trunk`.
+        UserError: as `build_trunk` and `EmbeddingModel`.
     """
     if not load_weights:
         config = config.model_copy(update={"weights": None})
-    return EmbeddingModel(build_trunk(config, root), input_convention(config), config.pooling, embedding_dim)
+    taps = head.stages(config.type) if head else ()
+    trunk = build_trunk(config, root, crop)
+    return EmbeddingModel(trunk, input_convention(config), config.pooling, embedding_dim, head=head, taps=taps)

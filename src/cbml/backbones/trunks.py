@@ -2,37 +2,48 @@
 
 import difflib
 import hashlib
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cbml.backbones.bn_inception import BNInception
 from cbml.backbones.entries import BackboneConfig, InputConvention
-from cbml.backbones.weights import CLASSIFIERS, fetch_published, load_state, read_state
+from cbml.backbones.weights import CLASSIFIERS, Unavailable, fetch_published, load_state, read_state
 from cbml.errors import UserError
 
 
-def build_trunk(config: BackboneConfig, root: Path) -> nn.Module:
+def build_trunk(config: BackboneConfig, root: Path, crop: int | None = None) -> nn.Module:
     """Build a trunk and load its weights.
 
     Args:
         root: what a relative path in `config.weights` is relative to.
+        crop: side of the images, in pixels, for the timm models that are built for one size, as most vision
+            transformers are: their positional embeddings are resampled to it. None: the backbone's own.
 
     Returns:
         A module from normalised images (B, 3, H, W) to features (B, C, h, w), or (B, C) if it is a timm model, which
         pools by itself. Its attribute `num_features` is C.
 
     Raises:
-        UserError: the weights cannot be had, read or loaded, or timm or the timm model is missing.
+        UserError: the weights cannot be had, read or loaded, timm or the timm model is missing, or it does not take
+            images of that size.
     """
-    trunk = TRUNKS[config.type](config, root)
-    if (path := weights_file(config, root)) is None or "img_size" in config.arguments:
-        return trunk  # timm has loaded its weights, and resized what depends on the size of images
-    load_state(trunk, read_state(path), path, (*CLASSIFIERS, *getattr(trunk, "classifier_names", ())))
+    if crop:
+        config = config.model_copy(update={"arguments": config.arguments | {"img_size": crop}})
+    trunk = TRUNKS[config.type](config)
+    if (path := weights_file(config, root)) is None:
+        return trunk
+    state = read_state(path)
+    if config.type == "timm":
+        state = _adapted(state, trunk, path)
+    load_state(trunk, state, path, (*CLASSIFIERS, *getattr(trunk, "classifier_names", ())))
     return trunk
 
 
@@ -63,9 +74,9 @@ def input_convention(config: BackboneConfig) -> InputConvention:
     Raises:
         UserError: timm or the timm model is missing.
     """
-    if config.type != "timm":
+    if config.input:
         return config.input
-    timm = _timm_with(config.model)
+    timm = _timm_with(config)
     pretrained = timm.get_pretrained_cfg(config.model)
     data = timm.data.resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
     crop = config.arguments.get("img_size", data["input_size"][1])
@@ -78,15 +89,7 @@ def input_convention(config: BackboneConfig) -> InputConvention:
     )
 
 
-def needs_size(config: BackboneConfig) -> bool:
-    """Whether a network has to be built for one size of images, as most vision transformers are."""
-    if config.type != "timm":
-        return False
-    pretrained = _timm_with(config.model).get_pretrained_cfg(config.model)
-    return bool(pretrained and pretrained.fixed_input_size)
-
-
-def _resnet(config: BackboneConfig, root: Path) -> nn.Module:
+def _resnet(config: BackboneConfig) -> nn.Module:
     import torchvision
 
     network = torchvision.models.get_model(config.type, weights=None)
@@ -94,44 +97,61 @@ def _resnet(config: BackboneConfig, root: Path) -> nn.Module:
         for block in network.modules():
             if isinstance(block, torchvision.models.resnet.Bottleneck):
                 block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
-    return _until_pooling(network)
+    return Stages(network)
 
 
-def _googlenet(config: BackboneConfig, root: Path) -> nn.Module:
+def _googlenet(config: BackboneConfig) -> nn.Module:
     import torchvision
 
     network = torchvision.models.googlenet(weights=None, transform_input=False, aux_logits=False, init_weights=False)
-    return _kaiming(_until_pooling(network))
+    return _kaiming(Stages(network))
 
 
-def _bn_inception(config: BackboneConfig, root: Path) -> nn.Module:
+def _bn_inception(config: BackboneConfig) -> nn.Module:
     return _kaiming(BNInception())
 
 
-def _timm(config: BackboneConfig, root: Path) -> nn.Module:
-    timm = _timm_with(config.model)
-    options = dict(config.arguments, pretrained=config.weights == "imagenet", num_classes=0)
-    if "img_size" in options and config.weights not in (None, "imagenet"):
-        path = root / config.weights
-        read_state(path)  # for what it says of a bad file
-        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+def _timm(config: BackboneConfig) -> nn.Module:
+    timm = _timm_with(config)
+    arguments = dict(config.arguments, pretrained=config.weights == "imagenet", num_classes=0)
+    size = arguments.get("img_size")
+    if not getattr(timm.get_pretrained_cfg(config.model), "fixed_input_size", False):
+        arguments.pop("img_size", None)
     try:
-        trunk = timm.create_model(config.model, **options)
+        trunk = timm.create_model(config.model, **arguments)
     except Exception as error:  # timm, its hub client and their transports each have their own types
-        reason = f"{error}".strip().partition("\n")[0]
-        raise UserError(
-            f"timm model '{config.model}' cannot be had ({type(error).__name__}: {reason}); a file of weights can be "
-            "named: -S backbone.NAME.weights=PATH"
-        ) from error
+        kind = Unavailable if arguments["pretrained"] else UserError
+        raise kind(f"timm model '{config.model}' cannot be had ({_reason(error)})") from error
+    if size:
+        try:
+            with torch.no_grad():
+                trunk.eval()(torch.zeros(1, 3, size, size))
+        except Exception as error:  # a size that patches or windows do not divide
+            raise UserError(
+                f"timm model '{config.model}' does not take images of {size} pixels ({_reason(error)})"
+            ) from error
+        trunk.train()
     trunk.num_features = trunk.head_hidden_size  # differs where a layer follows the pooling, as in MobileNetV3
     classifiers = trunk.pretrained_cfg.get("classifier") or ()
-    trunk.classifier_names = tuple(
-        f"{name}." for name in ((classifiers,) if isinstance(classifiers, str) else classifiers)
-    )
+    names = (classifiers,) if isinstance(classifiers, str) else classifiers
+    trunk.classifier_names = tuple(f"{name.partition('.')[0]}." for name in names)  # with the layers around them
     return trunk
 
 
-TRUNKS: dict[str, Callable[[BackboneConfig, Path], nn.Module]] = {
+def _adapted(state: dict[str, Tensor], trunk: nn.Module, path: Path) -> dict[str, Tensor]:
+    """A state dict as timm adapts those of the trunk's family: to its names, and to the size of images."""
+    adapt = getattr(inspect.getmodule(type(trunk)), "checkpoint_filter_fn", None)
+    try:
+        return adapt(state, trunk) if adapt else state
+    except Exception as error:  # what another network's names and shapes lead to
+        raise UserError(f"weights {path} do not fit the backbone ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+TRUNKS: dict[str, Callable[[BackboneConfig], nn.Module]] = {
     **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), _resnet),
     "googlenet": _googlenet,
     "bn_inception": _bn_inception,
@@ -139,11 +159,48 @@ TRUNKS: dict[str, Callable[[BackboneConfig, Path], nn.Module]] = {
 }
 
 
-def _until_pooling(network: nn.Module) -> nn.Module:
+class Stages(nn.Sequential):
     """The layers of a torchvision network before its global pooling, under their own names."""
-    trunk = nn.Sequential(OrderedDict(takewhile(lambda child: child[0] != "avgpool", network.named_children())))
-    trunk.num_features = network.fc.in_features
-    return trunk
+
+    def __init__(self, network: nn.Module):
+        super().__init__(OrderedDict(takewhile(lambda child: child[0] != "avgpool", network.named_children())))
+        self.num_features = cast(nn.Linear, network.fc).in_features
+
+    def forward(self, x: Tensor, taps: tuple[str, ...] = ()) -> Tensor | list[Tensor]:
+        """The last feature map or, if `taps` are named, a list of that and of the maps after those layers."""
+        maps = {}
+        for name, layer in self.named_children():
+            x = layer(x)
+            if name in taps:
+                maps[name] = x
+        return [x, *(maps[name] for name in taps)] if taps else x
+
+    @property
+    def stages(self) -> list[str]:
+        """What can be named as a tap."""
+        return [name for name, _ in self.named_children()]
+
+
+def channels_of(trunk: nn.Module, taps: tuple[str, ...]) -> list[int]:
+    """The channels of a trunk's stages.
+
+    Raises:
+        UserError: the trunk has no such stages.
+    """
+    if not taps:
+        return []
+    names = getattr(trunk, "stages", [])
+    if not names:
+        raise UserError(
+            f"head: taps {', '.join(taps)}: this trunk has no stages (a timm model gives its features alone)"
+        )
+    if absent := [name for name in taps if name not in names]:
+        raise UserError(f"head: the trunk has no stage {absent[0]!r}; allowed: {', '.join(names)}")
+    training = trunk.training
+    with torch.no_grad():
+        _, *maps = trunk.eval()(torch.zeros(1, 3, 64, 64), taps)
+    trunk.train(training)
+    return [found.shape[1] for found in maps]
 
 
 def _kaiming(trunk: nn.Module) -> nn.Module:
@@ -156,12 +213,13 @@ def _kaiming(trunk: nn.Module) -> nn.Module:
     return trunk
 
 
-def _timm_with(model: str) -> ModuleType:
-    """Import timm and make sure that it knows `model`."""
+def _timm_with(config: BackboneConfig) -> ModuleType:
+    """Import timm and make sure that it knows the entry's model."""
+    model = str(config.model)
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise UserError(f"backbone timm model '{model}' needs timm: pip install -r requirements-extra.txt") from error
+        raise UserError(f"backbone timm model '{model}' needs timm: pip install 'cbml[timm]'") from error
     if not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models(), 3)
         raise UserError(

@@ -17,6 +17,10 @@ from cbml.files import atomic_write
 CLASSIFIERS = ("fc.", "last_linear.", "classifier.", "aux")
 
 
+class Unavailable(UserError):
+    """Published weights that are not here and cannot be fetched."""
+
+
 def fetch_published(published: PublishedWeights) -> Path:
     """Return the published file in torch hub's cache, downloading it if it is not there.
 
@@ -37,9 +41,8 @@ def _download(path: Path, published: PublishedWeights) -> None:
         try:
             torch.hub.download_url_to_file(published.url, str(download), progress=sys.stderr.isatty())
         except (OSError, HTTPException) as error:
-            raise UserError(
-                f"weights {published.url} cannot be downloaded ({error}): fetch them elsewhere and put them at "
-                f"{path}, or name a file: -S backbone.NAME.weights=PATH"
+            raise Unavailable(
+                f"weights {published.url} cannot be downloaded ({error}): fetch them elsewhere and put them at {path}"
             ) from error
         _verify(download, published, f"what came from {published.url}")
 

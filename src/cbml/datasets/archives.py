@@ -139,8 +139,8 @@ def _mismatch(path: Path, size: int, md5: str) -> str | None:
     """What is wrong with a file that should have this size and MD5, if anything."""
     if (found := _size(path)) != size:
         return f"size is {found} bytes, expected {size}"
-    if (found := _md5(path)) != md5:
-        return f"MD5 is {found}, expected {md5}"
+    if (content := _md5(path)) != md5:
+        return f"MD5 is {content}, expected {md5}"
     return None
 
 
@@ -186,7 +186,9 @@ def unpack(archive: Path, folder: Path, top: str) -> None:
                     )
                 target = folder.joinpath(*parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with tar.extractfile(member) as source, target.open("wb") as file:
+                source = tar.extractfile(member)
+                assert source  # as a regular file has one
+                with source, target.open("wb") as file:
                     shutil.copyfileobj(source, file)  # `member.size` bytes, or an error
                     unpacked += file.tell()
             while tar.fileobj.read(CHUNK):  # up to the checksum, which lies behind the last member

@@ -2,7 +2,7 @@
 
 import unicodedata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -63,7 +63,7 @@ class GlyphsConfig(Schema):
             for (i, k), path in zip(progress(images, "drawing", "images"), paths, strict=True):
                 rng = np.random.default_rng([self.seed, ord(characters[i]), k])
                 draw(characters[i], fonts[rng.integers(len(fonts))], self.size, rng).save(new / "images" / path)
-            tables = {
+            tables: dict[str, list[Any]] = {
                 "classes.txt": names,
                 "images.txt": paths,
                 "image_class_labels.txt": [i + 1 for i, _ in images],
@@ -88,12 +88,12 @@ def draw(character: str, font: ImageFont.FreeTypeFont, size: int, rng: np.random
     ink = glyph.transform(
         (size, size), Image.Transform.AFFINE, np.c_[matrix, offset].ravel().tolist(), Image.Resampling.BICUBIC
     )
-    ink = np.asarray(ink.filter(ImageFilter.GaussianBlur(size / 48 * rng.uniform(0, 1))))[..., None] / 255
+    coverage = np.asarray(ink.filter(ImageFilter.GaussianBlur(size / 48 * rng.uniform(0, 1))))[..., None] / 255
 
     brightness = rng.permutation([rng.uniform(0, 70), rng.uniform(185, 255)])  # dark on light or light on dark
     colours = brightness[:, None] + rng.uniform(-40, 40, (2, 3))
     ramp = np.linspace(-1, 1, size)
     gradient = rng.uniform(-25, 25, 2) @ [np.tile(ramp, size), np.repeat(ramp, size)]
     background = colours[1] + gradient.reshape(size, size, 1)
-    pixels = background + ink * (colours[0] - background) + rng.normal(0, rng.uniform(0, 15), (size, size, 3))
+    pixels = background + coverage * (colours[0] - background) + rng.normal(0, rng.uniform(0, 15), (size, size, 3))
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))

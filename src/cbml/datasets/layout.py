@@ -68,8 +68,8 @@ def read_layout(folder: Path, origin: Path | None = None) -> list[tuple[str, int
 def _read_table(folder: Path, name: str, origin: Path) -> dict[int, str]:
     table = {}
     for n, line in enumerate(read_lines(folder / name, f"{origin}/{name}"), 1):
-        key, _, value = line.strip().partition(" ")
-        if not (key := number(key)) or not value:
+        text, _, value = line.strip().partition(" ")
+        if not (key := number(text)) or not value:
             raise UserError(f"{origin}/{name}, line {n}: {line[:100]!r}; expected '<id, from 1> <value>'")
         if key in table:
             raise UserError(f"{origin}/{name}, line {n}: id {key} is listed twice")

@@ -7,7 +7,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -81,7 +81,7 @@ def build_lists(dataset: Path, out: Path) -> dict:
     with ThreadPoolExecutor() as pool:
         for line in progress(pool.map(digest, entries), "checking", "images", total=len(entries)):
             fingerprint.update(line.encode())
-    summary = {"fingerprint": fingerprint.hexdigest()[:16]}
+    summary: dict[str, Any] = {"fingerprint": fingerprint.hexdigest()[:16]}
     with atomic_write(out) as new:
         new.mkdir()
         for name, members in lists.items():

@@ -1,10 +1,11 @@
 """Batches made ahead of a GPU that would wait for them."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,21 +18,27 @@ WORKERS = 4
 
 
 def load_batches(
-    make: Callable[[T], tuple[Tensor, ...]], items: Iterable[T], images: PackedImages, device: torch.device
-) -> Iterator[list[Tensor]]:
-    """Yield `make(item)` for each item, in order, as tensors on `device`.
+    make: Callable[[T], tuple[Any, ...]], items: Iterable[T], images: PackedImages, device: torch.device
+) -> Iterator[list[Any]]:
+    """Yield `make(item)` for each item, in order, its tensors on `device`.
 
     Args:
         make: makes a batch from `images`; it must depend on its item alone, because threads may call it ahead of time.
             They do for a CUDA device that the images are not on. On a CPU they would take what the model computes with.
     """
     cuda = device.type == "cuda"
+    batches: Iterator[Sequence[Tensor]]
     if cuda and not images.data.is_cuda:
-        batches = prefetch(lambda item: [tensor.pin_memory() for tensor in make(item)], items, WORKERS)
+        batches = prefetch(lambda item: [_each(Tensor.pin_memory, value) for value in make(item)], items, WORKERS)
     else:
         batches = map(make, items)
+    move = partial(Tensor.to, device=device, non_blocking=cuda)
     for batch in batches:
-        yield [tensor.to(device, non_blocking=cuda) for tensor in batch]
+        yield [_each(move, value) for value in batch]
+
+
+def _each(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    return function(value) if isinstance(value, Tensor) else value
 
 
 def prefetch(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:

@@ -61,9 +61,9 @@ def crop_each(
         pixels = data.as_strided((height, width, 3), (3 * stride, 3, 1), 3 * first).numpy()
         if (height, width) != (size, size):
             # Channels last and contiguous: what the vectorised kernel for bytes takes.
-            pixels = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-            pixels = F.interpolate(pixels, (size, size), mode=interpolation, antialias=True)
-            pixels = pixels[0].permute(1, 2, 0).numpy()
+            part = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+            part = F.interpolate(part, (size, size), mode=interpolation, antialias=True)
+            pixels = part[0].permute(1, 2, 0).numpy()
         crop[:] = (pixels[:, ::-1] if mirrored else pixels).transpose(2, 0, 1)
     return torch.from_numpy(crops)
 

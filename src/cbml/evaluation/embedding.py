@@ -10,8 +10,14 @@ from cbml.datasets.loading import load_batches
 from cbml.datasets.transforms import center_boxes
 from cbml.progress import progress
 
+BATCH = 120
 # Pixels of a batch whose feature maps a CPU's caches hold; larger ones take up to 1.7 times as long an image.
 CPU_BATCH_PIXELS = 200_000
+
+
+def batch_size(crop: int, device: torch.device) -> int:
+    """How many images of `crop` × `crop` pixels to embed at a time."""
+    return min(BATCH, max(1, CPU_BATCH_PIXELS // crop**2)) if device.type == "cpu" else BATCH
 
 
 @torch.no_grad()
@@ -22,23 +28,19 @@ def embed(
     crop: int,
     interpolation: str,
     device: torch.device,
-    batch_size: int = 120,
 ) -> Tensor:
     """(N, D) embeddings, on `device`, of the centre crops of all images.
 
     Args:
         model: an `EmbeddingModel` in eval mode: (B, 3, crop, crop) RGB values of 0 to 255 → (B, D).
-        batch_size: at most, on a CPU.
     """
-    if device.type == "cpu":
-        batch_size = min(batch_size, max(1, CPU_BATCH_PIXELS // crop**2))
+    size = batch_size(crop, device)
 
     def center_crops(indices: Tensor) -> tuple[Tensor]:
         boxes = center_boxes(images.sizes[indices], crop)
         return (images.crops(indices, boxes, crop, interpolation=interpolation),)
 
-    batches = torch.arange(len(images)).split(batch_size)
+    batches = torch.arange(len(images)).split(size)
     loaded = load_batches(center_crops, batches, images, device)
-    return torch.cat(
-        [model(crops) for (crops,) in progress(loaded, "embed", "images", total=len(batches), scale=batch_size)]
-    )
+    shown = progress(loaded, "embed", "images", total=len(batches), scale=size)
+    return torch.cat([model(crops) for (crops,) in shown])

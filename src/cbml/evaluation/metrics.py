@@ -1,4 +1,4 @@
-"""Recall@K, R-Precision, MAP@R and NMI."""
+"""Recall@K, R-Precision, MAP@R and NMI, in percent: here, and so wherever they are written or shown."""
 
 from collections.abc import Sequence
 
@@ -44,7 +44,7 @@ def evaluate(
         block: the most products held at once.
 
     Returns:
-        `recall_at_{K}`, `r_precision`, `map_at_r` and, if asked for, `nmi`, all in [0, 1]; `queries`, the number of
+        `recall_at_{K}`, `r_precision`, `map_at_r` and, if asked for, `nmi`, all in percent; `queries`, the number of
         queries in these means; `queries_without_answer`, the number left out because the gallery has no (other) item
         of their class.
 
@@ -60,7 +60,7 @@ def evaluate(
         raise UserError("nmi: allowed only without a gallery")
     queries, in_order = by_class(embeddings, labels, "embeddings", "labels")
     self_retrieval = gallery is None
-    if self_retrieval:
+    if gallery is None or gallery_labels is None:
         gallery, gallery_labels = queries, in_order
     else:
         gallery, gallery_labels = by_class(gallery, gallery_labels, "gallery", "gallery_labels")
@@ -68,10 +68,10 @@ def evaluate(
     first, last = (torch.searchsorted(gallery_labels, in_order, side=side) for side in ("left", "right"))
     search = Search(queries, gallery, first, last, block)
 
-    scores = []
+    blocks = []
     for rows in search.blocks():
         r = (last - first)[rows, None] - int(self_retrieval)
-        r_max = max(1, r.max().item())
+        r_max = max(1, int(r.max()))
         positives = search.left_out(rows)
         if self_retrieval:
             positives.scatter_(1, (rows - first[rows])[:, None], -torch.inf)
@@ -80,20 +80,20 @@ def evaluate(
         rank = j + _negatives_ahead(search, rows, positives - RESOLUTION, r - j, max(ks))
         hit = (rank <= r).double()
         block_scores = [rank[:, 0] <= k for k in ks] + [hit.sum(1) / r[:, 0], (hit * j / rank).sum(1) / r[:, 0]]
-        scores.append(torch.stack([score.double() for score in block_scores], dim=1)[r[:, 0] > 0])
-    scores = torch.cat(scores)
+        blocks.append(torch.stack([score.double() for score in block_scores], dim=1)[r[:, 0] > 0])
+    scores = torch.cat(blocks)
     if not len(scores):
         raise UserError("labels: no query has another image of its class in the gallery, at least one must")
 
     names = [f"recall_at_{k}" for k in ks] + ["r_precision", "map_at_r"]
-    metrics = dict(zip(names, scores.mean(dim=0).tolist(), strict=True))
+    metrics = dict(zip(names, (100 * scores.sum(dim=0) / len(scores)).tolist(), strict=True))
     if nmi:
         from sklearn.cluster import KMeans  # takes a second to import, which what serves a model need not wait for
         from sklearn.metrics import normalized_mutual_info_score
 
         k_means = KMeans(n_clusters=len(in_order.unique()), random_state=0)
         clusters = k_means.fit_predict(unit_vectors(embeddings, "embeddings").cpu().numpy())
-        metrics["nmi"] = float(normalized_mutual_info_score(torch.as_tensor(labels).cpu().numpy(), clusters))
+        metrics["nmi"] = 100 * float(normalized_mutual_info_score(torch.as_tensor(labels).cpu().numpy(), clusters))
     metrics["queries"] = len(scores)
     metrics["queries_without_answer"] = len(queries) - len(scores)
     return metrics

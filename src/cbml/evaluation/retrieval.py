@@ -232,7 +232,8 @@ def retrieve(
     labels = labels.to(queries.device)
     first = torch.arange(len(queries), device=queries.device)
     last = first + 1
-    if gallery is None:
+    assert (gallery is None) == (gallery_labels is None)
+    if gallery is None or gallery_labels is None:
         gallery, gallery_labels = queries, labels
     else:
         gallery, gallery_labels = unit_vectors(gallery, "gallery"), gallery_labels.to(queries.device)

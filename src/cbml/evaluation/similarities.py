@@ -50,13 +50,15 @@ def pair_similarities(
         later = torch.arange(len(labels), device=rows.device) > rows[:, None]
         add("negative", products(vectors[rows], vectors)[later & (labels[rows, None] != labels)])
 
-    tables, moments = [], {}
+    tables: list[pd.DataFrame] = []
+    moments: dict[str, dict[str, float | None]] = {}
     centres = ((np.arange(BINS) + 0.5) * 2 / BINS - 1).round(6)
     for pair in PAIRS:
         total = int(counts[pair].sum())
-        mean, square = (sums[pair] / total).tolist() if total else (None, None)
-        moments[pair] = {"mean": mean, "variance": max(square - mean**2, 0.0) if total else None, "pairs": total}
+        moments[pair] = {"mean": None, "variance": None, "pairs": total}
         if total:
+            mean, square = (sums[pair] / total).tolist()
+            moments[pair] |= {"mean": mean, "variance": max(square - mean**2, 0.0)}
             density = counts[pair].cpu().numpy() / total * BINS / 2
             tables.append(pd.DataFrame({"pair": pair, "similarity": centres, "density": density}))
     return pd.concat(tables) if tables else pd.DataFrame(columns=["pair", "similarity", "density"]), moments

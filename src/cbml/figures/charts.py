@@ -13,16 +13,34 @@ POINTS = 400  # of a curve by iteration: more could not be told apart
 
 
 def recall_chart(title: str, recalls: pd.DataFrame) -> str:
-    """Draw Recall@K (column `recall`, a share) by `k`."""
+    """Draw Recall@K (column `recall`, in percent) by `k`."""
     with chart(5.0, 3.2) as (figure, ax):
         ax.plot(recalls.k, recalls.recall, "o-", markersize=4)
         ax.set_xscale("log", base=2)
         ax.set_xticks(recalls.k, recalls.k.astype(str))
-        ax.set_ylim(0, 1.03)
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.set_ylim(0, 103)
+        ax.yaxis.set_major_formatter(PercentFormatter())
         for row in recalls[recalls.k.isin([1, 8])].itertuples():
-            ax.annotate(f"{row.recall:.1%}", (row.k, row.recall), (6, -10), textcoords="offset points")
+            ax.annotate(f"{row.recall:.1f}%", (row.k, row.recall), (6, -10), textcoords="offset points")
         ax.set(xlabel="K", ylabel="Recall@K")
+        figure.suptitle(title, wrap=True)
+        return to_svg(figure)
+
+
+def pseudo_labels_chart(title: str, table: pd.DataFrame) -> str:
+    """Draw how clusters compare with the classes, by the `iteration` before which they were found.
+
+    Args:
+        table: `iteration`; `nmi`, `purity`, `kept_purity` and `changed` in percent; one row per refresh.
+    """
+    curves = {"nmi": "NMI", "purity": "purity", "kept_purity": "purity of what is kept", "changed": "changed"}
+    with chart(7.2, 3.2) as (figure, ax):
+        for (name, label), colour in zip(curves.items(), COLOURS, strict=False):
+            ax.plot(table.iteration, table[name], ".-", color=colour, label=label)
+        ax.set_ylim(0, 103)
+        ax.yaxis.set_major_formatter(PercentFormatter())
+        ax.set(xlabel="iteration")
+        ax.legend(**ABOVE)
         figure.suptitle(title, wrap=True)
         return to_svg(figure)
 
@@ -32,7 +50,7 @@ def training_chart(title: str, losses: pd.DataFrame, validations: pd.DataFrame, 
 
     Args:
         losses: `iteration`, `loss` and any `loss_<term>`, one row per iteration; may be empty.
-        validations: `iteration` and `recall_at_1` (a share), the untrained network first, the final one last.
+        validations: `iteration` and `recall_at_1` (in percent), the untrained network first, the final one last.
         best_iteration: the one whose Recall@1 was highest.
     """
     panels = 2 if len(losses) else 1
@@ -47,9 +65,9 @@ def training_chart(title: str, losses: pd.DataFrame, validations: pd.DataFrame, 
         if final:
             marked["final"] = (final, "s", COLOURS[0])
         for size, (name, (iteration, marker, colour)) in zip((5, 13, 5), marked.items(), strict=False):
-            label = f"{name}: {recall[iteration]:.1%} at {iteration:,}"
+            label = f"{name}: {recall[iteration]:.1f}% at {iteration:,}"
             ax.plot(iteration, recall[iteration], marker, color=colour, markersize=size, label=label, clip_on=False)
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.yaxis.set_major_formatter(PercentFormatter())
         ax.set_ylabel("Recall@1, test list")
         ax.legend(**ABOVE, handletextpad=0.2)
         if len(losses):

@@ -37,7 +37,8 @@ def _looks(names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def curves_chart(curves: pd.DataFrame) -> str:
-    """Recall@1 on the test list over iterations: one line per run, with a marker where it is highest.
+    """Recall@1 on the test list over iterations: the mean over seeds, with a marker where it is highest, and a band of
+    one standard deviation to either side.
 
     Up to seven methods share a panel, one panel for each backbone and embedding size. More get a panel each, best
     first, over every method's mean in grey.
@@ -68,11 +69,12 @@ def curves_chart(curves: pd.DataFrame) -> str:
             if crowded:
                 axis.plot(means, color=INK, alpha=0.2, linewidth=0.6)
             for name, runs in curves[curves[panel_by] == panel].groupby(line_by, sort=False):
-                for _, run in runs.groupby("cell"):
-                    axis.plot(run.iteration, run.recall_at_1, color=looks[name]["color"], linewidth=1.1)
-                    trained = run[run.iteration > 0]  # the untrained network is not a candidate
-                    best = trained.loc[trained.recall_at_1.idxmax()] if len(trained) else run.iloc[0]
-                    axis.plot(best.iteration, best.recall_at_1, markersize=4.5, fillstyle="none", **looks[name])
+                recalls = runs.groupby("iteration").recall_at_1
+                mean, sd, colour = recalls.mean(), recalls.std().fillna(0), looks[name]["color"]
+                axis.plot(mean, color=colour, linewidth=1.1)
+                axis.fill_between(mean.index, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
+                best = (mean[mean.index > 0] if len(mean) > 1 else mean).idxmax()  # the untrained network is none
+                axis.plot(best, mean[best], markersize=4.5, fillstyle="none", **looks[name])
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         for column in axes.T:  # the lowest panel that is drawn
@@ -84,8 +86,10 @@ def curves_chart(curves: pd.DataFrame) -> str:
                 axes[0, 0].plot([], [], label=labels[name], linewidth=1.1, markersize=4.5, fillstyle="none", **look)[0]
                 for name, look in looks.items()
             ]
-            place = {"loc": "outside upper center", "ncols": 3} if crowded else {"loc": "outside right upper"}
-            figure.legend(handles=handles, **place)
+            if crowded:
+                figure.legend(handles=handles, loc="outside upper center", ncols=3)
+            else:
+                figure.legend(handles=handles, loc="outside right upper")
         return to_svg(figure)
 
 

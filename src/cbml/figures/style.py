@@ -4,9 +4,11 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 # Okabe and Ito's colours: distinct for the colour-blind, and on light and dark grounds.
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c"]
@@ -14,10 +16,10 @@ RIGHT, WRONG = "#0072b2", "#d55e00"
 PAIRS = {"positive": (RIGHT, "-"), "negative": (WRONG, "--")}
 INK = "#123456"  # stands for the page's text colour until `to_svg` replaces it
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
-    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.facecolor": "none",
@@ -33,7 +35,7 @@ STYLE = {
 
 
 @contextmanager
-def chart(width: float = 6.0, height: float = 3.5, **subplots) -> Iterator[tuple[Figure, object]]:
+def chart(width: float = 6.0, height: float = 3.5, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
     """Yield a figure of that size in inches and its axes (as `Figure.subplots` returns them), in the project's style.
 
     The figure belongs to no global state, so nothing needs closing and threads do not meet.

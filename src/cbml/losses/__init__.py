@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from cbml.losses.base import REGISTRY, Loss, LossConfig, build_loss, config_union
+from cbml.losses.base import REGISTRY, Batch, Loss, LossConfig, build_loss, config_union, needs
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -11,4 +11,4 @@ for _module in pkgutil.iter_modules(__path__):
 for _, _config in REGISTRY.values():
     _config.model_rebuild(_types_namespace={"AnyLoss": config_union()})
 
-__all__ = ["REGISTRY", "Loss", "LossConfig", "build_loss", "config_union"]
+__all__ = ["REGISTRY", "Batch", "Loss", "LossConfig", "build_loss", "config_union", "needs"]

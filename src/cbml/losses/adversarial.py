@@ -55,6 +55,11 @@ class Adversarial(Loss):
         )
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        parts = ReverseGradient.apply(embeddings).split([self.first, embeddings.shape[1] - self.first], dim=1)
-        a, b = (normalize(part, dim=1) for part in parts)
-        return {"loss": -(a * normalize(self.regressor(b), dim=1)).square().mean()}
+        a, b = embeddings.split([self.first, embeddings.shape[1] - self.first], dim=1)
+        return {"loss": adversarial(a, b, self.regressor)}
+
+
+def adversarial(a: Tensor, b: Tensor, regressor: nn.Module) -> Tensor:
+    """−mean((a ∘ h(b))²), of unit length, for `a` and `b` behind a gradient reversal and h the regressor."""
+    a, b = (normalize(ReverseGradient.apply(part), dim=1) for part in (a, b))
+    return -(a * normalize(regressor(b), dim=1)).square().mean()

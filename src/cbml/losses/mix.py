@@ -1,13 +1,16 @@
-"""Losses made of losses: weighted sums, and the cross-batch memory round one of them."""
+"""Losses made of losses: weighted sums, one loss on each part, and the cross-batch memory round one of them."""
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 from pytorch_metric_learning.losses import CrossBatchMemory
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.losses.base import AnyLoss, Loss, build_loss, register
+from cbml.losses.base import AnyLoss, Batch, Loss, Losses, register
 
 PAIR_LOSSES = ("angular", "contrastive", "margin", "multi_similarity", "triplet")
 Name = Annotated[str, Field(pattern=r"^\w+$")]
@@ -21,20 +24,41 @@ class Sum(Loss):
         terms: the losses by name, each with its `type` and parameters.
     """
 
-    def __init__(
-        self, embedding_dim: int, num_classes: int, terms: Annotated[dict[Name, AnyLoss], Field(min_length=1)]
-    ):
+    def __init__(self, build: Callable[..., Loss], terms: Annotated[dict[Name, AnyLoss], Field(min_length=1)]):
         super().__init__()
         self.names = list(terms)
-        self.losses = nn.ModuleList(
-            build_loss(config, embedding_dim=embedding_dim, num_classes=num_classes) for config in terms.values()
-        )
+        self.losses = Losses(map(build, terms.values()))
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {name: loss(embeddings, labels) for name, loss in zip(self.names, self.losses, strict=True)}
+    def compute_batch(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: loss.total(batch) for name, loss in zip(self.names, self.losses, strict=True)}
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        return [group for loss in self.losses for group in loss.parameter_groups(lr * self.lr_factor)]
+
+@register("per_part")
+class PerPart(Loss):
+    """The sum of a loss on each part of the embedding, normalised; the parts are those of the network's head.
+
+    Args:
+        loss: the loss, with its `type` and parameters; each part has its own.
+        select: `all` parts, or in a batch of a `task` the part of that number alone, and the whole embedding in a batch
+            of all tasks.
+    """
+
+    def __init__(
+        self, build: Callable[..., Loss], parts: list[int], loss: AnyLoss, select: Literal["all", "task"] = "all"
+    ):
+        super().__init__()
+        self.parts, self.select = parts, select
+        self.losses = Losses(build(loss, embedding_dim=size, parts=[size]) for size in parts)
+        if select == "task":
+            self.whole = build(loss)
+
+    def compute_batch(self, batch: Batch) -> dict[str, Tensor]:
+        if self.select == "task" and batch.task < 0:
+            return {"loss": self.whole.total(batch)}
+        slices = [normalize(part, dim=1) for part in batch.embeddings.split(self.parts, 1)]
+        chosen = range(len(self.parts)) if self.select == "all" else [batch.task]
+        totals = [self.losses[number].total(replace(batch, embeddings=slices[number])) for number in chosen]
+        return {"loss": cast(Tensor, sum(totals))}
 
 
 @register("xbm")
@@ -52,23 +76,24 @@ class XBM(Loss):
     """
 
     def __init__(
-        self, embedding_dim: int, num_classes: int, loss: AnyLoss, memory_size: Annotated[int, Field(gt=0)] = 1024
+        self,
+        build: Callable[..., Loss],
+        embedding_dim: int,
+        loss: AnyLoss,
+        memory_size: Annotated[int, Field(gt=0)] = 1024,
     ):
         super().__init__()
         if loss.type not in PAIR_LOSSES:
             raise UserError(f"loss xbm: cannot hold {loss.type}; allowed: {', '.join(PAIR_LOSSES)}")
         if getattr(loss, "one_sided", False):
             raise UserError("loss xbm: a triplet inside has no order of images in a batch; allowed: one_sided: false")
-        self.loss = build_loss(loss, embedding_dim=embedding_dim, num_classes=num_classes)
+        self.loss = build(loss)
         self.memory = CrossBatchMemory(self.loss.loss, embedding_dim, memory_size, self.loss.miner)
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
         if len(labels) > self.memory.memory_size:
             raise UserError(f"loss xbm: memory_size {self.memory.memory_size} is below the batch of {len(labels)}")
         return {"loss": self.loss.weight * self.memory(embeddings, labels)}
-
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        return self.loss.parameter_groups(lr * self.lr_factor)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"queue_idx": self.memory.queue_idx, "has_been_filled": self.memory.has_been_filled}

@@ -1,7 +1,7 @@
 """The losses taken from pytorch-metric-learning, each with the miner of its paper."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
@@ -87,7 +87,7 @@ class Contrastive(LibraryLoss):
 class TripletMiner(miners.TripletMarginMiner):
     """The library's miner; with `one_sided`, a positive pair is anchored by its earlier image alone."""
 
-    def __init__(self, one_sided: bool, **kwargs):
+    def __init__(self, one_sided: bool, **kwargs: Any):
         super().__init__(**kwargs)
         self.one_sided = one_sided
 

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from cbml.reporting.tables import shown, title
+from cbml.reporting.tables import sections, shown
 
 
 def to_latex(table: pd.DataFrame, dataset: str, test: dict[str, int]) -> str:
@@ -12,10 +12,10 @@ def to_latex(table: pd.DataFrame, dataset: str, test: dict[str, int]) -> str:
         test: the number of `images` and `classes` of the test list.
     """
     parts = []
-    for size, rows in table.groupby("embedding_dim", sort=False):
+    for title, rows in sections(table):
         text = shown(rows)
         text.columns = [name.replace("%", r"\%") for name in text.columns]
-        what = f"% Recall@K on {dataset} in percent: {title(size)}; test list: {test['images']:,} images of "
+        what = f"% Recall@K on {dataset} in percent: {title}; test list: {test['images']:,} images of "
         what += f"{test['classes']:,} classes; protocols: {', '.join(rows.protocol.unique())}\n"
         tabular = (
             text.style.format(escape="latex")

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from cbml.reporting.tables import PROTOCOLS, Evaluated, notes, provenance, shown, title
+from cbml.reporting.tables import PROTOCOLS, Evaluated, notes, outdated, provenance, sections, shown
 
 
 def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int], evaluated: list[Evaluated]) -> str:
@@ -11,9 +11,9 @@ def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int], evaluat
     Args:
         test: the number of `images` and `classes` of the test list.
     """
-    parts = [f"# Recall@K on {dataset}, in percent", *notes(table, test, evaluated)]
-    for size, rows in table.groupby("embedding_dim", sort=False):
-        parts += [f"## {title(size)}", pipe_table(shown(rows))]
+    parts = [f"# Recall@K on {dataset}, in percent", *outdated(evaluated), *notes(table, test)]
+    for title, rows in sections(table):
+        parts += [f"## {title}", pipe_table(shown(rows))]
     parts.append("Mean ± standard deviation over seeds. Protocols:")
     parts.append("\n".join(f"- `{name}`: {text}" for name, text in PROTOCOLS.items() if name in set(table.protocol)))
     commands = "\n".join(dict.fromkeys(table.command.dropna()))

@@ -2,8 +2,9 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,25 @@ class Evaluated:
         """The values of `ROW`."""
         return self.cell.embedding_dim, self.cell.backbone, self.cell.loss, self.variant
 
+    @property
+    def unsupervised(self) -> bool:
+        """Whether it was trained without labels."""
+        batches = self.cell.loss_config.batches
+        return batches is not None and not batches.needs_labels
+
+    @property
+    def started(self) -> str:
+        """What the backbone started from, which may hold labels of its own."""
+        weights = self.cell.backbone_config.weights
+        return {None: "from scratch", "imagenet": "ImageNet weights"}.get(weights, f"weights {weights}")
+
 
 def published() -> pd.DataFrame:
-    """The paper's six tables: backbone, embedding_dim, method, source (`paper`, `literature`), Recall@K in percent."""
+    """Published figures: the paper's six tables (source `paper`, `literature`), and without labels (`unsupervised`).
+
+    Columns: `backbone`, `embedding_dim` and `method` as printed, `source`, Recall@K in percent; `option`, our name of
+    the method; `source_dim`, its embedding size as its own authors have it; `note`, what else differs from the print.
+    """
     with (files("cbml.reporting") / "paper_tables.csv").open() as file:
         return pd.read_csv(file)
 
@@ -116,20 +133,22 @@ def _row_hash(evaluated: Evaluated) -> str:
 
 
 def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
-    """One row per cell and protocol: `ROW`, `protocol`, `seed`, metrics in percent, and the `command` of its row."""
+    """One row per cell and protocol: `ROW`, `protocol`, `seed`, metrics, and the `command` of its row."""
     rows = []
     for one in evaluated:
         scores = read_json(one.folder / "metrics.json", "evaluate", ("final", "untrained"))
         seeds = sorted(each.cell.seed for each in evaluated if each.row == one.row)
         for protocol in [name for name in PROTOCOLS if name in scores]:
-            values = {name: 100 * scores[protocol][name] for name in metrics(scores[protocol])}
+            values = {name: scores[protocol][name] for name in metrics(scores[protocol])}
             rows.append(
                 {
                     **dict(zip(ROW, one.row, strict=True)),
+                    "unsupervised": one.unsupervised,
+                    "started": one.started,
                     "protocol": protocol,
                     "seed": one.cell.seed,
                     **values,
-                    "untrained_recall_at_1": 100 * scores["untrained"]["recall_at_1"],
+                    "untrained_recall_at_1": scores["untrained"]["recall_at_1"],
                     "command": command(one.cell, seeds, conf),
                 }
             )
@@ -137,7 +156,7 @@ def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
 
 
 def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
-    """Compare each method with the best of its embedding size, backbone and protocol, seed by seed.
+    """Compare each method with the best of its section, backbone and protocol, seed by seed.
 
     The same seed gives two losses the same batches, crops and start, so their difference is paired. Methods of fewer
     than 3 seeds take no part.
@@ -148,7 +167,7 @@ def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
         comparisons), and `within_noise`: the interval holds zero.
     """
     rows = []
-    for key, group in cells.groupby(["embedding_dim", "backbone", "protocol"], sort=False):
+    for (*key, _), group in cells.groupby(["embedding_dim", "backbone", "protocol", "unsupervised"], sort=False):
         recalls = group.pivot(index="seed", columns=["method", "variant"], values="recall_at_1")
         recalls = recalls.loc[:, recalls.count() >= MIN_SEEDS]
         if recalls.empty:
@@ -180,26 +199,35 @@ def summarise(cells: pd.DataFrame, *, with_published: bool) -> pd.DataFrame:
         its mean and, as `<metric>_sd`, its standard deviation (empty for one seed); what `versus_best` returns; the
         `command` that computes the row's cells.
     """
-    keys = [*ROW, "protocol"]
+    keys = [*ROW, "unsupervised", "started", "protocol"]
     names = metrics(cells)
     grouped = cells.groupby(keys, sort=False)
     table = grouped[[*names, "untrained_recall_at_1"]].mean().join(grouped[names].std().add_suffix("_sd"))
     table.insert(0, "n", grouped.size())
-    table = table.reset_index().merge(versus_best(cells), how="left", on=keys)
+    table = table.reset_index().merge(versus_best(cells), how="left", on=[*ROW, "protocol"])
     table["command"] = table.merge(cells.drop_duplicates(keys), how="left", on=keys).command
     if with_published:
         paper = published()
-        ours = paper[paper.source == "paper"].assign(method=paper.method.str.lower().str.replace("-", "_"))
-        columns = {name: f"paper_{name}" for name in recalls(paper)}
-        ours = ours[[*ROW[:3], *columns]].rename(columns=columns)
-        table = table.merge(ours, how="left", on=ROW[:3])
-        for name, theirs in columns.items():
-            table[f"difference_{name}"] = table[name] - table[theirs]
-        wanted = paper.merge(table[["embedding_dim", "backbone"]].drop_duplicates())
-        wanted = wanted.assign(protocol="published", variant="").drop(columns="source")
+        paper["unsupervised"] = paper.source == "unsupervised"
+        columns = {name: f"paper_{name}" for name in recalls(paper)} | {"source_dim": "paper_dim"}
+        # Beside a row of the size that is printed, or of the size that it was.
+        theirs = pd.concat([paper, paper.assign(embedding_dim=paper.source_dim)])
+        theirs = theirs.assign(method=theirs.option)[[*ROW[:3], *columns]].rename(columns=columns)
+        table = table.merge(theirs.dropna(subset="method").drop_duplicates(ROW[:3]), how="left", on=ROW[:3])
+        for name in recalls(paper):
+            table[f"difference_{name}"] = table[name] - table[f"paper_{name}"]
+        wanted = paper.merge(table[["embedding_dim", "backbone", "unsupervised"]].drop_duplicates())
+        wanted = wanted.assign(protocol="published", variant="").drop(columns=["source", "option"])
         table = pd.concat([table, wanted], ignore_index=True)
-    order = ["embedding_dim", "backbone", "recall_at_1"]
-    return table.sort_values(order, ascending=[False, True, False], ignore_index=True)
+    order = ["unsupervised", "embedding_dim", "backbone", "recall_at_1"]
+    return table.sort_values(order, ascending=[True, False, True, False], ignore_index=True)
+
+
+def sections(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The tables that people read, each with its title: by embedding size, those without labels apart."""
+    for (size, unsupervised), rows in table.groupby(["embedding_dim", "unsupervised"], sort=False):
+        title = f"Embeddings of {size}" if size else "Pooled features, without a head"
+        yield title + (", trained without labels" if unsupervised else ""), rows
 
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:
@@ -208,37 +236,46 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
     def column(write: Callable[[Any], str]) -> list[str]:
         return [write(row) for row in rows.itertuples()]
 
+    def method(row: Any) -> str:
+        start = row.started if row.unsupervised and row.protocol != "published" else ""
+        details = ", ".join(filter(None, [row.variant, start]))
+        return f"{row.method} ({details})" if details else row.method
+
     text = pd.DataFrame(
         {
             "Backbone": rows.backbone,
-            "Method": column(lambda row: f"{row.method} ({row.variant})" if row.variant else row.method),
+            "Method": column(method),
             "Protocol": rows.protocol,
             "Seeds": column(lambda row: "" if pd.isna(row.n) else f"{row.n:.0f}"),
         }
     )
     for name in recalls(rows):
         label = f"R@{name.removeprefix('recall_at_')}"
-        text[label] = column(lambda row, name=name: _figure(row, name))
+        text[label] = column(partial(_figure, name=name))
         if f"paper_{name}" in rows and rows[f"paper_{name}"].notna().any():
-            text[f"{label} paper"] = column(lambda row, name=name: _against_paper(row, name))
+            text[f"{label} paper"] = column(partial(_against_paper, name=name))
         if name == "recall_at_1" and rows.versus_best.notna().any():
             text["R@1 against the best [95 %]"] = column(_against_best)
     text["MAP@R"] = column(lambda row: _figure(row, "map_at_r"))
-    text["R@1 untrained"] = column(lambda row: _number(row.untrained_recall_at_1, ""))
+    text["R@1 untrained"] = column(lambda row: number(row.untrained_recall_at_1, ""))
     return text
 
 
-def _number(value: float, absent: str = "–") -> str:
+def number(value: float, absent: str = "–") -> str:
+    """A figure in percent, as every table has it."""
     return absent if pd.isna(value) else f"{value:.1f}"
 
 
 def _figure(row: Any, name: str) -> str:
-    return _number(getattr(row, name)) + (f" ± {getattr(row, f'{name}_sd'):.1f}" if row.n > 1 else "")
+    return number(getattr(row, name)) + (f" ± {getattr(row, f'{name}_sd'):.1f}" if row.n > 1 else "")
 
 
 def _against_paper(row: Any, name: str) -> str:
     paper = getattr(row, f"paper_{name}")
-    return "" if pd.isna(paper) else f"{paper:.1f} ({getattr(row, f'difference_{name}'):+.1f})"
+    if pd.isna(paper):
+        return ""
+    size = "" if row.paper_dim == row.embedding_dim else f"{row.paper_dim:.0f}-d, "
+    return f"{paper:.1f} ({size}{getattr(row, f'difference_{name}'):+.1f})"
 
 
 def _against_best(row: Any) -> str:
@@ -248,12 +285,7 @@ def _against_best(row: Any) -> str:
     return f"{row.versus_best:+.1f} [{row.versus_best_low:+.1f}, {row.versus_best_high:+.1f}]{noise}"
 
 
-def title(size: int) -> str:
-    """The heading of the table of an embedding size."""
-    return f"Embeddings of {size}" if size else "Pooled features, without a head"
-
-
-def notes(table: pd.DataFrame, test: dict[str, int], evaluated: list[Evaluated]) -> list[str]:
+def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
     """What a reader must know before comparing the rows of `summarise`, as Markdown.
 
     Args:
@@ -262,6 +294,16 @@ def notes(table: pd.DataFrame, test: dict[str, int], evaluated: list[Evaluated])
     texts = [f"Test list: {test['images']:,} images of {test['classes']:,} classes."]
     if (table.protocol == "published").any() and test != PUBLISHED_TEST:
         texts.append("The published figures are on 5,924 images of 100 classes: **not comparable with this part**.")
+    if "note" in table:
+        remarks = table.dropna(subset="note").drop_duplicates("method")
+        if len(remarks):
+            found = "; ".join(f"{row.method}: {row.note}" for row in remarks.itertuples())
+            texts.append(f"The paper's figures of others stand as it prints them. {found}.")
+    if table.unsupervised.any():
+        texts.append(
+            "Trained without labels: no label of this dataset. ImageNet weights hold labels of their own, some of them "
+            "of birds. The published figures without labels are best-on-test."
+        )
     if table.versus_best.notna().any():
         texts.append(
             "Against the best: mean difference of Recall@1, seed by seed, to the best method of the same backbone, "
@@ -269,7 +311,7 @@ def notes(table: pd.DataFrame, test: dict[str, int], evaluated: list[Evaluated])
         )
     if (table.n < MIN_SEEDS).any():
         texts.append(f"Rows of fewer than {MIN_SEEDS} seeds rank nothing: the spread between seeds is unknown.")
-    return texts + outdated(evaluated)
+    return texts
 
 
 def outdated(evaluated: list[Evaluated]) -> list[str]:
@@ -282,7 +324,7 @@ def outdated(evaluated: list[Evaluated]) -> list[str]:
     stages = " ".join(dict.fromkeys(f"train@{cell.name}-{cell.dataset}" for cell, _ in found))
     return [
         f"**Trained by other code than today's** ({modules}): {names}. Again, just those: "
-        f"`dvc repro -f -s {stages}`, then `dvc repro`."
+        f"`dvc repro -f -s {stages} && dvc repro`."
     ]
 
 
@@ -308,26 +350,29 @@ def provenance(evaluated: list[Evaluated]) -> list[str]:
     return lines + [f"{name}: {listed([run['versions'].get(name, '–') for run in runs])}" for name in names]
 
 
-def headline(table: pd.DataFrame) -> dict[str, float | str | int]:
-    """The figures that `dvc metrics show` and `dvc exp show` present: the same names whatever cells ran."""
+def headline(table: pd.DataFrame) -> dict[str, Any]:
+    """What `dvc metrics show` and `dvc exp show` present: the best row, and below `R@1` the Recall@1 of each row."""
     final = table[table.protocol == "final"]
-    best = final.loc[final.recall_at_1.idxmax()]
+    names = {
+        row.Index: f"{row.backbone}-{row.method}-{row.embedding_dim}" + (row.variant and f" ({row.variant})")
+        for row in final.itertuples()
+    }
+    best = final.recall_at_1.idxmax()
     return {
-        "best_cell": f"{best.backbone}-{best.method}-{best.embedding_dim}" + (best.variant and f" ({best.variant})"),
+        "best_cell": names[best],
         "cells": len(final),
-        **{name: round(float(best[name]), 2) for name in metrics(table) if pd.notna(best[name])},
-        "mean_recall_at_1": round(float(final.recall_at_1.mean()), 2),
-        "untrained_recall_at_1": round(float(best.untrained_recall_at_1), 2),
+        **{name: round(float(final[name][best]), 2) for name in ("recall_at_1", "untrained_recall_at_1")},
+        "R@1": {names[row]: round(float(recall), 2) for row, recall in final.recall_at_1.items()},
     }
 
 
 def curves(evaluated: list[Evaluated]) -> pd.DataFrame:
-    """Recall@1 on the test list by iteration: columns `cell`, `ROW`, `seed`, `iteration`, `recall_at_1` in percent."""
+    """Recall@1 on the test list by iteration: columns `cell`, `ROW`, `seed`, `iteration`, `recall_at_1`."""
     parts = []
     for one in evaluated:
         rows = read_csv(one.folder / "validations.csv", "train", ("iteration", "recall_at_1"))
         rows = rows.assign(cell=one.record["key"], **dict(zip(ROW, one.row, strict=True)), seed=one.cell.seed)
-        parts.append(rows.assign(recall_at_1=(100 * rows.recall_at_1).round(3)))
+        parts.append(rows.assign(recall_at_1=rows.recall_at_1.round(3)))
     return pd.concat(parts, ignore_index=True)[["cell", *ROW, "seed", "iteration", "recall_at_1"]]
 
 

@@ -1,21 +1,18 @@
-"""Draw one evaluated cell: its pictures, and the page with them."""
+"""Draw one evaluated cell: its charts, and the page with them."""
 
 from pathlib import Path
 
-import numpy as np
-
 from cbml import tracking
 from cbml.config import load_cell
-from cbml.evaluation import queries
-from cbml.figures import charts, sheets
+from cbml.figures import charts
 from cbml.figures.embedding_map import map_chart
-from cbml.files import atomic_write, damaged, read_arrays, read_csv, read_json
+from cbml.files import atomic_write, read_csv, read_json
 from cbml.reporting.cell_page import cell_page
-from cbml.stages.inputs import curves_of, list_of, record_of
+from cbml.reporting.pictures import Pictures
+from cbml.stages.inputs import curves_of, indexed, list_of, neighbours_of, record_of
 from cbml.workspace import Workspace
 
-ROWS = 8  # of a sheet
-NO_FAILURE = ": none, every query's nearest neighbour is of its own class"
+SIDE = 96  # of a thumbnail, in pixels
 
 
 def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
@@ -23,14 +20,13 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
 
     Each query is a test image, its gallery the other test images. Written are:
 
-        index.html          the page
-        gallery.jpg         queries picked by chance, one per class, and their nearest neighbours
-        failures.jpg        the wrong nearest neighbours of the highest similarity
-        confusions.jpg      the pairs of classes that are confused most often
-        similarities.svg    cosine similarities of positive and negative pairs
-        recall_at_k.svg     Recall@K for K = 1, 2, 4, … 512, below the size of the list
+        index.html          the page, with these charts and with queries and their nearest neighbours: some picked by
+                            chance, the surest failures, and the pairs of classes that are confused most often
         training.svg        Recall@1 and the loss by iteration
+        recall_at_k.svg     Recall@K for K = 1, 2, 4, … 512, below the size of the list
+        similarities.svg    cosine similarities of positive and negative pairs
         embedding_map.svg   some classes in two dimensions
+        pseudo_labels.svg   if training was on clusters, how they compare with the classes by iteration
 
     The same input gives the same bytes. All choices by chance depend on the labels and the seed alone, so the pictures
     of several models can be compared.
@@ -45,57 +41,44 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     record = record_of(evaluation)
     test_list = list_of(workspace, cell, "test")
     labels = test_list.labels
-    files = [workspace.data(cell.dataset) / path for path in test_list.paths]
-    names = test_list.class_names
     title = f"{cell.name} on {cell.dataset}"
 
-    found = _arrays(evaluation / "neighbours.npz", ("indices", "similarities"), len(labels))
-    if len(found["indices"]) != len(labels):
-        raise damaged(evaluation / "neighbours.npz", "of another list", "evaluate")
-    judged = queries.judge(found["indices"], found["similarities"], labels)
-    failed = queries.failures(judged)
-    pairs = queries.confusions(judged).head(ROWS)
-    mapped = _arrays(evaluation / "map.npz", ("indices", "embeddings"), len(labels))
+    found = neighbours_of(evaluation, len(labels))
+    mapped = indexed(evaluation / "map.npz", ("indices", "embeddings"), len(labels))
     losses, validations = curves_of(evaluation, cell)
     best = record["iterations"]["best_on_test"]
     densities = read_csv(evaluation / "similarities.csv", "evaluate", ("split", "pair", "similarity", "density"))
     moments = read_json(evaluation / "similarities.json", "evaluate", ("train", "test"))
+    recalls = read_csv(evaluation / "recall_at_k.csv", "evaluate", ("k", "recall"))
+    names = test_list.class_names
     svgs = {
         "training": charts.training_chart(title, losses, validations, best),
-        "recall_at_k": charts.recall_chart(
-            title, read_csv(evaluation / "recall_at_k.csv", "evaluate", ("k", "recall"))
-        ),
+        "recall_at_k": charts.recall_chart(title, recalls),
         "similarities": charts.similarities_chart(title, densities, moments),
         "embedding_map": map_chart(title, mapped["embeddings"], labels[mapped["indices"]], names, cell.seed),
     }
 
+    if (file := evaluation / "pseudo_labels.csv").is_file():
+        columns = ("iteration", "nmi", "purity", "kept_purity", "changed")
+        svgs["pseudo_labels"] = charts.pseudo_labels_chart(title, read_csv(file, "evaluate", columns))
+
     out = workspace.page(cell)
+    page = cell_page(
+        cell,
+        evaluation,
+        svgs,
+        Pictures(test_list, workspace.data(cell.dataset), SIDE),
+        found,
+        folder=out,
+        report=workspace.report(cell.dataset) / "index.html",
+        index=workspace.index,
+    )
     with atomic_write(out) as folder:
         folder.mkdir()
         for name, svg in svgs.items():
             (folder / f"{name}.svg").write_text(svg)
-        for name, subtitle, chosen in (
-            ("gallery", "Queries picked by chance, one per class", queries.pick(judged, ROWS, cell.seed)),
-            ("failures", "The surest failures, one per class", queries.surest(failed, ROWS)),
-        ):
-            rows = {query: list(zip(*(found[name][query].tolist() for name in found), strict=True)) for query in chosen}
-            subtitle += ", and their nearest neighbours with their cosine similarity" if rows else NO_FAILURE
-            sheet = sheets.neighbour_sheet(title, subtitle, rows, files, labels.tolist(), names)
-            sheets.save_jpeg(sheet, folder / f"{name}.jpg")
-        subtitle = "The most frequent confusions" + (", with the surest failure of each" if len(pairs) else NO_FAILURE)
-        sheets.save_jpeg(sheets.confusion_sheet(title, subtitle, pairs, files, names), folder / "confusions.jpg")
-        (folder / "index.html").write_text(cell_page(cell, evaluation, folder))
+        (folder / "index.html").write_text(page)
     opened = tracking.open_cell(workspace, cell, record["key"], record["fingerprint"], run_id=record["run_id"])
     with opened as run:
         run.log_folder(out)
     return out
-
-
-def _arrays(file: Path, names: tuple[str, ...], images: int) -> dict[str, np.ndarray]:
-    """The arrays of a file that evaluation wrote: all of one length, and `indices` of a list of so many images."""
-    found = read_arrays(file, "evaluate", names)
-    indices = found["indices"]
-    same = len({len(array) for array in found.values()}) == 1
-    if not (same and indices.size and 0 <= indices.min() <= indices.max() < images):
-        raise damaged(file, "of another list", "evaluate")
-    return found

@@ -1,27 +1,41 @@
 """Use a trained cell on any images."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 
 from cbml import trained
+from cbml.backbones import EmbeddingModel
 from cbml.errors import UserError
 from cbml.evaluation.retrieval import retrieve
 from cbml.files import atomic_write
-from cbml.tracking import Store
+from cbml.training.device import numerics
 from cbml.workspace import Workspace
 
 PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def load_model(model: str, workspace: Workspace) -> trained.Trained:
-    """The trained cell of a run folder, of a folder that was exported, or of an MLflow run by its id."""
-    return trained.load(model if Path(model).is_dir() else Store(workspace).model(model))
+    """The trained cell of a run folder, of a folder that was exported, of an MLflow run by its id, or of a cell by its
+    key.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if Path(model).is_dir():
+        return trained.load(model)
+    from cbml.tracking import Store  # MLflow takes seconds to import
+
+    return trained.load(Store(workspace).model(model))
 
 
 def embed_images(model: trained.Trained, images: list[Path], out: Path) -> tuple[list[Path], np.ndarray]:
     """Write the embeddings of images to an .npz file: `paths` (N,) and `embeddings` (N, D).
+
+    They are computed as `evaluate` does it: on the same device, in the recipe's precision.
 
     Args:
         images: files, and folders that are searched for them.
@@ -30,7 +44,8 @@ def embed_images(model: trained.Trained, images: list[Path], out: Path) -> tuple
         UserError: a folder has no images, or one cannot be read.
     """
     files = [file for path in images for file in (_pictures(path) if path.is_dir() else [path])]
-    embeddings = model.embed(files)
+    with numerics(model.cell.recipe) as fabric:
+        embeddings = replace(model, network=cast(EmbeddingModel, fabric.setup_module(model.network))).embed(files)
     with atomic_write(out) as temporary, temporary.open("wb") as file:
         np.savez(file, paths=[str(each) for each in files], embeddings=embeddings)
     return files, embeddings

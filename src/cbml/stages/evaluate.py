@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from cbml import network
 from cbml.config import load_cell
+from cbml.datasets.images import PackedImages
 from cbml.evaluation import queries
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import affords_nmi, evaluate
+from cbml.evaluation.pseudo_labels import pseudo_label_table
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
-from cbml.files import atomic_write
+from cbml.files import atomic_write, read_arrays
 from cbml.stages.hand_over import hand_over
 from cbml.stages.inputs import curves_of, images_of, list_of, record_of
 from cbml.training import checkpoint
@@ -40,12 +43,14 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
 
     The folder holds, of the final model on the test list:
 
-        metrics.json        by protocol; without `nmi` where it takes too long
+        metrics.json        by protocol, in percent; without `nmi` where that takes too long
         recall_at_k.csv     Recall@K for K = 1, 2, 4, … 512, below the size of the list
         neighbours.npz      of each image the nearest others, `indices` (N, 8), and their `similarities` (N, 8)
         classes.csv         Recall@1 by class
         similarities.*      csv, json: cosine similarities of positive and negative pairs, also of some training images
         map.npz             some classes' `embeddings`, and `indices` of their images
+
+        pseudo_labels.csv   if training was on clusters, how they compare with the classes, by refresh
 
     and of the run all but the weights.
 
@@ -65,11 +70,11 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     _, validations = curves_of(run_folder, cell)
 
     with numerics(cell.recipe) as fabric:
-        where = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation, "device": fabric.device}
+        where: dict[str, Any] = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation}
 
-        def embeddings_of(file: Path, *lists) -> list[Tensor]:
+        def embeddings_of(file: Path, *lists: PackedImages) -> list[Tensor]:
             model = fabric.setup_module(network.load(cell, file))
-            return [embed(model, each, **where) for each in lists]
+            return [embed(model, each, **where, device=fabric.device) for each in lists]
 
         test, train = embeddings_of(run_folder / "final.pt", images, train_images)
         curve = [k for k in CURVE if k == 1 or k < len(test)]
@@ -99,7 +104,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         folder.mkdir()
         for file in run_folder.iterdir():
             if file.suffix != ".pt":
-                shutil.copy(file, folder)
+                shutil.copyfile(file, folder / file.name)  # not its mode: DVC's files are read-only
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
         recalls.to_csv(folder / "recall_at_k.csv", index=False)
         np.savez(
@@ -110,6 +115,10 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         moments = {split: moments for split, (_, moments) in distributions.items()}
         (folder / "similarities.json").write_text(json.dumps(moments, indent=2))
         np.savez(folder / "map.npz", indices=mapped, embeddings=test[mapped].cpu().numpy())
-        shutil.copy(workspace.lists(cell.dataset) / "summary.json", folder)
+        if (file := run_folder / "pseudo_labels.npz").is_file():
+            arrays = read_arrays(file, "train", ("history", "iterations"))
+            table = pseudo_label_table(arrays["history"], train_list.labels)
+            table.assign(iteration=arrays["iterations"]).to_csv(folder / "pseudo_labels.csv", index=False)
+        shutil.copyfile(workspace.lists(cell.dataset) / "summary.json", folder / "summary.json")
     hand_over(workspace, cell, out, run_folder, register=register)
     return metrics

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from cbml import tracking
 from cbml.config import Cell
-from cbml.files import read_json
+from cbml.files import read_csv, read_json
 from cbml.reporting.commands import command
 from cbml.reporting.markdown import pipe_table
+from cbml.reporting.tables import recalls
 from cbml.stages.inputs import curves_of, record_of
 from cbml.workspace import Workspace
 
@@ -22,7 +24,7 @@ def hand_over(
     *,
     page: Path | None = None,
     register: bool = False,
-    **tags: str,
+    **tags: Any,
 ) -> None:
     """Log what evaluation left, and the model of `run_folder` if it is there.
 
@@ -38,7 +40,14 @@ def hand_over(
     with tracking.open_cell(workspace, cell, key, record["fingerprint"], run_id=id, **tags) as run:
         for curve in curves_of(evaluation, cell):
             run.log(curve.to_dict("records"))
+        if (file := evaluation / "pseudo_labels.csv").is_file():
+            table = read_csv(file, "evaluate", ("iteration", "nmi", "purity", "changed")).set_index("iteration")
+            for iteration, row in table[["nmi", "purity", "changed"]].iterrows():
+                run.log([{"iteration": iteration, **row.dropna().add_prefix("pseudo_label_")}])
         run.log([tracking.summary(metrics)], replace=True)
+        # K as the step: one chart has the curves of all runs.
+        by_k = {int(name.removeprefix("recall_at_")): metrics["final"][name] for name in recalls(metrics["final"])}
+        run.log([{"iteration": k, "recall_at_k": recall} for k, recall in by_k.items()], replace=True)
         run.log_text(json.dumps(record["versions"], indent=2), "versions.json")
         run.log_folder(evaluation)
         if page:
@@ -52,6 +61,7 @@ def hand_over(
 def _note(cell: Cell, metrics: dict[str, dict[str, float]], conf: Path) -> str:
     """A cell's rows of the table, and its command, as Markdown."""
     names = [name for name in metrics["untrained"] if "recall" in name]
-    rows = [[protocol, *(f"{100 * scores[name]:.1f}" for name in names)] for protocol, scores in metrics.items()]
+    rows = [[protocol, *(f"{scores[name]:.1f}" for name in names)] for protocol, scores in metrics.items()]
     table = pipe_table(pd.DataFrame(rows, columns=["protocol", *names]))
-    return f"{table}\n\nIn percent. Again:\n\n    {command(cell, [cell.seed], conf)}\n"
+    # Not as a block, whose long line would push the rest of MLflow's page out of sight.
+    return f"{table}\n\nIn percent. Again: `{command(cell, [cell.seed], conf)}`\n"

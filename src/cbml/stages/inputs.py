@@ -4,17 +4,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from cbml.config import Cell
 from cbml.datasets.images import PackedImages, pack_images
 from cbml.datasets.lists import ImageList, read_list
-from cbml.files import damaged, read_csv, read_json
+from cbml.files import damaged, read_arrays, read_csv, read_json
 from cbml.workspace import Workspace
 
 # What stages take from a run.json.
+RECORD: tuple[str, ...]
 RECORD = ("key", "run_id", "fingerprint", "iterations", "train_seconds", "data_seconds", "finished", "device", "code")
-RECORD += ("versions",)
+RECORD += ("versions", "unit")
 
 
 def fingerprint(workspace: Workspace, dataset: str) -> str:
@@ -70,3 +72,29 @@ def record_of(folder: Path) -> dict[str, Any]:
     if not isinstance(record["key"], str) or not re.fullmatch(r"\w[\w.-]*", record["key"]):
         raise damaged(file, "no key of a cell", "train")
     return record
+
+
+def neighbours_of(evaluation: Path, images: int) -> dict[str, np.ndarray]:
+    """Of each of so many images the nearest others, `indices` (N, k), and their `similarities` (N, k).
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    found = indexed(evaluation / "neighbours.npz", ("indices", "similarities"), images)
+    if len(found["indices"]) != images:
+        raise damaged(evaluation / "neighbours.npz", "of another list", "evaluate")
+    return found
+
+
+def indexed(file: Path, names: tuple[str, ...], images: int) -> dict[str, np.ndarray]:
+    """The arrays of a file that evaluation wrote: all of one length, and `indices` of a list of so many images.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    found = read_arrays(file, "evaluate", names)
+    indices = found["indices"]
+    same = len({len(array) for array in found.values()}) == 1
+    if not (same and indices.size and 0 <= indices.min() <= indices.max() < images):
+        raise damaged(file, "of another list", "evaluate")
+    return found

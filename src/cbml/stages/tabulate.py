@@ -1,6 +1,9 @@
 """The tables of a dataset's cells, and the page with them."""
 
 import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from cbml import tracking
 from cbml.config import load_cell
@@ -9,17 +12,19 @@ from cbml.figures.comparisons import curves_chart
 from cbml.files import read_json, write_text
 from cbml.progress import message
 from cbml.reporting import tables
-from cbml.reporting.html import render
 from cbml.reporting.latex import to_latex
 from cbml.reporting.markdown import to_markdown
+from cbml.reporting.pictures import Found, Pictures
 from cbml.reporting.tables import Evaluated
-from cbml.reporting.tables_page import tables_page
-from cbml.stages.inputs import record_of
+from cbml.reporting.tables_page import SHOWN, index_page, tables_page
+from cbml.stages.inputs import fingerprint, list_of, neighbours_of, record_of
 from cbml.workspace import Workspace
+
+SIDE = 64  # of a thumbnail, in pixels
 
 
 def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> str:
-    """Write the report of a dataset, log it to MLflow, return the table in Markdown.
+    """Write the report of a dataset, log it to MLflow; return the table in Markdown, and last what is outdated in it.
 
     In its folder: `tables.md`, `.csv` and `.tex`; `metrics.json`, the headline; `curves.csv` and, for the first seed,
     `similarities.csv`, what `dvc plots` draws; `curves.svg`, a picture of the curves; `index.html`, the page. The page
@@ -38,6 +43,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     table = tables.summarise(tables.collect(evaluated, workspace.conf), with_published=with_published)
     text, curves = to_markdown(table, dataset, test, evaluated), tables.curves(evaluated)
     first_seed = [one for one in evaluated if one.cell.seed == evaluated[0].cell.seed]
+    folder = workspace.report(dataset)
     contents = {
         "tables.md": text,
         "tables.csv": table.round(3).to_csv(index=False),
@@ -47,21 +53,32 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
         # On white: as a file of its own it cannot take a page's colours.
         "curves.svg": curves_chart(curves).replace("<svg", '<svg style="background: white"', 1),
         "similarities.csv": tables.similarities(first_seed, 0.02).to_csv(index=False),
-        "index.html": tables_page(table, evaluated, dataset, test, workspace.report(dataset)),
+        "index.html": tables_page(table, evaluated, dataset, test, folder, *_retrieved(workspace, evaluated[0])),
     }
-    folder = workspace.report(dataset)
     for name, content in contents.items():
         write_text(folder / name, content)
     pages = sorted(workspace.reports.glob("*/index.html"))  # git has the figures of datasets whose page is not here
-    shown = ("cells", "recall_at_1", "best_cell")
-    reports = {page.parent.name: read_json(page.with_name("metrics.json"), "tabulate", shown) for page in pages}
-    write_text(workspace.index, render("index", reports=reports))
+    reports = {page.parent.name: read_json(page.with_name("metrics.json"), "tabulate", SHOWN) for page in pages}
+    write_text(workspace.index, index_page(reports))
     with tracking.open_tables(workspace, dataset, [one.cell for one in evaluated]) as run:
         for name in contents:
             run.log_file(folder / name)
         run.log_table(table.round(3), "tables.json")
         run.note(text)
-    return text
+    return "\n".join([text, *tables.outdated(evaluated)])  # again where a terminal shows it: in the last line
+
+
+def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable[[Path], Found]] | tuple[()]:
+    """The test list, and what reads the neighbours that a cell like `one` finds; nothing if the images are not here."""
+    dataset = one.cell.dataset
+    try:
+        if fingerprint(workspace, dataset) != one.record["fingerprint"]:
+            raise UserError(f"lists/{dataset} is of other images than the cells")
+        images = list_of(workspace, one.cell, "test")
+    except UserError as error:
+        message(f"{dataset}: a page without pictures, {error}")
+        return ()
+    return Pictures(images, workspace.data(dataset), SIDE), partial(neighbours_of, images=len(images.labels))
 
 
 def _here(workspace: Workspace, dataset: str) -> list[Evaluated]:

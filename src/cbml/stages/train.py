@@ -16,9 +16,9 @@ from torch import Tensor
 
 from cbml import network, provenance, tracking
 from cbml.backbones import weights_content
+from cbml.batches import ClassesConfig
 from cbml.config import Cell
 from cbml.datasets.lists import ImageList, check_disjoint, hold_out
-from cbml.datasets.sampler import class_balanced_batches
 from cbml.files import atomic_write, write_tensors
 from cbml.progress import message
 from cbml.stages.inputs import fingerprint, images_of, list_of
@@ -33,16 +33,20 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
 
     It holds `final.pt` and, where they are of another iteration, `best_on_test.pt` and `validated.pt` (state dicts);
     `losses.csv` and `validations.csv` by iteration, and `selection.csv`, the evaluations on the validation classes, if
-    the recipe has `select_by`; `cell.yaml`, the configuration; and `run.json`: the cell's `key`, MLflow's `run_id`, the
-    iteration of each protocol, seconds, the device and what was set on it, versions, and hashes of the training code
-    and of the final weights.
+    the recipe has `select_by`; `pseudo_labels.npz`, each image's cluster by refresh, if the batches are of clusters;
+    `cell.yaml`, the configuration; and `run.json`: the cell's `key`, MLflow's `run_id`, the iteration of each protocol,
+    seconds, the device and what was set on it, versions, hashes of the training code and of the final weights, and the
+    `unit` of all metrics.
 
     Raises:
         UserError: a list, an image, the weights or the loss's parameters are bad, before any image is decoded; the
             loss is not finite.
     """
-    for name, (value, used) in cell.changes.items():
-        message(f"{cell.name}: recipe.{cell.recipe_name}.{name} is {used} by backbone.{cell.backbone}, not {value}")
+    for name, (value, used, owner) in cell.changes.items():
+        recipe = f"recipe.{cell.recipe_name}.{name}"
+        message(
+            f"{cell.name}: {recipe} is {used} by {owner}, not {value} (to keep that: -S '++{owner}.{recipe}={value}')"
+        )
     selection = cell.recipe.select_by
     train_list, test_list = (list_of(workspace, cell, name) for name in ("train", "test"))
     train_on_all, code = _prepare(cell, workspace, train_list, test_list)
@@ -87,6 +91,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
                 "numerics": facts(fabric, cell.recipe),
                 "code": code,
                 "versions": provenance.versions(),
+                "unit": "percent",  # of all metrics; a run without it is of an earlier version, which wrote shares
             }
             out = workspace.run(cell)
             with atomic_write(out) as folder:
@@ -99,6 +104,11 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
                 pd.DataFrame(trained["validations"]).to_csv(folder / "validations.csv", index=False)
                 if selection:
                     pd.DataFrame(selected["validations"]).to_csv(folder / "selection.csv", index=False)
+                if "history" in (seen := trained.get("batches", {})):  # none after no iteration
+                    iterations_of = np.arange(len(seen["history"])) * seen["period"]
+                    np.savez_compressed(
+                        folder / "pseudo_labels.npz", history=seen["history"].numpy(), iterations=iterations_of
+                    )
                 (folder / "cell.yaml").write_text(cell.to_yaml())
                 (folder / "run.json").write_text(json.dumps(record, indent=2))
     # The checkpoint stays until `evaluate` begins: by then DVC has recorded this stage.
@@ -113,19 +123,22 @@ def _prepare(
     Beside it: the hashes of the code that takes part.
     """
     check_disjoint(train_list, scored)
+    recipe, method = cell.recipe, cell.loss_config
+    config = method.batches or ClassesConfig()
     labels = np.unique(train_list.labels, return_inverse=True)[1]
-    recipe = cell.recipe
-    batches = class_balanced_batches(labels, recipe.batch_size, recipe.instances, cell.seed)
+    if not config.needs_labels:
+        labels = np.zeros_like(labels)  # what is not there cannot be looked at
+    numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
+    batches = config.build(labels, seed=cell.seed, **numbers)
     torch.manual_seed(cell.seed)
-    model, criterion = network.build(cell, num_classes=train_list.num_classes, root=workspace.root)
+    model, criterion = network.build(cell, num_classes=batches.num_classes, root=workspace.root)
 
-    def train_on(**options) -> dict[str, Any]:
+    def train_on(**options: Any) -> dict[str, Any]:
         images = replace(images_of(workspace, cell, train_list), labels=torch.from_numpy(labels))
-        return train(
-            recipe, cell.seed, model, criterion, batches, images, images_of(workspace, cell, scored), **options
-        )
+        on, options = (images, images_of(workspace, cell, scored)), options | {"teacher_momentum": method.teacher}
+        return train(recipe, cell.seed, model, criterion, batches, *on, **options)
 
-    return train_on, provenance.training_code(model, criterion)
+    return train_on, provenance.training_code(model, criterion, batches)
 
 
 def _prefixed(row: dict[str, float], prefix: str) -> dict[str, float]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 
+from cbml.backbones import EmbeddingModel
 from cbml.config import Recipe
 from cbml.datasets.images import PackedImages
 from cbml.progress import message
@@ -59,7 +59,7 @@ def make_optimizer(recipe: Recipe, groups: list[dict], device: torch.device) -> 
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, **options)
 
 
-def compile_trunk(network: nn.Module, device: torch.device) -> None:
+def compile_trunk(network: EmbeddingModel, device: torch.device) -> None:
     """Run the trunk through `torch.compile`; where that does not work, say so and leave it."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))

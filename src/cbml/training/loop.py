@@ -7,15 +7,16 @@ generator states, and on a CPU ends with the very bits of an unbroken one.
 import math
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from cbml.backbones import EmbeddingModel
+from cbml.backbones import EmbeddingModel, Outputs
+from cbml.batches import Batches, Drawn, Look
 from cbml.config import Recipe
 from cbml.datasets.images import PackedImages
 from cbml.datasets.loading import load_batches
@@ -23,8 +24,9 @@ from cbml.datasets.transforms import color_jitter, random_boxes
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
-from cbml.losses import Loss
+from cbml.losses import Loss, needs
 from cbml.progress import message, progress
+from cbml.teacher import follow, teacher_of
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import compile_trunk, make_optimizer, place
 
@@ -38,7 +40,7 @@ def train(
     seed: int,
     network: EmbeddingModel,
     criterion: Loss,
-    batches: Iterator[np.ndarray],
+    batches: Batches,
     images: PackedImages,
     scored: PackedImages,
     *,
@@ -48,28 +50,33 @@ def train(
     log: Callable[[list[Row]], None],
     select_by: str = "recall_at_1",
     keep: int | None = None,
+    teacher_momentum: float | None = None,
 ) -> dict[str, Any]:
     """Train a network, from its checkpoint if there is one.
 
     Args:
         network, criterion: as built; the checkpoint's state replaces theirs.
-        batches: indices into `images`, from the first iteration on.
-        images: with labels from 0 to the number of classes - 1.
+        batches: of `images`.
+        images: their labels are not looked at.
         scored: what every evaluation on the way is on.
         fabric: the device, inside `numerics`.
         label: of the run, for messages.
-        log: called with new rows of losses and evaluations, and with `images_per_second` and `data_share`, the share of
-            that time that went into getting batches. With a GPU that is the host's time: an upper bound of what the
-            device waits, which has queued iterations to work on, and without its own work on crops.
+        log: called with new rows of losses and evaluations, and with `train_images_per_second` and
+            `train_data_percent`, how much of that time went into getting batches. With a GPU that is the host's time:
+            an upper bound of what the device waits, which has queued iterations to work on, and without its own work
+            on crops.
         select_by: the metric whose highest value is best.
         keep: an iteration whose weights are kept, too.
+        teacher_momentum: of a moving average of the network that the loss looks at. It takes the weights before a step
+            of the optimizer, as Kim et al. (STML) published it.
 
     Returns:
-        The last state of the checkpoint: `iteration`; state dicts of `network`, `criterion` and `optimizer`; `losses`,
-        a row per iteration with `iteration`, `loss`, its terms as `loss_<term>` and `lr`; `validations`, a row per
-        evaluation with `iteration` and its metrics, the first one of the untrained network; `best`, the `iteration` and
-        `score` of the highest `select_by`, 0 and -1 before the first evaluation of a trained network; and the
-        `seconds` spent on iterations (`train`), on their batches as a part of that (`data`), and on evaluations.
+        The last state of the checkpoint: `iteration`; state dicts of `network`, `criterion`, `optimizer` and `batches`;
+        `losses`, a row per iteration with `iteration`, `loss`, its terms as `loss_<term>` and `lr`; `validations`, a
+        row per evaluation with `iteration` and its metrics, the first one of the untrained network; `best`, the
+        `iteration` and `score` of the highest `select_by`, 0 and -1 before the first evaluation of a trained network;
+        and the `seconds` spent on iterations (`train`), on their batches as a part of that (`data`), on looking at
+        images before a segment of batches (`refresh`), and on evaluations.
         The checkpoint has the weights `best` and, if asked for, `kept`.
 
     Raises:
@@ -89,6 +96,9 @@ def train(
     if recipe.compile:
         compile_trunk(network, fabric.device)
     model, optimizer = fabric.setup(network, make_optimizer(recipe, groups, fabric.device))
+    model.mark_forward_method("outputs")
+    wanted = needs(criterion)
+    teacher = None if teacher_momentum is None else teacher_of(network)
     images, scored = place(images, fabric.device), place(scored, fabric.device)
 
     state = checkpoint.read()
@@ -96,21 +106,42 @@ def train(
         message(f"{label}: continues after iteration {state['iteration']}")
         network.load_state_dict(state["network"])
         criterion.load_state_dict(state["criterion"])
+        batches.load_state_dict(state["batches"])
+        if teacher:
+            teacher.load_state_dict(state["teacher"])
         # Not its groups: how the optimizer runs is this device's affair.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
     else:
         sizes = [sum(p.numel() for p in module.parameters()) for module in (network, criterion)]
         message(f"{label}: {sizes[0]:,} parameters in the network, {sizes[1]:,} in the loss")
         state = {"iteration": 0, "losses": [], "validations": [], "best": {"iteration": 0, "score": -1.0}}
-        state["seconds"] = {"train": 0.0, "data": 0.0, "validation": 0.0}
+        state["seconds"] = {"train": 0.0, "data": 0.0, "refresh": 0.0, "validation": 0.0}
         began = time.monotonic()
         state["validations"].append(score(model, scored, recipe, 0, fabric.device, label))
         state["seconds"]["validation"] += time.monotonic() - began
         log(state["validations"])
 
+    def look(what: str) -> Tensor:
+        model.eval()
+
+        def see(crops: Tensor) -> Tensor:
+            if what in Outputs._fields:
+                return getattr(model.outputs(crops, (what,)), what).float()
+            return getattr(criterion, what)(model.outputs(crops, ("features",)).features.float())
+
+        return embed(see, images, crop=recipe.crop, interpolation=recipe.interpolation, device=fabric.device)
+
+    def make(item: tuple[int, Drawn]) -> tuple[Tensor, Tensor, Tensor, int]:
+        iteration, drawn = item
+        crops = random_crops(images, recipe, seed, iteration, drawn.indices)
+        return crops, torch.from_numpy(drawn.labels), torch.from_numpy(drawn.indices), drawn.task
+
     start, seconds = state["iteration"], state["seconds"]
-    numbered = enumerate(islice(batches, start, recipe.iterations), start + 1)
-    loaded = load_batches(lambda item: random_crops(images, recipe, seed, *item), numbered, images, fabric.device)
+    # Segment by segment: what is made ahead must not be of one whose labels are not known yet.
+    loaded = chain.from_iterable(
+        load_batches(make, segment, images, fabric.device)
+        for segment in segments(batches, look, start, recipe.iterations, seconds)
+    )
     pending: list[dict[str, Any]] = []  # rows whose values are still on the device
     unlogged: list[Row] = []
     logged = start, seconds.copy()
@@ -119,7 +150,7 @@ def train(
         iterations, label, "images", total=recipe.iterations, initial=start, scale=recipe.batch_size
     ):
         began = time.monotonic()
-        pixels, labels = next(loaded)
+        pixels, labels, indices, task = next(loaded)
         seconds["data"] += time.monotonic() - began
         torch.manual_seed(stream(seed, iteration, 1))
         scale = lr_scale(recipe, iteration)
@@ -127,15 +158,22 @@ def train(
             group["lr"] = base_lr * scale
 
         model.train()
-        terms = criterion.terms(model(pixels), labels)
-        loss = sum(terms.values())
+        seen = model.outputs(pixels, wanted)._asdict()
+        if teacher:
+            with torch.no_grad(), fabric.autocast():
+                seen["teacher"] = teacher.outputs(pixels, wanted)
+        terms = criterion.terms(labels=labels, indices=indices, task=task, head=network.head, **seen)
+        loss = cast(Tensor, sum(terms.values()))
         optimizer.zero_grad()
         fabric.backward(loss)
         if recipe.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+        if teacher and teacher_momentum is not None:
+            follow(teacher, network, teacher_momentum)
+            criterion.follow(teacher_momentum)
         optimizer.step()
 
-        row = {"iteration": iteration, "loss": loss.detach(), "lr": recipe.lr * scale}
+        row: dict[str, Any] = {"iteration": iteration, "loss": loss.detach(), "lr": recipe.lr * scale}
         if len(terms) > 1:
             row |= {f"loss_{name}": value.detach() for name, value in terms.items()}
         pending.append(row)
@@ -165,14 +203,16 @@ def train(
         if saves:
             since, before = logged
             passed = seconds["train"] - before["train"]
-            speed = {"images_per_second": recipe.batch_size * (iteration - since) / passed}
-            speed["data_share"] = (seconds["data"] - before["data"]) / passed
+            speed = {"train_images_per_second": recipe.batch_size * (iteration - since) / passed}
+            speed["train_data_percent"] = 100 * (seconds["data"] - before["data"]) / passed
             log([*unlogged, {"iteration": iteration, **speed}])
             logged = iteration, seconds.copy()
             state["losses"] += [row for row in unlogged if "loss" in row]
             unlogged = []
             state |= {"iteration": iteration, "network": network.state_dict(), "criterion": criterion.state_dict()}
-            state["optimizer"] = optimizer.state_dict()
+            state |= {"optimizer": optimizer.state_dict(), "batches": batches.state_dict()}
+            if teacher:
+                state["teacher"] = teacher.state_dict()
             checkpoint.write(state, weights=(f"best-{state['best']['iteration']}", f"kept-{keep}"), now=last)
     return state | {"network": network.state_dict()}
 
@@ -191,10 +231,29 @@ def lr_scale(recipe: Recipe, iteration: int) -> float:
     return recipe.lr_gamma ** sum(iteration >= step for step in recipe.lr_steps)
 
 
-def random_crops(
-    images: PackedImages, recipe: Recipe, seed: int, iteration: int, indices: np.ndarray
-) -> tuple[Tensor, Tensor]:
-    """The crops (B, 3, crop, crop) and labels (B,) of a batch; they depend on these arguments alone."""
+def segments(
+    batches: Batches, look: Look, start: int, stop: int, seconds: dict[str, float]
+) -> Iterator[Iterator[tuple[int, Drawn]]]:
+    """For each segment after `start` up to `stop` iterations, its batches with the numbers of their iterations.
+
+    The images are looked at when a segment is asked for; the time for that is no part of the iterations'.
+    """
+    period = batches.period or stop
+    while start < stop:
+        number, done = divmod(start, period)
+        if not done:
+            began = time.monotonic()
+            batches.refresh(look, number)
+            took = time.monotonic() - began
+            for name, share in (("refresh", took), ("data", -took), ("train", -took)):
+                seconds[name] += share
+        end = min((number + 1) * period, stop)
+        yield enumerate(islice(batches.segment(number), done, done + end - start), start + 1)
+        start = end
+
+
+def random_crops(images: PackedImages, recipe: Recipe, seed: int, iteration: int, indices: np.ndarray) -> Tensor:
+    """The crops (B, 3, crop, crop) of a batch; they depend on these arguments alone."""
     chosen = torch.from_numpy(indices)
     generator = torch.Generator().manual_seed(stream(seed, iteration, 0))
     boxes = random_boxes(images.sizes[chosen], recipe.scale, recipe.ratio, generator)
@@ -202,7 +261,7 @@ def random_crops(
     crops = images.crops(chosen, boxes, recipe.crop, flip=flip, interpolation=recipe.interpolation)
     if recipe.color_jitter:
         crops = color_jitter(crops, recipe.color_jitter, generator)
-    return crops, images.labels[chosen]
+    return crops
 
 
 def score(
@@ -215,7 +274,7 @@ def score(
         metrics = evaluate(embeddings, images.labels)
     except UserError as error:
         raise UserError(f"{label}: iteration {iteration}: {error}") from None
-    message(f"{label}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1%}")
+    message(f"{label}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1f} %")
     return {"iteration": iteration, **metrics}
 
 

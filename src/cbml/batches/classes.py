@@ -2,10 +2,34 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
+from cbml.batches.base import Batches, BatchesConfig, Drawn
 from cbml.errors import UserError
+
+
+class ClassesConfig(BatchesConfig):
+    """Some images of each of some classes: what every loss gets unless it says otherwise."""
+
+    type: Literal["classes"] = "classes"
+
+    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
+        return Classes(labels, batch_size, instances, seed)
+
+
+class Classes(Batches):
+    """See `ClassesConfig` and `class_balanced_batches`."""
+
+    def __init__(self, labels: np.ndarray, batch_size: int, instances: int, seed: int):
+        self.labels, self.num_classes = labels, len(np.unique(labels))
+        self.draw = partial(class_balanced_batches, labels, batch_size, instances, seed)
+        self.draw()  # raises where they do not fit together
+
+    def segment(self, number: int) -> Iterator[Drawn]:
+        return (Drawn(indices, self.labels[indices]) for indices in self.draw())
 
 
 def class_balanced_batches(labels: np.ndarray, batch_size: int, instances: int, seed: int) -> Iterator[np.ndarray]:
