@@ -20,7 +20,7 @@ paper: .venv/installed
 	PYTHONPATH=src python -m pipeline.tabulate cub200 --all
 
 test: .venv/installed
-	pytest -n auto --dist loadfile --durations=10
+	pytest -n auto --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: .venv/installed
 	ruff check

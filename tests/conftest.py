@@ -49,6 +49,11 @@ def environment():
     return kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": path}
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first: other workers do the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 def tiny_params(**changes):
     """The content of a params.yaml with one cell, glyphs × resnet18 × cbml_log × 16 × 0; `changes` replace groups."""
 
