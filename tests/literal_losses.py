@@ -261,3 +261,86 @@ def adversarial(embeddings, regressor):
         prediction = regressor(b)
         costs.append(-((a * prediction / prediction.norm()) ** 2).sum() / half)
     return mean(costs)
+
+
+def proxy_anchor(embeddings, labels, proxies, margin=0.1, alpha=32.0):
+    """Kim et al., CVPR 2020, eq. 4."""
+    proxies = proxies / proxies.norm(dim=1, keepdim=True)
+    positive, negative = [], []
+    for c in range(len(proxies)):
+        s = embeddings @ proxies[c]
+        if (labels == c).any():
+            positive.append(torch.log(1 + sum(torch.exp(-alpha * (v - margin)) for v in s[labels == c])))
+        negative.append(torch.log(1 + sum(torch.exp(alpha * (v + margin)) for v in s[labels != c])))
+    return mean(positive) + mean(negative)
+
+
+def arcface(embeddings, labels, classes, margin=28.65, scale=64.0):
+    """Deng et al., CVPR 2019, eq. 3; beyond pi the margin is a constant."""
+    classes, m = classes / classes.norm(dim=0), math.radians(margin)
+    losses = []
+    for e, label in zip(embeddings, labels.tolist(), strict=True):
+        cosines = list(e @ classes)
+        angle = torch.acos(cosines[label])
+        own = torch.cos(angle + m) if angle <= math.pi - m else torch.cos(angle) - m * math.sin(m)
+        others = [torch.exp(scale * c) for i, c in enumerate(cosines) if i != label]
+        losses.append(-torch.log(torch.exp(scale * own) / (torch.exp(scale * own) + sum(others))))
+    return mean(losses)
+
+
+def circle(embeddings, labels, margin=0.4, scale=80.0):
+    """Sun et al., CVPR 2020, eq. 6, an anchor after the other; the weights have no gradient."""
+    losses = []
+    for i in range(len(labels)):
+        positives, negatives = neighbours(labels, i)
+        s = embeddings @ embeddings[i]
+        p = [torch.exp(-scale * (1 + margin - s[j].detach()).clamp(min=0) * (s[j] - 1 + margin)) for j in positives]
+        n = [torch.exp(scale * (s[j].detach() + margin).clamp(min=0) * (s[j] - margin)) for j in negatives]
+        if p and n:
+            losses.append(torch.log(1 + sum(p) * sum(n)))
+    return mean(losses)
+
+
+def supcon(embeddings, labels, temperature=0.1):
+    """Khosla et al., NeurIPS 2020, eq. 2."""
+    losses = []
+    for i in range(len(labels)):
+        positives, negatives = neighbours(labels, i)
+        weights = torch.exp(embeddings @ embeddings[i] / temperature)
+        total = sum(weights[j] for j in positives + negatives)
+        if positives:
+            losses.append(-mean([torch.log(weights[j] / total) for j in positives]))
+    return mean(losses)
+
+
+def smooth_rank(similarities, j, others, temperature):
+    """The rank of `j` among `others` by similarity, counted with sigmoids."""
+    return 1 + sum(torch.sigmoid((similarities[k] - similarities[j]) / temperature) for k in others if k != j)
+
+
+def smooth_ap(embeddings, labels, temperature=0.01):
+    """Brown et al., ECCV 2020, eq. 6."""
+    losses = []
+    for i in range(len(labels)):
+        positives, negatives = neighbours(labels, i)
+        s = embeddings @ embeddings[i]
+        precisions = [
+            smooth_rank(s, j, positives, temperature) / smooth_rank(s, j, positives + negatives, temperature)
+            for j in positives
+        ]
+        if precisions:
+            losses.append(1 - mean(precisions))
+    return mean(losses)
+
+
+def recall_at_k(embeddings, labels, ks=(1, 2, 4, 8, 16), temperature=0.01):
+    """Patel et al., CVPR 2022."""
+    losses = []
+    for i in range(len(labels)):
+        positives, negatives = neighbours(labels, i)
+        s = embeddings @ embeddings[i]
+        for k in ks if positives else ():
+            ranks = [smooth_rank(s, j, positives + negatives, temperature) for j in positives]
+            found = sum(torch.sigmoid((k - rank) / k) for rank in ranks)
+            losses.append(1 - found.clamp(max=k) / min(k, len(positives)))
+    return mean(losses)

@@ -9,7 +9,7 @@ from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_ind
 from torch import Tensor, nn
 
 from cbml.losses.base import Loss, register
-from cbml.schema import NonNegative, Positive
+from cbml.schema import NonNegative, Positive, Share
 
 # Embeddings have unit length already; a second normalisation would cost time and take the radial part of gradients.
 COSINE = {"distance": distances.DotProductSimilarity(normalize_embeddings=False)}
@@ -226,3 +226,64 @@ class SoftTriple(LibraryLoss):
                 weight_reg_weight=tau,
             )
         )
+
+
+@register("proxy_anchor")
+class ProxyAnchor(LibraryLoss):
+    """Kim et al., CVPR 2020, eq. 4: each class's proxy is the anchor, the images of the batch are its pairs.
+
+    Args:
+        margin: δ, of the similarities.
+        alpha: scale of the exponents.
+    """
+
+    lr_factor = 100.0
+
+    def __init__(self, embedding_dim: int, num_classes: int, margin: NonNegative = 0.1, alpha: Positive = 32.0):
+        super().__init__(losses.ProxyAnchorLoss(num_classes, embedding_dim, margin, alpha))
+
+
+@register("arcface")
+class ArcFace(LibraryLoss):
+    """Deng et al., CVPR 2019, eq. 3: cross-entropy of cosines, with a margin on the angle to the image's own class.
+
+    Args:
+        margin: m, in degrees.
+        scale: s, of the cosines.
+    """
+
+    lr_factor = 10.0
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        margin: Annotated[float, Field(ge=0, lt=90)] = 28.65,
+        scale: Positive = 64.0,
+    ):
+        super().__init__(losses.ArcFaceLoss(num_classes, embedding_dim, margin, scale))
+
+
+@register("circle")
+class Circle(LibraryLoss):
+    """Sun et al., CVPR 2020, eq. 6, each image once the anchor; averaged over those with both kinds of pairs.
+
+    Args:
+        margin: m, by which the optima and the boundary of similarities are relaxed.
+        scale: γ.
+    """
+
+    def __init__(self, margin: Share = 0.4, scale: Positive = 80.0):
+        super().__init__(losses.CircleLoss(margin, scale))
+
+
+@register("supcon")
+class SupCon(LibraryLoss):
+    """Supervised contrastive loss: Khosla et al., NeurIPS 2020, eq. 2, averaged over images that have a positive.
+
+    Args:
+        temperature: τ.
+    """
+
+    def __init__(self, temperature: Positive = 0.1):
+        super().__init__(losses.SupConLoss(temperature, **COSINE))
