@@ -1,7 +1,7 @@
 """Time and memory of the losses, forward and backward, as Markdown tables: `python benchmarks/losses.py`.
 
-The first table sets CBML against a literal loop over anchors; the second measures every option of `conf/loss`, and
-multi-similarity with its miner is there to compare CBML with.
+The first table sets CBML against a literal loop over anchors; the second measures every option of `conf/loss` that is
+a loss of embeddings and labels alone (methods.py has the others), and multi-similarity with its miner to compare with.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 import yaml
 from pydantic import TypeAdapter
 
-from cbml.losses import build_loss, config_union
+from cbml.losses import build_loss, config_union, needs
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -34,9 +34,14 @@ def batch(size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return embeddings.to(device), labels.to(device)
 
 
-def load(name: str) -> torch.nn.Module:
+def load(name: str) -> torch.nn.Module | None:
+    """The loss of an option; None if it is a method that needs more than embeddings and labels."""
     config = yaml.safe_load((ROOT / "conf" / "loss" / f"{name}.yaml").read_text())[name]
-    return build_loss(TypeAdapter(config_union()).validate_python(config), embedding_dim=DIM, num_classes=CLASSES)
+    config = TypeAdapter(config_union()).validate_python(config)
+    if config.head or config.batches:
+        return None
+    loss = build_loss(config, embedding_dim=DIM, num_classes=CLASSES, feature_dim=DIM)
+    return None if needs(loss) else loss
 
 
 def seconds(loss, embeddings: torch.Tensor, labels: torch.Tensor, repeats: int) -> float:
@@ -86,6 +91,8 @@ def main() -> None:
     print("| loss |" + "".join(f" {device}, {size} x {DIM} |" for size, device in columns))
     print("| --- |" + " ---: |" * len(columns))
     for path in sorted((ROOT / "conf" / "loss").glob("*.yaml")):
+        if load(path.stem) is None:
+            continue
         cells = []
         for size, device in columns:
             # A process each, because the peak of a process never goes down.

@@ -1,0 +1,92 @@
+"""Time of a training step and memory of whole methods, as a Markdown table: `python benchmarks/methods.py`.
+
+Every option of `conf/loss` that is more than a loss of embeddings, beside plain contrastive, trains on random images by
+the recipe `cpu`: crops, heads, teacher, backward pass and Adam. What a method looks at before a segment of iterations
+is apart from its steps. A process each, because the peak of a process never goes down.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from throughput import option, random_images
+
+from cbml.batches import ClassesConfig
+from cbml.config import Cell, Params
+from cbml.losses import needs
+from cbml.network import build
+from cbml.training.checkpoint import Checkpoint
+from cbml.training.device import numerics
+from cbml.training.loop import train
+
+ROOT = Path(__file__).parents[1]
+CUDA = torch.cuda.is_available()
+IMAGES = 800
+
+
+def make_cell(loss: str, backbone: str, iterations: int) -> Cell:
+    """The recipe `cpu`, from scratch: one row of speed after half of the iterations, to warm up, and one at the end."""
+    recipe = option("recipe", "cpu")["cpu"] | {"weights": None, "iterations": iterations, "validate_every": 0}
+    groups = {"dataset": option("dataset", "glyphs"), "backbone": option("backbone", backbone)}
+    groups |= {"loss": option("loss", loss), "recipe": {"cpu": recipe | {"checkpoint_every": iterations // 2}}}
+    size = 510 if "branches" in str(groups["loss"]) else 512  # which has three equal parts
+    params = Params.model_validate(groups | {"embedding_dim": [size], "seed": [0]})
+    return params.cell("glyphs", backbone, loss, size, 0)
+
+
+def is_method(cell: Cell) -> bool:
+    """Whether the option changes more than the loss, or looks at more than embeddings."""
+    _, criterion = build(cell, num_classes=4, root=ROOT)
+    method = cell.loss_config
+    return bool(method.head or method.batches or method.teacher is not None or needs(criterion))
+
+
+def measure(cell: Cell) -> None:
+    """Print images in a step, its milliseconds, those of a look at the images, and the peak in MiB."""
+    recipe, rows = cell.recipe, []
+    with tempfile.TemporaryDirectory() as folder, numerics(recipe) as fabric:
+        images = random_images(IMAGES, recipe.resize, Path(folder, "images.bin"))
+        numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
+        batches = (cell.loss_config.batches or ClassesConfig()).build(images.labels.numpy(), seed=0, **numbers)
+        network, criterion = build(cell, num_classes=batches.num_classes, root=ROOT)
+        few = replace(images, sizes=images.sizes[:40], labels=images.labels[:40])
+        options = {"fabric": fabric, "label": cell.loss, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
+        options["teacher_momentum"] = cell.loss_config.teacher
+        seconds = train(recipe, 0, network, criterion, batches, images, few, **options)["seconds"]
+    speed = [row["train_images_per_second"] for row in rows if "train_images_per_second" in row][-1]
+    memory = torch.cuda.max_memory_allocated() if CUDA else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    looks = -(-recipe.iterations // batches.period) if batches.period else 0
+    look = f"{1000 * seconds['refresh'] / looks:.0f}" if looks else "-"
+    print(f"{recipe.batch_size} {1000 * recipe.batch_size / speed:.0f} {look} {memory / 2**20:.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="resnet50" if CUDA else "resnet18")
+    parser.add_argument("--iterations", type=int, default=100 if CUDA else 8, help="half of them to warm up")
+    parser.add_argument("--measure", metavar="LOSS", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        return measure(make_cell(arguments.measure, arguments.backbone, arguments.iterations))
+
+    device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{arguments.backbone}, crops of 96 pixels, a look is at {IMAGES} images, {device}\n")
+    print(
+        "| option | images a step | ms a step | ms a look | peak MiB |\n| --- | ---: | ---: | ---: | ---: |", flush=True
+    )
+    names = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
+    for name in ["contrastive", *(n for n in names if is_method(make_cell(n, arguments.backbone, 2)))]:
+        command = [sys.executable, __file__, "--backbone", arguments.backbone, "--measure", name]
+        command += ["--iterations", str(arguments.iterations)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        print(f"| {name} | " + " | ".join(output.split()) + " |", flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
