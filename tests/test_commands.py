@@ -4,7 +4,6 @@ import importlib.util
 import itertools
 import re
 import shlex
-import shutil
 import subprocess
 
 import pytest
@@ -131,10 +130,9 @@ def test_a_default_cell_needs_no_parameter(compose):
     assert len(settings_of(command(cell, [0], ROOT / "conf"))) == 6
 
 
-def test_an_option_without_a_file_has_all_of_its_parameters(compose, tmp_path):
-    cell = compose(["loss=[cbml_log]", "loss.cbml_log.margin=0.3"]).cells("glyphs")[0]
-    conf = tmp_path / "conf"
-    shutil.copytree(ROOT / "conf", conf)
-    (conf / "loss" / "cbml_log.yaml").unlink()
-    settings = settings_of(command(cell, [0], conf))
-    assert "++loss.cbml_log.margin=0.3" in settings and "++loss.cbml_log.type=cbml" in settings
+@pytest.mark.parametrize("group", ["loss", "backbone"])
+def test_an_option_without_a_file_is_spelled_out(compose, group):
+    entry = {"loss": "{type: cbml, batches: {type: clusters, k: 50}}", "backbone": "${backbone.resnet18}"}[group]
+    cell = compose([f"+{group}.mine={entry}"]).cells("glyphs")[-1]
+    assert getattr(cell, group) == "mine"
+    assert compose(settings_of(command(cell, [0], ROOT / "conf"))).cells("glyphs") == [cell]

@@ -19,11 +19,13 @@ def command(cell: Cell, seeds: list[int], conf: Path) -> str:
     """`dvc exp run` with the options and the parameters in which a cell differs from the files of the folder `conf`."""
     groups = {"dataset": cell.dataset, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
     files = {group: option_file(conf, group, name) for group, name in groups.items()}
+    # An option without a file, as of a preset, is not one to choose, but can be spelled out.
+    backbone, loss = (groups[group] if files[group] else "" for group in ("backbone", "loss"))
     settings = [
         f"dataset={cell.dataset}",
         f"recipe={cell.recipe_name}",
-        f"backbone=[{cell.backbone}]",
-        f"loss=[{cell.loss}]",
+        f"backbone=[{backbone}]",
+        f"loss=[{loss}]",
         f"embedding_dim=[{cell.embedding_dim}]",
         f"seed=[{','.join(map(str, seeds))}]",
     ]
