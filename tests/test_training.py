@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 from conftest import ROOT, TINY_RECIPE, VALIDATING, environment, tiny_params
 
 from cbml import network, tracking
+from cbml.batches import clusters
 from cbml.config import load_cell
 from cbml.datasets.loading import prefetch
 from cbml.errors import UserError
@@ -262,6 +264,33 @@ def test_killed_it_continues_to_the_same_bits(workspace):
     again = subprocess.run(train_command(), env=environment(), stderr=subprocess.PIPE, text=True, check=True)
     assert "continues after iteration" in again.stderr
     assert result(Path("runs/glyphs/resnet18-cbml_log-16-0")) == unbroken
+
+
+MOMENTS = {  # where a run on clusters that looks at the images before iterations 1 and 4 is killed
+    "in a segment": (loop, "lr_scale", lambda recipe, iteration: iteration == 6),
+    "at a refresh": (clusters, "kmeans", lambda *_, starts, **__: starts == 1),
+    "between": (clusters.Clusters, "segment", lambda batches, number: number == 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_on_clusters_it_continues_to_the_same_bits(workspace, monkeypatch, capsys, moment):
+    owner, name, now = MOMENTS[moment]
+    function, changes = getattr(owner, name), method("cbml_clusters", checkpoint_every=1)
+
+    def killed(*args, **kwargs):
+        if now(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    if not (child := os.fork()):  # has all modules already
+        monkeypatch.setattr(owner, name, killed)
+        run(workspace, **changes)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    continued = result(run(workspace, **changes))
+    assert f"continues after iteration {5 if moment == 'in a segment' else 3}" in capsys.readouterr().err
+    assert continued == from_the_beginning(workspace, **changes)
 
 
 def test_a_changed_parameter_does_not_continue_the_old_run(workspace, monkeypatch):
