@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from cbml.errors import UserError
-from cbml.evaluation.retrieval import BLOCK, RESOLUTION, check_width, similarity_blocks, unit_vectors
+from cbml.evaluation.retrieval import BLOCK, RESOLUTION, SPARE, Search, ascending, by_class, check_width, unit_vectors
+
+NMI_BOUND = 2**20  # images × classes: the time of k-means grows with it, and beyond it is longer than all else takes
 
 
 @torch.no_grad()
@@ -39,7 +41,7 @@ def evaluate(
         ks: the K of Recall@K.
         nmi: also cluster the embeddings by k-means (seed 0, as many clusters as classes) and compare with the labels;
             for self-retrieval only.
-        block: the most similarities held at once.
+        block: the most products held at once.
 
     Returns:
         `recall_at_{K}`, `r_precision`, `map_at_r` and, if asked for, `nmi`, all in percent; `queries`, the number of
@@ -56,27 +58,26 @@ def evaluate(
         raise UserError("gallery: embeddings and labels are allowed only together, one of them is missing")
     if nmi and gallery is not None:
         raise UserError("nmi: allowed only without a gallery")
-    queries = unit_vectors(embeddings, "embeddings")
-    labels = _labels(labels, queries, "labels")
+    queries, in_order = by_class(embeddings, labels, "embeddings", "labels")
+    self_retrieval = gallery is None
     if gallery is None or gallery_labels is None:
-        gallery_labels = labels
+        gallery, gallery_labels = queries, in_order
     else:
-        gallery = unit_vectors(gallery, "gallery")
-        check_width(queries, gallery)
-        gallery_labels = _labels(gallery_labels, gallery, "gallery_labels")
+        gallery, gallery_labels = by_class(gallery, gallery_labels, "gallery", "gallery_labels")
+        check_width(embeddings, gallery)
+    first, last = (torch.searchsorted(gallery_labels, in_order, side=side) for side in ("left", "right"))
+    search = Search(queries, gallery, first, last, block)
 
     blocks = []
-    for rows, similarities in similarity_blocks(queries, gallery, block):
-        same = labels[rows, None] == gallery_labels
-        r = same.sum(dim=1, keepdim=True) - int(gallery is None)
+    for rows in search.blocks():
+        r = (last - first)[rows, None] - int(self_retrieval)
         r_max = max(1, int(r.max()))
-        # Ranks beyond both R and K count for nothing, so no more negatives than that are needed.
-        n_negatives = min(max(r_max, *ks), len(gallery_labels))
-        positives = similarities.masked_fill(~same, -torch.inf).topk(r_max).values
-        negatives = similarities.masked_fill_(same, -torch.inf).topk(n_negatives).values
-        n_ahead = torch.searchsorted(-negatives, RESOLUTION - positives, right=True)
+        positives = search.left_out(rows)
+        if self_retrieval:
+            positives.scatter_(1, (rows - first[rows])[:, None], -torch.inf)
+        positives = ascending(positives).flip(1)[:, :r_max]
         j = torch.arange(1, r_max + 1, device=r.device)
-        rank = j + n_ahead
+        rank = j + _negatives_ahead(search, rows, positives - RESOLUTION, r - j, max(ks))
         hit = (rank <= r).double()
         block_scores = [rank[:, 0] <= k for k in ks] + [hit.sum(1) / r[:, 0], (hit * j / rank).sum(1) / r[:, 0]]
         blocks.append(torch.stack([score.double() for score in block_scores], dim=1)[r[:, 0] > 0])
@@ -90,18 +91,43 @@ def evaluate(
         from sklearn.cluster import KMeans  # takes a second to import, which what serves a model need not wait for
         from sklearn.metrics import normalized_mutual_info_score
 
-        k_means = KMeans(n_clusters=len(labels.unique()), random_state=0)
-        clusters = k_means.fit_predict(queries.cpu().numpy())
-        metrics["nmi"] = 100 * float(normalized_mutual_info_score(labels.cpu().numpy(), clusters))
+        k_means = KMeans(n_clusters=len(in_order.unique()), random_state=0)
+        clusters = k_means.fit_predict(unit_vectors(embeddings, "embeddings").cpu().numpy())
+        metrics["nmi"] = 100 * float(normalized_mutual_info_score(torch.as_tensor(labels).cpu().numpy(), clusters))
     metrics["queries"] = len(scores)
     metrics["queries_without_answer"] = len(queries) - len(scores)
     return metrics
 
 
-def _labels(labels: Tensor, embeddings: Tensor, name: str) -> Tensor:
-    labels = torch.as_tensor(labels, device=embeddings.device)
-    if labels.shape != embeddings.shape[:1]:
-        raise UserError(
-            f"{name}: shape {tuple(labels.shape)}, allowed is one label per embedding, ({len(embeddings)},)"
-        )
-    return labels
+def affords_nmi(labels: Tensor) -> bool:
+    """Whether NMI costs seconds: up to 2^20 images × classes (CUB-200-2011 has 0.6 million, SOP 685 million)."""
+    return len(labels) * len(labels.unique()) <= NMI_BOUND
+
+
+def _negatives_ahead(search: Search, rows: Tensor, thresholds: Tensor, most: Tensor, k: int) -> Tensor:
+    """How many items of other classes are at least as similar as `thresholds` (rows, R), which descend.
+
+    Args:
+        most: (rows, R); a count above it, and in the first column above `k` too, need not be exact.
+    """
+    products, items, beyond = search.candidates(rows, max(thresholds.shape[1], k) + SPARE)
+    low, high = thresholds - search.error, thresholds + search.error
+    ordered = ascending(products).double()
+    ahead = ordered.shape[1] - torch.searchsorted(ordered, high)
+    near = ordered.shape[1] - torch.searchsorted(ordered, low) - ahead
+    matters = ahead <= most
+    matters[:, 0] |= ahead[:, 0] < k
+    near[~matters] = 0
+    again = ((near > 0) & (low <= beyond)).any(dim=1) | (near.sum(dim=1) > len(search.gallery) // 16)
+    near[again] = 0
+    for places in near.nonzero().split(max(1, search.block // (8 * products.shape[1]))):
+        row, column = places.unbind(dim=1)
+        of = products[row]
+        which, place = ((of >= low[row, column, None]) & (of < high[row, column, None])).nonzero().unbind(dim=1)
+        similarities = search.pairs(rows[row[which]], items[row[which], place])
+        passed = (similarities >= thresholds[row, column][which]).long()
+        ahead[row, column] += torch.zeros_like(row).index_add_(0, which, passed)
+    for some, similarities in search.whole(rows[again]):
+        some = some - rows[0]
+        ahead[some] = similarities.shape[1] - torch.searchsorted(ascending(similarities), thresholds[some])
+    return ahead

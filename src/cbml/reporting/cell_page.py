@@ -52,7 +52,7 @@ def cell_page(
     scores = read_json(evaluation / "metrics.json", "evaluate", ("final", "untrained"))
     record = read_json(evaluation / "run.json", "train", ("run_id",))
     protocols = pd.DataFrame({"Protocol": scores.keys()})
-    for name in metrics(scores["final"]):
+    for name in metrics([*scores["final"], "nmi"]):
         label = LABELS.get(name) or f"R@{name.removeprefix('recall_at_')}"
         protocols[label] = [number(values.get(name, np.nan)) for values in scores.values()]
     protocols["Iteration"] = [f"{values['iteration']:.0f}" for values in scores.values()]
@@ -82,6 +82,7 @@ def cell_page(
     return render(
         "cell",
         cell=cell,
+        without_nmi="nmi" not in scores["final"],
         unanswered=scores["final"]["queries_without_answer"],
         protocols=protocols,
         figures=[figure(charts[name], name, caption) for name, caption in CHARTS.items() if name in charts],
