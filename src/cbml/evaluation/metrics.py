@@ -75,11 +75,13 @@ def evaluate(
         positives = search.left_out(rows)
         if self_retrieval:
             positives.scatter_(1, (rows - first[rows])[:, None], -torch.inf)
-        positives = ascending(positives).flip(1)[:, :r_max]
-        j = torch.arange(1, r_max + 1, device=r.device)
-        rank = j + _negatives_ahead(search, rows, positives - RESOLUTION, r - j, max(ks))
+        thresholds = ascending(positives)[:, -r_max:].contiguous() - RESOLUTION
+        j = torch.arange(r_max, 0, -1, device=r.device)  # the nearest is the last
+        needed = r - j
+        needed[:, -1].clamp_(min=max(ks) - 1)
+        rank = j + _negatives_ahead(search, rows, thresholds, needed, max(r_max, *ks))
         hit = (rank <= r).double()
-        block_scores = [rank[:, 0] <= k for k in ks] + [hit.sum(1) / r[:, 0], (hit * j / rank).sum(1) / r[:, 0]]
+        block_scores = [rank[:, -1] <= k for k in ks] + [hit.sum(1) / r[:, 0], (hit * j / rank).sum(1) / r[:, 0]]
         blocks.append(torch.stack([score.double() for score in block_scores], dim=1)[r[:, 0] > 0])
     scores = torch.cat(blocks)
     if not len(scores):
@@ -104,30 +106,25 @@ def affords_nmi(labels: Tensor) -> bool:
     return len(labels) * len(labels.unique()) <= NMI_BOUND
 
 
-def _negatives_ahead(search: Search, rows: Tensor, thresholds: Tensor, most: Tensor, k: int) -> Tensor:
-    """How many items of other classes are at least as similar as `thresholds` (rows, R), which descend.
+def _negatives_ahead(search: Search, rows: Tensor, thresholds: Tensor, needed: Tensor, k: int) -> Tensor:
+    """How many items of other classes are at least as similar as `thresholds` (rows, R), which ascend.
 
     Args:
-        most: (rows, R); a count above it, and in the first column above `k` too, need not be exact.
+        needed: (rows, R), all below `k`; a count above it need not be exact.
     """
-    products, items, beyond = search.candidates(rows, max(thresholds.shape[1], k) + SPARE)
-    low, high = thresholds - search.error, thresholds + search.error
-    ordered = ascending(products).double()
-    ahead = ordered.shape[1] - torch.searchsorted(ordered, high)
-    near = ordered.shape[1] - torch.searchsorted(ordered, low) - ahead
-    matters = ahead <= most
-    matters[:, 0] |= ahead[:, 0] < k
-    near[~matters] = 0
-    again = ((near > 0) & (low <= beyond)).any(dim=1) | (near.sum(dim=1) > len(search.gallery) // 16)
-    near[again] = 0
-    for places in near.nonzero().split(max(1, search.block // (8 * products.shape[1]))):
-        row, column = places.unbind(dim=1)
-        of = products[row]
-        which, place = ((of >= low[row, column, None]) & (of < high[row, column, None])).nonzero().unbind(dim=1)
-        similarities = search.pairs(rows[row[which]], items[row[which], place])
-        passed = (similarities >= thresholds[row, column][which]).long()
-        ahead[row, column] += torch.zeros_like(row).index_add_(0, which, passed)
-    for some, similarities in search.whole(rows[again]):
+    found, items, beyond = search.candidates(rows, k + SPARE)
+    similarities = found.double()
+    low, high = (torch.searchsorted(thresholds, similarities + error) for error in (-search.error, search.error))
+    near = (low < high) & found.isfinite()
+    throughout = near.sum(dim=1) > len(search.gallery) // 16  # then a matrix product takes less time
+    near[throughout] = False
+    row, place = near.nonzero().unbind(dim=1)
+    similarities[row, place] = search.pairs(rows[row], items[row, place])
+    ahead = similarities.shape[1] - torch.searchsorted(ascending(similarities), thresholds)
+    # At a threshold this low there may be others ahead, which are no candidates.
+    unsettled = (thresholds - search.error <= beyond) & (ahead <= needed)
+    throughout |= unsettled.any(dim=1)
+    for some, similarities in search.whole(rows[throughout]):
         some = some - rows[0]
         ahead[some] = similarities.shape[1] - torch.searchsorted(ascending(similarities), thresholds[some])
     return ahead

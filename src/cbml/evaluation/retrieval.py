@@ -6,8 +6,8 @@ it is compared with, float64 takes a second look: at single pairs or, where thes
 candidates, at the whole gallery.
 """
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -79,23 +79,19 @@ def error_bound(width: int) -> float:
 
 
 def products(queries: Tensor, gallery: Tensor) -> Tensor:
-    """(Q, M) of float32 vectors (Q, D) and (M, D), never in less than float32."""
-    with _no_less_than_float32(queries.device.type):
-        if queries.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            # oneDNN, because MKL takes twice the time on processors of AMD.
-            return F.linear(queries.to_mkldnn(), gallery).to_dense()
+    """(Q, M) of vectors (Q, D) and (M, D), in what `search_dtype` says."""
+    if queries.dtype == torch.float64:
         return queries @ gallery.T
+    with torch.autocast("cpu", enabled=False):
+        # oneDNN, because MKL takes twice the time on processors of AMD; and as PyTorch has no setting that would make
+        # this layer coarser than float32.
+        return F.linear(queries.to_mkldnn(), gallery).to_dense()
 
 
-@contextmanager
-def _no_less_than_float32(device: str) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        matmul.allow_tf32 = before
+def search_dtype(device: torch.device) -> torch.dtype:
+    """float32 where oneDNN is, unless the environment lets it round to less; float64 on GPUs, where TF32 may be on."""
+    allowed = {"ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"}.isdisjoint(os.environ)
+    return torch.float32 if device.type == "cpu" and torch.backends.mkldnn.is_available() and allowed else torch.float64
 
 
 def similarities_of(cosines: Tensor) -> Tensor:
@@ -131,11 +127,11 @@ class Search:
 
     def __init__(self, queries: Tensor, gallery: Tensor, first: Tensor, last: Tensor, block: int) -> None:
         self.queries, self.gallery, self.first, self.last, self.block = queries, gallery, first, last, block
-        self.queries32 = queries.float()
-        gallery32 = self.queries32 if gallery is queries else gallery.float()
+        self.vectors = queries.to(search_dtype(queries.device))
+        others = self.vectors if gallery is queries else gallery.to(self.vectors.dtype)
         size = -(-len(gallery) // PARTS)
         self.starts = range(0, PARTS * size, size)
-        self.parts = F.pad(gallery32, (0, 0, 0, PARTS * size - len(gallery))).split(size)
+        self.parts = F.pad(others, (0, 0, 0, PARTS * size - len(gallery))).split(size)
         self.error = error_bound(queries.shape[1])
 
     def blocks(self) -> Iterator[Tensor]:
@@ -152,7 +148,7 @@ class Search:
             Products (rows, k), float32, -inf for what is left out, and items (rows, k); all M where they are fewer. And
             what the product of no other item exceeds, (rows, 1).
         """
-        size, queries = len(self.gallery), self.queries32[rows]
+        size, queries = len(self.gallery), self.vectors[rows]
         found = [products(queries, part) for part in self.parts]
         for start, part in zip(self.starts, found, strict=True):
             self._leave_out(part, rows, start)
@@ -163,11 +159,11 @@ class Search:
             torch.maximum(maxima, part, out=maxima)
         columns = largest(maxima, k)
         values = torch.cat([part.gather(1, columns) for part in found], dim=1)
-        items = torch.cat([columns + start for start in self.starts], dim=1).clamp_(max=size - 1)
         best = largest(values, min(k, size))
-        values, items = values.gather(1, best), items.gather(1, best)
+        values, width = values.gather(1, best), columns.shape[1]
+        items = columns.gather(1, best % width) + best // width * len(self.parts[0])
         beyond = values.amin(dim=1, keepdim=True)
-        return values, items, beyond if k < size else torch.full_like(beyond, -torch.inf)
+        return values, items.clamp_(max=size - 1), beyond if k < size else torch.full_like(beyond, -torch.inf)
 
     def pairs(self, rows: Tensor, items: Tensor) -> Tensor:
         """The similarities (P,) of the queries `rows` (P,) and the gallery's `items` (P,)."""
@@ -177,13 +173,14 @@ class Search:
 
     def left_out(self, rows: Tensor) -> Tensor:
         """The similarities (rows, C) to what each query leaves out, from `first` on, -inf beyond its `last`."""
-        spans = list(zip(self.first[rows].tolist(), self.last[rows].tolist(), strict=True))
-        found = self.queries.new_full((len(rows), max(1, *(stop - start for start, stop in spans))), -torch.inf)
-        edges = [i for i, span in enumerate(spans) if i == 0 or span != spans[i - 1]]
-        queries = self.queries[rows]
-        for row, end in zip(edges, [*edges[1:], len(rows)], strict=True):
-            start, stop = spans[row]
-            found[row:end, : stop - start] = queries[row:end] @ self.gallery[start:stop].T
+        spans = torch.stack([self.first[rows], self.last[rows]], dim=1)
+        found = self.queries.new_full((len(rows), max(1, (spans[:, 1] - spans[:, 0]).max())), -torch.inf)
+        spans, counts = spans.unique_consecutive(dim=0, return_counts=True)
+        counts = counts.tolist()
+        for (start, stop), queries, part in zip(
+            spans.tolist(), self.queries[rows].split(counts), found.split(counts), strict=True
+        ):
+            part[:, : stop - start] = queries @ self.gallery[start:stop].T
         return similarities_of(found)
 
     def whole(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -247,7 +244,7 @@ def retrieve(
         """Keep the k nearest of `items` (rows, L), at the similarities `among`; return the scores of the last."""
         different = labels[rows, None] != other_labels[items]
         # Below half a step of the similarities: the index decides between equals alone.
-        scores = among + (RESOLUTION + STEP / 2) * different - items * (STEP / 2 / len(others))
+        scores = among + (RESOLUTION + STEP / 2) * different - items.double() * (STEP / 2 / len(others))
         scores, best = scores.topk(k)
         indices[rows], similarities[rows] = items.gather(1, best), among.gather(1, best)
         return scores[:, -1:]
