@@ -114,6 +114,8 @@ def _negatives_ahead(search: Search, rows: Tensor, thresholds: Tensor, needed: T
     """
     found, items, beyond = search.candidates(rows, k + SPARE)
     similarities = found.double()
+    surely_ahead = found.shape[1] - torch.searchsorted(ascending(found).double(), thresholds + search.error)
+    thresholds = thresholds.masked_fill(surely_ahead > needed, -torch.inf)
     low, high = (torch.searchsorted(thresholds, similarities + error) for error in (-search.error, search.error))
     near = (low < high) & found.isfinite()
     throughout = near.sum(dim=1) > len(search.gallery) // 16  # then a matrix product takes less time
