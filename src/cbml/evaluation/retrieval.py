@@ -17,7 +17,7 @@ from torch import Tensor
 from cbml.errors import UserError
 from cbml.progress import progress
 
-BLOCK = 2**24  # products held at once (64 MiB): never queries × gallery
+BLOCK = 2**23  # products held at once (32 MiB): never queries × gallery
 PARTS = 8  # of the gallery, multiplied one after another
 SPARE = 4  # candidates beyond those asked for, because float32 cannot tell which is the last of them
 RESOLUTION = 2.0**-23  # of a float32 at 1.0: similarities nearer to each other than this are a tie
@@ -167,20 +167,19 @@ class Search:
 
     def pairs(self, rows: Tensor, items: Tensor) -> Tensor:
         """The similarities (P,) of the queries `rows` (P,) and the gallery's `items` (P,)."""
-        size = max(1, self.block // 128 // self.queries.shape[1])  # a megabyte: what stays in a cache takes half the time
+        size = max(1, self.block // 64 // self.queries.shape[1])  # a megabyte: what stays in a cache takes half the time
         parts = zip(rows.split(size), items.split(size), strict=True)
         return similarities_of(torch.cat([self.gallery[j].mul_(self.queries[i]).sum(dim=1) for i, j in parts]))
 
     def left_out(self, rows: Tensor) -> Tensor:
         """The similarities (rows, C) to what each query leaves out, from `first` on, -inf beyond its `last`."""
-        spans = torch.stack([self.first[rows], self.last[rows]], dim=1)
-        found = self.queries.new_full((len(rows), max(1, (spans[:, 1] - spans[:, 0]).max())), -torch.inf)
-        spans, counts = spans.unique_consecutive(dim=0, return_counts=True)
-        counts = counts.tolist()
-        for (start, stop), queries, part in zip(
-            spans.tolist(), self.queries[rows].split(counts), found.split(counts), strict=True
-        ):
-            part[:, : stop - start] = queries @ self.gallery[start:stop].T
+        first, last = self.first[rows], self.last[rows]
+        found = self.queries.new_full((len(rows), max(1, (last - first).max())), -torch.inf)
+        _, counts = (first + last).unique_consecutive(return_counts=True)  # queries that leave out the same
+        of_each = (part.split(counts.tolist()) for part in (first, last, self.queries[rows], found))
+        for start, stop, queries, part in zip(*of_each, strict=True):
+            items = self.gallery[start[0] : stop[0]]
+            part[:, : len(items)] = queries @ items.T
         return similarities_of(found)
 
     def whole(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
