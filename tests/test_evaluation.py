@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cbml.errors import UserError
 from cbml.evaluation import retrieval
 from cbml.evaluation.metrics import affords_nmi, evaluate
-from cbml.evaluation.retrieval import RESOLUTION, error_bound, largest, products, retrieve
+from cbml.evaluation.retrieval import RESOLUTION, error_bound, largest, products, retrieve, search_dtype
 
 SCORES = ["recall_at_1", "recall_at_2", "recall_at_4", "recall_at_8", "r_precision", "map_at_r"]
 
@@ -191,11 +191,20 @@ def test_products_are_float32_whatever_is_allowed_elsewhere():
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = products(unit, unit)
-        assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
     assert found.dtype == torch.float32
     assert (found - unit.double() @ unit.double().T).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"])
+def test_float64_throughout_where_the_environment_allows_less_than_float32(name, monkeypatch):
+    expected = evaluate(*(data := make_data(0)))
+    assert search_dtype(torch.device("cuda")) == torch.float64
+    monkeypatch.setenv(name, "BF16")
+    assert search_dtype(torch.device("cpu")) == torch.float64
+    assert evaluate(*data) == expected
+    assert retrieve(*data, 8)[0].tolist() == literal_retrieve(*data, 8)[0]
 
 
 @pytest.mark.parametrize("k", [1, 5, 40, 99, 100, 200])
@@ -355,17 +364,15 @@ def test_memory_is_bounded():
     embeddings, labels = make_data(0, n=1500, d=4)
     with LargestTensor() as largest:
         evaluate(embeddings, labels, block=20_000)
-    assert 1500 * 8 <= largest.elements <= 20_000
+    assert embeddings.numel() < largest.elements <= 20_000
     with LargestTensor() as largest:
         retrieve(embeddings, labels, 8, block=20_000)
         retrieve(embeddings, labels, 8, embeddings, labels, block=20_000)
-    assert 1500 * 8 <= largest.elements <= 20_000
+    assert embeddings.numel() < largest.elements <= 20_000
     for search in (lambda: evaluate(embeddings, labels), lambda: retrieve(embeddings, labels, 8)):
         with LargestTensor() as largest:
             search()
-        assert (
-            largest.elements > 200_000
-        )  # small enough for one block, an eighth at a time: the measurement does see it
+        assert largest.elements >= 1500 * 188  # one block, an eighth of the gallery at a time: they are seen
 
 
 def test_memory_is_bounded_where_the_whole_gallery_is_searched():
