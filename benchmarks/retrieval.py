@@ -95,7 +95,8 @@ def main() -> None:
         cells = [f"{f(times[name]):.3g}" for times in (wall, processor) for f in (min, statistics.median)]
         cells.append(f"{memory[name]:.0f}")
         if faiss:
-            ratios = [ours / faiss9 for ours, faiss9 in zip(processor[name], processor["faiss.knn, k = 9"], strict=True)]
+            pairs = zip(processor[name], processor["faiss.knn, k = 9"], strict=True)
+            ratios = [ours / theirs for ours, theirs in pairs]
             cells += [f"{min(ratios):.2f}", f"{statistics.median(ratios):.2f}"]
         print(f"| {name} | " + " | ".join(cells) + " |")
 

@@ -167,14 +167,14 @@ class Search:
 
     def pairs(self, rows: Tensor, items: Tensor) -> Tensor:
         """The similarities (P,) of the queries `rows` (P,) and the gallery's `items` (P,)."""
-        size = max(1, self.block // 64 // self.queries.shape[1])  # a megabyte: what stays in a cache takes half the time
+        size = max(1, self.block // 64 // self.queries.shape[1])  # a megabyte, which stays in the cache
         parts = zip(rows.split(size), items.split(size), strict=True)
         return similarities_of(torch.cat([self.gallery[j].mul_(self.queries[i]).sum(dim=1) for i, j in parts]))
 
     def left_out(self, rows: Tensor) -> Tensor:
         """The similarities (rows, C) to what each query leaves out, from `first` on, -inf beyond its `last`."""
         first, last = self.first[rows], self.last[rows]
-        found = self.queries.new_full((len(rows), max(1, (last - first).max())), -torch.inf)
+        found = self.queries.new_full((len(rows), max(1, int((last - first).max()))), -torch.inf)
         _, counts = (first + last).unique_consecutive(return_counts=True)  # queries that leave out the same
         of_each = (part.split(counts.tolist()) for part in (first, last, self.queries[rows], found))
         for start, stop, queries, part in zip(*of_each, strict=True):
