@@ -145,7 +145,7 @@ class Search:
         """The `k` items with the largest products of each query, in no order.
 
         Returns:
-            Products (rows, k), float32, -inf for what is left out, and items (rows, k); all M where they are fewer. And
+            Products (rows, k), -inf for what is left out, and items (rows, k); all M where they are fewer. And
             what the product of no other item exceeds, (rows, 1).
         """
         size, queries = len(self.gallery), self.vectors[rows]
