@@ -233,6 +233,17 @@ def test_a_cells_page_says_what_its_files_say(pages):
     assert "margin: 0.1" in text and '"fingerprint": "0123"' in text  # cell.yaml, run.json
 
 
+def test_pages_without_nmi_say_so(tmp_path, pages):
+    evaluated = finish_all(tmp_path, cells())[:1]
+    file = evaluated[0].folder / "metrics.json"
+    file.write_text(file.read_text().replace(', "nmi": 50.0', ""))
+    write_images(workspace := Workspace(tmp_path))
+    cell = write_cell_page(evaluated[0], workspace)
+    report = write_tables_page(tmp_path / "page" / "index.html", evaluated, table_of(evaluated))
+    for path, with_nmi in ((cell, pages["cell"]), (report, pages["tables"])):
+        assert tables.NO_NMI in Page(path).text and tables.NO_NMI not in Page(with_nmi).text
+
+
 def test_many_methods_are_each_named_and_the_best_twelve_shown(tmp_path):
     losses = [f"loss_{i}" for i in range(13)]
     evaluated = finish_all(tmp_path, cells(loss={name: {"type": "cbml"} for name in losses}))

@@ -275,6 +275,17 @@ def test_rounding_beyond_one_loses_no_pair():
     assert moments["positive"]["pairs"] == 60 and moments["negative"]["pairs"] == 120 * 119 // 2 - 60
 
 
+def test_negative_pairs_are_those_of_some_images_where_there_are_many():
+    embeddings, labels = clusters(20, 30)
+    every, some = (pair_similarities(embeddings, labels, sample=sample) for sample in (600, 200))
+    assert every[1]["negative"]["pairs"] == 600 * 599 // 2 - 20 * 30 * 29 // 2
+    assert some[1]["positive"] == pytest.approx(every[1]["positive"])
+    assert 0.9 < some[1]["negative"]["pairs"] / (200 * 199 // 2) < 1
+    assert some[1]["negative"]["mean"] == pytest.approx(every[1]["negative"]["mean"], abs=0.02)
+    assert some[1]["negative"]["variance"] == pytest.approx(every[1]["negative"]["variance"], rel=0.1)
+    assert some[0].equals(pair_similarities(embeddings, labels, sample=200)[0])
+
+
 def test_memory_of_pairs_is_bounded():
     embeddings, labels = clusters(20, 75)
     with LargestTensor() as largest:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from cbml.errors import UserError
-from cbml.evaluation.retrieval import BLOCK, RESOLUTION, check_width, similarity_blocks, unit_vectors
+from cbml.evaluation.retrieval import BLOCK, RESOLUTION, SPARE, Search, ascending, by_class, check_width, unit_vectors
+
+NMI_BOUND = 2**20  # images × classes: the time of k-means grows with it, and beyond it is longer than all else takes
 
 
 @torch.no_grad()
@@ -39,7 +41,7 @@ def evaluate(
         ks: the K of Recall@K.
         nmi: also cluster the embeddings by k-means (seed 0, as many clusters as classes) and compare with the labels;
             for self-retrieval only.
-        block: the most similarities held at once.
+        block: the most products held at once.
 
     Returns:
         `recall_at_{K}`, `r_precision`, `map_at_r` and, if asked for, `nmi`, all in percent; `queries`, the number of
@@ -56,29 +58,30 @@ def evaluate(
         raise UserError("gallery: embeddings and labels are allowed only together, one of them is missing")
     if nmi and gallery is not None:
         raise UserError("nmi: allowed only without a gallery")
-    queries = unit_vectors(embeddings, "embeddings")
-    labels = _labels(labels, queries, "labels")
+    queries, in_order = by_class(embeddings, labels, "embeddings", "labels")
+    self_retrieval = gallery is None
     if gallery is None or gallery_labels is None:
-        gallery_labels = labels
+        gallery, gallery_labels = queries, in_order
     else:
-        gallery = unit_vectors(gallery, "gallery")
-        check_width(queries, gallery)
-        gallery_labels = _labels(gallery_labels, gallery, "gallery_labels")
+        gallery, gallery_labels = by_class(gallery, gallery_labels, "gallery", "gallery_labels")
+        check_width(embeddings, gallery)
+    first, last = (torch.searchsorted(gallery_labels, in_order, side=side) for side in ("left", "right"))
+    search = Search(queries, gallery, first, last, block)
 
     blocks = []
-    for rows, similarities in similarity_blocks(queries, gallery, block):
-        same = labels[rows, None] == gallery_labels
-        r = same.sum(dim=1, keepdim=True) - int(gallery is None)
+    for rows in search.blocks():
+        r = (last - first)[rows, None] - int(self_retrieval)
         r_max = max(1, int(r.max()))
-        # Ranks beyond both R and K count for nothing, so no more negatives than that are needed.
-        n_negatives = min(max(r_max, *ks), len(gallery_labels))
-        positives = similarities.masked_fill(~same, -torch.inf).topk(r_max).values
-        negatives = similarities.masked_fill_(same, -torch.inf).topk(n_negatives).values
-        n_ahead = torch.searchsorted(-negatives, RESOLUTION - positives, right=True)
-        j = torch.arange(1, r_max + 1, device=r.device)
-        rank = j + n_ahead
+        positives = search.left_out(rows)
+        if self_retrieval:
+            positives.scatter_(1, (rows - first[rows])[:, None], -torch.inf)
+        thresholds = ascending(positives)[:, -r_max:].contiguous() - RESOLUTION
+        j = torch.arange(r_max, 0, -1, device=r.device)  # the nearest is the last
+        needed = r - j
+        needed[:, -1].clamp_(min=max(ks) - 1)
+        rank = j + _negatives_ahead(search, rows, thresholds, needed, max(r_max, *ks))
         hit = (rank <= r).double()
-        block_scores = [rank[:, 0] <= k for k in ks] + [hit.sum(1) / r[:, 0], (hit * j / rank).sum(1) / r[:, 0]]
+        block_scores = [rank[:, -1] <= k for k in ks] + [hit.sum(1) / r[:, 0], (hit * j / rank).sum(1) / r[:, 0]]
         blocks.append(torch.stack([score.double() for score in block_scores], dim=1)[r[:, 0] > 0])
     scores = torch.cat(blocks)
     if not len(scores):
@@ -90,18 +93,40 @@ def evaluate(
         from sklearn.cluster import KMeans  # takes a second to import, which what serves a model need not wait for
         from sklearn.metrics import normalized_mutual_info_score
 
-        k_means = KMeans(n_clusters=len(labels.unique()), random_state=0)
-        clusters = k_means.fit_predict(queries.cpu().numpy())
-        metrics["nmi"] = 100 * float(normalized_mutual_info_score(labels.cpu().numpy(), clusters))
+        k_means = KMeans(n_clusters=len(in_order.unique()), random_state=0)
+        clusters = k_means.fit_predict(unit_vectors(embeddings, "embeddings").cpu().numpy())
+        metrics["nmi"] = 100 * float(normalized_mutual_info_score(torch.as_tensor(labels).cpu().numpy(), clusters))
     metrics["queries"] = len(scores)
     metrics["queries_without_answer"] = len(queries) - len(scores)
     return metrics
 
 
-def _labels(labels: Tensor, embeddings: Tensor, name: str) -> Tensor:
-    labels = torch.as_tensor(labels, device=embeddings.device)
-    if labels.shape != embeddings.shape[:1]:
-        raise UserError(
-            f"{name}: shape {tuple(labels.shape)}, allowed is one label per embedding, ({len(embeddings)},)"
-        )
-    return labels
+def affords_nmi(labels: Tensor) -> bool:
+    """Whether NMI costs seconds: up to 2^20 images × classes (CUB-200-2011 has 0.6 million, SOP 685 million)."""
+    return len(labels) * len(labels.unique()) <= NMI_BOUND
+
+
+def _negatives_ahead(search: Search, rows: Tensor, thresholds: Tensor, needed: Tensor, k: int) -> Tensor:
+    """How many items of other classes are at least as similar as `thresholds` (rows, R), which ascend.
+
+    Args:
+        needed: (rows, R), all below `k`; a count above it need not be exact.
+    """
+    found, items, beyond = search.candidates(rows, k + SPARE)
+    similarities = found.double()
+    surely_ahead = found.shape[1] - torch.searchsorted(ascending(found).double(), thresholds + search.error)
+    thresholds = thresholds.masked_fill(surely_ahead > needed, -torch.inf)
+    low, high = (torch.searchsorted(thresholds, similarities + error) for error in (-search.error, search.error))
+    near = (low < high) & found.isfinite()
+    throughout = near.sum(dim=1) > len(search.gallery) // 16  # then a matrix product takes less time
+    near[throughout] = False
+    row, place = near.nonzero().unbind(dim=1)
+    similarities[row, place] = search.pairs(rows[row], items[row, place])
+    ahead = similarities.shape[1] - torch.searchsorted(ascending(similarities), thresholds)
+    # At a threshold this low there may be others ahead, which are no candidates.
+    unsettled = (thresholds - search.error <= beyond) & (ahead <= needed)
+    throughout |= unsettled.any(dim=1)
+    for some, similarities in search.whole(rows[throughout]):
+        some = some - rows[0]
+        ahead[some] = similarities.shape[1] - torch.searchsorted(ascending(similarities), thresholds[some])
+    return ahead

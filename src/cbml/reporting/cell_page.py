@@ -11,7 +11,7 @@ from cbml.evaluation import queries
 from cbml.files import read_csv, read_json
 from cbml.reporting.html import figure, render
 from cbml.reporting.pictures import Found, Pictures
-from cbml.reporting.tables import metrics, number
+from cbml.reporting.tables import NO_NMI, metrics, number
 
 LABELS = {"r_precision": "R-Precision", "map_at_r": "MAP@R", "nmi": "NMI"}
 ROWS = 8  # of a gallery
@@ -52,7 +52,7 @@ def cell_page(
     scores = read_json(evaluation / "metrics.json", "evaluate", ("final", "untrained"))
     record = read_json(evaluation / "run.json", "train", ("run_id",))
     protocols = pd.DataFrame({"Protocol": scores.keys()})
-    for name in metrics(scores["final"]):
+    for name in metrics([*scores["final"], "nmi"]):
         label = LABELS.get(name) or f"R@{name.removeprefix('recall_at_')}"
         protocols[label] = [number(values.get(name, np.nan)) for values in scores.values()]
     protocols["Iteration"] = [f"{values['iteration']:.0f}" for values in scores.values()]
@@ -82,6 +82,7 @@ def cell_page(
     return render(
         "cell",
         cell=cell,
+        no_nmi=None if "nmi" in scores["final"] else NO_NMI,
         unanswered=scores["final"]["queries_without_answer"],
         protocols=protocols,
         figures=[figure(charts[name], name, caption) for name, caption in CHARTS.items() if name in charts],

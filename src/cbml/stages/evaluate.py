@@ -14,7 +14,7 @@ from cbml.config import load_cell
 from cbml.datasets.images import PackedImages
 from cbml.evaluation import queries
 from cbml.evaluation.embedding import embed
-from cbml.evaluation.metrics import evaluate
+from cbml.evaluation.metrics import affords_nmi, evaluate
 from cbml.evaluation.pseudo_labels import pseudo_label_table
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
@@ -43,7 +43,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
 
     The folder holds, of the final model on the test list:
 
-        metrics.json        by protocol, in percent
+        metrics.json        by protocol, in percent; without `nmi` where that takes too long
         recall_at_k.csv     Recall@K for K = 1, 2, 4, … 512, below the size of the list
         neighbours.npz      of each image the nearest others, `indices` (N, 8), and their `similarities` (N, 8)
         classes.csv         Recall@1 by class
@@ -78,14 +78,15 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
 
         test, train = embeddings_of(run_folder / "final.pt", images, train_images)
         curve = [k for k in CURVE if k == 1 or k < len(test)]
-        scores = evaluate(test, images.labels, ks=sorted({*KS, *curve}), nmi=True)
+        nmi = affords_nmi(images.labels)
+        scores = evaluate(test, images.labels, ks=sorted({*KS, *curve}), nmi=nmi)
         recalls = pd.DataFrame({"k": curve, "recall": [scores[f"recall_at_{k}"] for k in curve]})
         beyond = {f"recall_at_{k}" for k in set(curve) - set(KS)}
         metrics = {"final": {name: value for name, value in scores.items() if name not in beyond}}
         for protocol, iteration in record["iterations"].items():
             if protocol != "final" and (file := run_folder / f"{protocol}.pt").is_file():  # else it is the final model
                 (embeddings,) = embeddings_of(file, images)
-                metrics[protocol] = evaluate(embeddings, images.labels, ks=KS, nmi=True)
+                metrics[protocol] = evaluate(embeddings, images.labels, ks=KS, nmi=nmi)
             metrics[protocol] = {**metrics.get(protocol, metrics["final"]), "iteration": iteration}
         metrics["untrained"] = validations.iloc[0].to_dict()
 
