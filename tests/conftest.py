@@ -1,6 +1,7 @@
 """A tiny dataset and a parameter file that trains on it in a second."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from cbml import tracking
 from cbml.datasets import GlyphsConfig
 from cbml.datasets.lists import build_lists
 from cbml.training import checkpoint
@@ -68,6 +70,21 @@ def tiny_params(**changes):
         "embedding_dim": [16],
         "seed": [0],
     } | changes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_stores(tmp_path_factory):
+    """MLflow takes seconds for an empty store: others are copies of one. Stages as processes make their own."""
+    made, template = tracking.make_database, tmp_path_factory.mktemp("store") / "mlflow.db"
+
+    def copy(file):
+        if not template.exists():
+            made(template)
+        shutil.copy(template, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "make_database", copy)
+        yield
 
 
 @pytest.fixture(scope="session")

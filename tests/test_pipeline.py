@@ -136,11 +136,15 @@ def test_two_datasets_have_a_page_each_and_one_over_both(repository):
 
 
 def test_changed_images_are_noticed_through_the_lists(repository):
-    done = ran(repository, "dvc exp run -S loss=cbml_sqrt -S dataset.glyphs.seed=3")
-    assert done == ["download@glyphs", "build_lists@glyphs", *stages("cbml_sqrt", *CELL), "tabulate@glyphs"]
+    command = "dvc exp run -S loss=cbml_sqrt -S dataset.glyphs.seed=3 build_lists@glyphs"
+    assert ran(repository, command) == ["download@glyphs", "build_lists@glyphs"]
+    status = subprocess.run(
+        ["dvc", "status", "train"], cwd=repository, check=True, capture_output=True, text=True
+    ).stdout
+    assert stages("cbml_sqrt", "train")[0] in status and re.search(r"modified: +lists/glyphs", status)
 
 
-@pytest.mark.parametrize("override", ["loss=cmbl", "backbone=vgg16", "dataset=birds", "loss.cbml_log.margn=1"])
+@pytest.mark.parametrize("override", ["loss=cmbl", "loss.cbml_log.margn=1"])
 def test_an_unknown_option_is_refused_before_anything_runs(repository, override):
     done = subprocess.run(
         ["dvc", "exp", "run", "-S", override],

@@ -67,6 +67,11 @@ PATIENCE = 60.0  # seconds between attempts at a store that is away
 LAST_ATTEMPTS = 3  # at the end of a run
 
 
+def make_database(file: Path) -> None:
+    """Write an empty store, for which MLflow takes seconds."""
+    MlflowClient(f"sqlite:///{file}").search_experiments(max_results=1)
+
+
 class Store:
     """The tracking store of a workspace."""
 
@@ -85,7 +90,7 @@ class Store:
             if self.own and not (database.is_file() and database.stat().st_size):
                 # Made beside and renamed: half a database would stop every later run.
                 with atomic_write(database) as temporary:
-                    MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+                    make_database(temporary)
         mlflow.set_tracking_uri(self.uri)
         return MlflowClient(self.uri)
 
