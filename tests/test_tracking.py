@@ -70,7 +70,9 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace, tmp_path_fac
     needed = {"cell.yaml", "run.json", "metrics.json", "validations.csv", "similarities.csv", "summary.json"}
     assert needed <= artifacts
     note = run.data.tags["mlflow.note.content"]
-    assert f"| {metrics['final']['recall_at_1']:.1f} " in note and "-S 'loss=[cbml_log]'" in note
+    assert (
+        f"| {metrics['final']['recall_at_1']:.1f} " in note and "-S ++loss.cbml_log.type=cbml" in note
+    )  # there is no conf/
     assert {"mlflow.user", "mlflow.source.name", "mlflow.source.git.commit"} <= set(run.data.tags)
     (model,) = client.search_registered_models()
     assert model.name == "glyphs-resnet18-cbml_log-16-0" and model.latest_versions[0].run_id == run.info.run_id
