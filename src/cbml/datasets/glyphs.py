@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pydantic import Field
 
 from cbml.files import atomic_write
@@ -34,13 +34,17 @@ CHARACTERS = (
 
 
 class GlyphsConfig(Schema):
-    """How many characters to draw, how often, how large (pixels; images are square), and from which seed."""
+    """How many characters to draw, how often, how large (pixels; images are square), and from which seed.
+
+    `plain`: black on white and sharp, so that images of a character differ in typeface and pose alone.
+    """
 
     type: Literal["glyphs"]
     classes: int = Field(200, ge=4, le=len(CHARACTERS))
     images_per_class: int = Field(20, ge=2)
     size: int = Field(48, ge=16)
     seed: int = Field(0, ge=0)
+    plain: bool = False
 
     def download(self, folder: Path, root: Path = Path()) -> None:
         """Draw the dataset and create `folder` in the layout of `cbml.datasets.layout`; it is complete or absent.
@@ -62,7 +66,8 @@ class GlyphsConfig(Schema):
                 (new / "images" / name).mkdir(parents=True)
             for (i, k), path in zip(progress(images, "drawing", "images"), paths, strict=True):
                 rng = np.random.default_rng([self.seed, ord(characters[i]), k])
-                draw(characters[i], fonts[rng.integers(len(fonts))], self.size, rng).save(new / "images" / path)
+                font = fonts[rng.integers(len(fonts))]
+                draw(characters[i], font, self.size, rng, plain=self.plain).save(new / "images" / path)
             tables: dict[str, list[Any]] = {
                 "classes.txt": names,
                 "images.txt": paths,
@@ -73,8 +78,14 @@ class GlyphsConfig(Schema):
                 (new / file).write_text("".join(f"{n} {value}\n" for n, value in enumerate(values, 1)))
 
 
-def draw(character: str, font: ImageFont.FreeTypeFont, size: int, rng: np.random.Generator) -> Image.Image:
-    """Draw a character in a random pose, stroke, colour, blur and background; returns an RGB image of `size` pixels."""
+def draw(
+    character: str, font: ImageFont.FreeTypeFont, size: int, rng: np.random.Generator, *, plain: bool = False
+) -> Image.Image:
+    """Draw a character in a random pose, stroke, colour, blur and background; returns an RGB image of `size` pixels.
+
+    Args:
+        plain: in a random pose and stroke, black on white.
+    """
     stroke = round(size / 48) * int(rng.random() < 1 / 3)
     left, top, right, bottom = font.getbbox(character, stroke_width=stroke)
     glyph = Image.new("L", (int(right - left) + 2, int(bottom - top) + 2))
@@ -88,6 +99,8 @@ def draw(character: str, font: ImageFont.FreeTypeFont, size: int, rng: np.random
     ink = glyph.transform(
         (size, size), Image.Transform.AFFINE, np.c_[matrix, offset].ravel().tolist(), Image.Resampling.BICUBIC
     )
+    if plain:
+        return ImageOps.invert(ink).convert("RGB")
     coverage = np.asarray(ink.filter(ImageFilter.GaussianBlur(size / 48 * rng.uniform(0, 1))))[..., None] / 255
 
     brightness = rng.permutation([rng.uniform(0, 70), rng.uniform(185, 255)])  # dark on light or light on dark
