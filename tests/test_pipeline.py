@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY_GLYPHS, TINY_RECIPE, environment
 from dvc.api import exp_show
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,45 @@ def test_two_datasets_have_a_page_each_and_one_over_both(repository):
 def test_changed_images_are_noticed_through_the_lists(repository):
     done = ran(repository, "dvc exp run -S loss=cbml_sqrt -S dataset.glyphs.seed=3")
     assert done == ["download@glyphs", "build_lists@glyphs", *stages("cbml_sqrt", *CELL), "tabulate@glyphs"]
+
+
+def test_images_of_ones_own(repository, tmp_path):
+    """What the README shows: a folder of ten class folders; what is added to it is noticed."""
+    pictures = tmp_path / "my pictures"
+    for label in range(10):
+        for k in range(4):
+            file = pictures / f"class {label}" / f"{k}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (30, 24 + k), (25 * label, 60 * k, 90)).save(file)
+    command = f"dvc exp run -S dataset=folder -S 'dataset.folder.path=\"{pictures}\"' -S loss=cbml_sqrt"
+    everything = ["download@folder", "build_lists@folder", *stages("cbml_sqrt", *CELL, dataset="folder")]
+    assert ran(repository, command) == [*everything, "tabulate@folder"]
+    table = (repository / "reports" / "folder" / "tables.md").read_text()
+    assert "Test list: 20 images of 5 classes" in table
+    assert ran(repository, "dvc repro") == []
+    Image.new("RGB", (30, 30)).save(pictures / "class 9" / "new.jpg")
+    assert ran(repository, "dvc repro") == [*everything, "tabulate@folder"]
+    assert "Test list: 21 images of 5 classes" in (repository / "reports" / "folder" / "tables.md").read_text()
+    (command,) = re.findall("^dvc exp run .*", table, re.MULTILINE)
+    assert "dataset.folder.path=" in command and "watch" not in command
+    assert ran(repository, command) == []
+    done = subprocess.run(
+        ["dvc", "exp", "run", "-S", "dataset=folder"],
+        cwd=repository,
+        env=environment() | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and "dataset.folder.path" in done.stderr
+
+
+def test_images_are_neither_copied_nor_counted_by_dvc(repository):
+    """They lie in the repository itself, also for a queued experiment, and DVC has their catalogue alone."""
+    assert ran(repository, "dvc exp run -S loss=cbml_sqrt -S dataset.glyphs.seed=5") != []
+    before = sorted(path.name for path in (repository / "data").iterdir())
+    assert len([name for name in before if name.startswith("glyphs-")]) >= 2
+    lock = yaml.safe_load((repository / "dvc.lock").read_text())
+    assert [out["path"] for out in lock["stages"]["download@glyphs"]["outs"]] == ["data/glyphs.csv"]
 
 
 @pytest.mark.parametrize("override", ["loss=cmbl", "backbone=vgg16", "dataset=birds", "loss.cbml_log.margn=1"])

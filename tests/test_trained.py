@@ -11,8 +11,8 @@ from conftest import environment
 from test_importing import HIDE
 
 from cbml import network, progress, trained
-from cbml.datasets.images import pack_images
 from cbml.datasets.lists import read_list
+from cbml.datasets.packing import pack_images
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.files import write_tensors

@@ -289,9 +289,12 @@ def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
     """What a reader must know before comparing the rows of `summarise`, as Markdown.
 
     Args:
-        test: the number of `images` and `classes` of the test list.
+        test: the number of `images` and `classes` of the test list; and of `queries`, if they have a gallery.
     """
-    texts = [f"Test list: {test['images']:,} images of {test['classes']:,} classes."]
+    texts = [f"Test list: {test['images']:,} images of {test['classes']:,} classes"]
+    if queries := test.get("queries"):
+        texts[0] += f": {queries:,} queries, which are searched for in a gallery of {test['images'] - queries:,}"
+    texts[0] += "."
     if (table.protocol == "published").any() and test != PUBLISHED_TEST:
         texts.append("The published figures are on 5,924 images of 100 classes: **not comparable with this part**.")
     if "note" in table:

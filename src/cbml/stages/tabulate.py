@@ -38,7 +38,8 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
         UserError: a cell has not been evaluated, or there is none.
     """
     evaluated = tables.told_apart(_archived(workspace, dataset) if all_cells else _here(workspace, dataset))
-    test = read_json(evaluated[0].folder / "summary.json", "evaluate", ("test",))["test"]
+    summary = read_json(evaluated[0].folder / "summary.json", "evaluate", ("test",))
+    test = summary["test"] | ({"queries": summary["query"]["images"]} if "query" in summary else {})
     with_published = evaluated[0].cell.dataset_config.type == "cub200"
     table = tables.summarise(tables.collect(evaluated, workspace.conf), with_published=with_published)
     text, curves = to_markdown(table, dataset, test, evaluated), tables.curves(evaluated)
