@@ -131,6 +131,8 @@ def test_a_command_of_the_readme_makes_cells(compose, line):
     for sweep in sweeps:
         params = compose(list(itertools.chain(*sweep.values())))
         assert params.cells(*params.dataset)
+
+
 def test_images_of_ones_own_need_no_parameter_but_their_place(compose):
     cell = compose(["dataset=folder", "dataset.folder.path=/pictures"]).cells("folder")[0]
     settings = settings_of(command(cell, [0], ROOT / "conf"))

@@ -225,6 +225,8 @@ def test_a_selection_by_labels_is_refused_where_none_are_used(project):
 def test_a_bad_method_is_one_line(config, message, project):
     with pytest.raises(UserError, match=re.escape(message)):
         cell_of(loss={"x": config})
+
+
 @pytest.mark.parametrize(("dataset", "instances"), [("cars196", 8), ("sop", 4), ("inshop", 4)])
 def test_the_presets_of_other_datasets_are_the_papers_recipe(dataset, instances, tmp_path):
     compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper={dataset}"])

@@ -174,7 +174,7 @@ def test_the_page_shows_queries_with_their_neighbours_and_who_is_right(drawn, wr
     chance, failures = galleries(drawn)
     with np.load(written.tree / "evaluations" / CELL / "neighbours.npz") as arrays:
         found = dict(arrays)
-    images = read_list(written.tree / "lists/glyphs/test.txt", written.tree / "data/glyphs")
+    images = read_list(written.tree / "lists/glyphs/test.txt")
     names = [images.class_names[label] for label in images.labels]
     judge = queries.judge(found["indices"], found["similarities"], images.labels)
     for rows, chosen in (

@@ -81,7 +81,7 @@ def pages(folder, evaluated):
     table["within_noise"] = [True] + [False] * (len(table) - 1)
     workspace = Workspace(folder)
     write_images(workspace)
-    found = partial(neighbours_of, images=40)
+    found = partial(neighbours_of, queries=40, images=40)
     report = workspace.report("glyphs") / "index.html"
     page = write_tables_page(report, evaluated, table, pictures(workspace), found)
     cell = write_cell_page(evaluated[0], workspace)
@@ -237,7 +237,7 @@ def test_many_methods_are_each_named_and_the_best_twelve_shown(tmp_path):
     losses = [f"loss_{i}" for i in range(13)]
     evaluated = finish_all(tmp_path, cells(loss={name: {"type": "cbml"} for name in losses}))
     write_images(workspace := Workspace(tmp_path))
-    retrieved = pictures(workspace), partial(neighbours_of, images=40)
+    retrieved = pictures(workspace), partial(neighbours_of, queries=40, images=40)
     path = tmp_path / "page" / "index.html"
     html = write_tables_page(path, evaluated, table_of(evaluated), *retrieved).read_text()
     assert re.findall(r"<span>(loss_\d+) <strong>", html) == losses[:0:-1]

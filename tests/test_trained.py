@@ -33,13 +33,13 @@ def folder(workspace):
 
 @pytest.fixture
 def pictures():
-    return [Path("data/glyphs") / path for path in read_list(Path("lists/glyphs/test.txt"), Path("data/glyphs")).paths]
+    return [Path("data/glyphs") / path for path in read_list(Path("lists/glyphs/test.txt")).paths]
 
 
 @pytest.fixture
 def expected(folder, workspace):
     """The embeddings of all test images as `evaluate` computes them."""
-    images = read_list(Path("lists/glyphs/test.txt"), Path("data/glyphs"))
+    images = read_list(Path("lists/glyphs/test.txt"))
     size = {"resize": 24, "interpolation": "bilinear"}
     packed = pack_images(images, Path("data/glyphs"), workspace.cache, fingerprint="-", **size)
     where = {"crop": 20, "interpolation": "bilinear", "device": torch.device("cpu")}

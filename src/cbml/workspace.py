@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbml.config import Cell, Params, load_params
-from cbml.errors import UserError
 from cbml.datasets import Dataset
+from cbml.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated, BinaryIO
+from typing import Annotated, Any
 
 import requests
 from pydantic import Field
@@ -33,6 +33,7 @@ MOST_BYTES = 64 * 2**30  # unpacked from one archive
 SPARE_BYTES = 2**30  # left free on the disk
 # bz2 and gzip raise an OSError; tarfile a ValueError for a name with a NUL byte; zipfile a RuntimeError for a password
 # and for a compression that it does not know.
+DAMAGES: tuple[type[Exception], ...]
 DAMAGES = (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, OSError, RuntimeError, zlib.error)
 DAMAGES += (lzma.LZMAError,)
 
@@ -178,9 +179,9 @@ def _mismatch(path: Path, expected: RemoteFile) -> str | None:
     if expected.size is not None and (found := _size(path)) != expected.size:
         return f"size is {found} bytes, expected {expected.size}"
     hashes = {name: value for name in ("md5", "sha256") if (value := getattr(expected, name))}
-    for name, found in _hashes(path, tuple(hashes)).items():
-        if found != hashes[name]:
-            return f"{name.upper()} is {found}, expected {hashes[name]}"
+    for name, content in _hashes(path, tuple(hashes)).items():
+        if content != hashes[name]:
+            return f"{name.upper()} is {content}, expected {hashes[name]}"
     return None
 
 
@@ -244,7 +245,7 @@ def unpack(archive: Path, folder: Path, top: str, wanted: tuple[str, ...]) -> No
         raise UserError(f"{archive}: not a complete tar or zip archive ({reason}); get the archive again") from error
 
 
-Member = tuple[str, int, bool, bool, Callable[[], BinaryIO]]  # name, bytes, is a file, is that or a folder, how to open
+Member = tuple[str, int, bool, bool, Callable[[], Any]]  # name, bytes, is a file, is that or a folder, how to open
 
 
 def _tar_members(archive: Path) -> Iterator[Member]:

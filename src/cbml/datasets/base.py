@@ -32,11 +32,13 @@ class DatasetConfig(Schema):
     """What every dataset's option says.
 
     Attributes:
+        type: tells the datasets apart.
         ks: the K of Recall@K.
         watch: a file or folder; when DVC finds it changed, the stage `download` looks at the dataset again.
         skip_unreadable: leave out, and count, images that cannot be decoded, instead of stopping.
     """
 
+    type: str
     ks: Ks = [1, 2, 4, 8]
     watch: str = ""
     skip_unreadable: bool = False

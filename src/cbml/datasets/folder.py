@@ -52,7 +52,8 @@ class FolderConfig(DatasetConfig):
 
 def _walk(folder: Path) -> pd.DataFrame:
     """Path and label of every image in the class folders of a folder, and in folders of these."""
-    rows, others, empty = [], 0, []
+    rows: list[tuple[str, str]] = []
+    others, empty = 0, []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or not entry.is_dir():
             others += entry.is_file() and not entry.name.startswith(".")

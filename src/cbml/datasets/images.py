@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ class PackedImages:
     data: Tensor
     sizes: Tensor
     labels: Tensor
-    starts: Tensor | None = None
+    starts: Tensor = None  # type: ignore[assignment]  # until `__post_init__`
 
     def __post_init__(self):
         if self.starts is None:
@@ -227,14 +227,18 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.files)
 
-    nbytes = PackedImages.nbytes
     on_gpu = False
+
+    @property
+    def nbytes(self) -> int:
+        """See `PackedImages.nbytes`."""
+        return 3 * int(self.sizes.prod(1).sum())
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(os.cpu_count())
 
-    def crops(self, indices: Tensor, boxes: Tensor, size: int, **options) -> Tensor:
+    def crops(self, indices: Tensor, boxes: Tensor, size: int, **options: Any) -> Tensor:
         """See `PackedImages.crops`.
 
         Raises:

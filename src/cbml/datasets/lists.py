@@ -6,9 +6,10 @@ The folder of a dataset's lists holds `train.txt`, and `test.txt` or `query.txt`
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -78,7 +79,7 @@ def write_lists(catalogue: pd.DataFrame, digests: Sequence[str], out: Path, **fa
         number of `images` and `classes`; and `facts`.
     """
     parts = {name: catalogue[catalogue.split == name] for name in catalogue.split.unique()}
-    summary = {"fingerprint": fingerprint_of(catalogue.split, catalogue.path, catalogue.label, digests)}
+    summary: dict[str, Any] = {"fingerprint": fingerprint_of(catalogue.split, catalogue.path, catalogue.label, digests)}
     for name, rows in {**parts, "test": catalogue[catalogue.split != "train"]}.items():
         summary[name] = {"images": len(rows), "classes": int(rows.label.nunique())}
     summary |= facts
@@ -100,14 +101,16 @@ def read_list(path: Path) -> ImageList:
     Raises:
         UserError: the list or its classes are missing, empty or no text, a line is malformed, or a class has no name.
     """
-    names = {}
-    for n, line, (label, _, name) in _lines(path.with_name("classes.txt"), lambda line: line.partition(" ")):
-        if number(label) is None or not name:
-            raise UserError(f"{path.with_name('classes.txt')}, line {n}: {line[:100]!r}; expected 'label name'")
-        names[number(label)] = name
+    classes, names = path.with_name("classes.txt"), {}
+    for n, line in _lines(classes):
+        text, _, name = line.partition(" ")
+        if (label := number(text)) is None or not name:
+            raise UserError(f"{classes}, line {n}: {line[:100]!r}; expected 'label name'")
+        names[label] = name
     paths, labels = [], []
-    for n, line, (image, _, label) in _lines(path, lambda line: line.rpartition(",")):
-        label = number(label)
+    for n, line in _lines(path):
+        image, _, text = line.rpartition(",")
+        label = number(text)
         if not image or label is None or ".." in PurePosixPath(image).parts:
             raise UserError(f"{path}, line {n}: {line[:100]!r}; expected 'PATH,label' with a label from 0")
         if label not in names:
@@ -117,14 +120,14 @@ def read_list(path: Path) -> ImageList:
     return ImageList(paths, np.array(labels, dtype=np.int64), {label: names[label] for label in set(labels)})
 
 
-def _lines(path: Path, divide):
-    """Number, text and parts of each line."""
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file with their numbers, from 1."""
     if not path.is_file():
         raise UserError(f"image list {path} does not exist; build_lists writes it")
     lines = read_lines(path, path)
     if not lines:
         raise UserError(f"{path} is empty; build_lists writes it")
-    return [(n, line, divide(line)) for n, line in enumerate(lines, 1)]
+    return enumerate(lines, 1)
 
 
 def hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:

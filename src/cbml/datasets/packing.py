@@ -67,7 +67,7 @@ def inspect(files: Sequence[Path], label: str) -> Inspected:
             reason = f"{file}: not an image that Pillow can read ({error})" if digest else str(error)
             return digest, (0, 0), reason
 
-    looked = prefetch(look, files, 2 * os.cpu_count())
+    looked = prefetch(look, files, 2 * (os.cpu_count() or 1))
     digests, sizes, reasons = zip(*progress(looked, f"read {label}", "images", total=len(files)), strict=True)
     unreadable = {i: reason for i, reason in enumerate(reasons) if reason}
     return Inspected(list(digests), np.array(sizes, dtype=np.int64), unreadable)
@@ -109,7 +109,9 @@ def pack_images(
             packing.forget()
             raise unreadable_error(unreadable, len(inspected.sizes))
         packing.keep([size], inspected, np.arange(len(inspected.sizes)), packing)
-        return packing.open(size)
+        packed = packing.open(size)
+        assert packed  # as `keep` has written it
+        return packed
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,10 @@ class Packing:
             return EncodedImages(self.files, shapes, labels, *size)
         return PackedImages(torch.from_numpy(data), shapes, labels, starts)
 
-    def fitting(self, sizes: list[Size], inspected: Inspected) -> list[Size]:
+    def fitting(self, sizes: Sequence[Size], inspected: Inspected) -> list[Size]:
         """Those sizes of which the decoded images fit on the disk, all of them together; says which do not."""
-        fitting, taken = [], 0
+        fitting: list[Size] = []
+        taken = 0
         for size in sizes:
             needed = 3 * int(inspected.starts(size)[-1])
             if needed <= (room := self.room - taken):
@@ -193,7 +196,7 @@ class Packing:
                 )
         return fitting
 
-    def decode(self, sizes: list[Size], inspected: Inspected) -> dict[int, str]:
+    def decode(self, sizes: Sequence[Size], inspected: Inspected) -> dict[int, str]:
         """Decode every image once and write it in each of these sizes, for `keep`.
 
         It goes on where an earlier call was cut off, and takes what was decoded to these sizes before, also of another
@@ -228,7 +231,7 @@ class Packing:
             outputs = {
                 size: stack.enter_context((folder / _name(size)).open("r+b" if done else "wb")) for size in sizes
             }
-            loaded = prefetch(load, range(done, total), 2 * os.cpu_count())
+            loaded = prefetch(load, range(done, total), 2 * (os.cpu_count() or 1))
             for i, result in enumerate(
                 progress(loaded, f"decode {self.root.name}", "images", total=total, initial=done), done
             ):
@@ -237,7 +240,7 @@ class Packing:
                 else:
                     for output, size, array in zip(outputs.values(), sizes, result, strict=True):
                         output.seek(3 * starts[size][i])
-                        output.write(array)
+                        output.write(array.data)
                 if (i + 1) % CHUNK == 0 or i + 1 == total:
                     for size, output in outputs.items():
                         output.truncate(3 * starts[size][i + 1])
@@ -258,7 +261,7 @@ class Packing:
             pass
         return None
 
-    def keep(self, sizes: list[Size], inspected: Inspected, chosen: np.ndarray, packing: "Packing") -> None:
+    def keep(self, sizes: Sequence[Size], inspected: Inspected, chosen: np.ndarray, packing: "Packing") -> None:
         """Make what `decode` wrote the images of `packing`, which has the `chosen` of these."""
         digests = np.array(inspected.digests, dtype="S64")[chosen]
         for size in sizes:
@@ -307,7 +310,7 @@ def _open(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _known(cache: Path, size: Size) -> dict[str, Callable[[], np.ndarray]]:
     """What gives each image that was decoded to this size before, by the hash of its file."""
-    known = {}
+    known: dict[str, Callable[[], np.ndarray]] = {}
     for file in cache.glob(f"*-{_name(size)}/digests.npy"):
         try:
             index, data = _open(file.parent)

@@ -57,7 +57,7 @@ class PublishedConfig(DatasetConfig):
             self._unpack([root / os.path.expanduser(self.source)], folder)
             return
         fetched = folder.with_name(f".{folder.name}-download")  # beside `folder`: it outlives a run that breaks off
-        reasons = []
+        reasons: list[str] = []
         for files in self.mirrors:
             if reasons:
                 message(f"{reasons[-1]}; trying the next mirror")

@@ -29,9 +29,9 @@ class SopConfig(PublishedConfig):
         rows = []
         for split, name in LISTS.items():
             for n, line in enumerate(read_lines(folder / name, f"{origin}/{name}")[1:], 2):
-                image, label, category, path = [*line.split(maxsplit=3), *[""] * 4][:4]
-                label = number(label)
-                if not (number(image) and label and number(category) and is_inside(path)):
+                image, product, category, path = [*line.split(maxsplit=3), *[""] * 4][:4]
+                class_id = number(product)
+                if not (number(image) and class_id and number(category) and is_inside(path)):
                     raise UserError(
                         f"{origin}/{name}, line {n}: {line[:100]!r}; expected 'image_id class_id super_class_id path'"
                     )
@@ -39,5 +39,5 @@ class SopConfig(PublishedConfig):
                     raise UserError(f"{origin}/{path} is missing; {name} lists it")
                 item = PurePosixPath(path)
                 shown = f"{item.parent.name.removesuffix('_final')} {item.stem.rpartition('_')[0]}"
-                rows.append((path, label - 1, shown.replace("_", " "), split))
+                rows.append((path, class_id - 1, shown.replace("_", " "), split))
         return pd.DataFrame(rows, columns=["path", "label", "name", "split"])

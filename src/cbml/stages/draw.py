@@ -50,12 +50,13 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     densities = read_csv(evaluation / "similarities.csv", "evaluate", ("split", "pair", "similarity", "density"))
     moments = read_json(evaluation / "similarities.json", "evaluate", ("train", "test"))
     recalls = read_csv(evaluation / "recall_at_k.csv", "evaluate", ("k", "recall"))
-    names = test_list.class_names
     svgs = {
         "training": charts.training_chart(title, losses, validations, best),
         "recall_at_k": charts.recall_chart(title, recalls),
         "similarities": charts.similarities_chart(title, densities, moments),
-        "embedding_map": map_chart(title, mapped["embeddings"], labels[mapped["indices"]], names, cell.seed),
+        "embedding_map": map_chart(
+            title, mapped["embeddings"], labels[mapped["indices"]], tested.class_names, cell.seed
+        ),
     }
 
     if (file := evaluation / "pseudo_labels.csv").is_file():
@@ -67,7 +68,7 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
         cell,
         evaluation,
         svgs,
-        Pictures(test_list, workspace.data(cell.dataset), SIDE),
+        Pictures(tested, bring(workspace, dataset_of(workspace, cell)), SIDE),
         found,
         folder=out,
         report=workspace.report(cell.dataset) / "index.html",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cbml import network
 from cbml.config import load_cell
-from cbml.datasets.images import PackedImages
+from cbml.datasets.images import Images
 from cbml.evaluation import queries
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import affords_nmi, evaluate
@@ -30,7 +30,6 @@ NEIGHBOURS = 8
 # Of the training list, for its distribution of similarities: enough pairs, and seconds even for a large network.
 TRAIN_CLASSES, TRAIN_IMAGES = 20, 15
 MAP_CLASSES, MAP_IMAGES = 10, 60
-PAIRED_IMAGES = 10_000  # of the test list, at about most: all pairs of more would take longer than the retrieval
 
 
 def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = False) -> dict[str, dict[str, float]]:
@@ -47,10 +46,8 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         recall_at_k.csv     Recall@K for K = 1, 2, 4, … 512, below the size of the list
         neighbours.npz      of each query the nearest others, `indices` (N, 8), and their `similarities` (N, 8)
         classes.csv         Recall@1 by class
-        similarities.*      csv, json: cosine similarities of positive and negative pairs, also of some training images;
-                            of some classes where a test list has more than 10,000 images
+        similarities.*      csv, json: cosine similarities of positive and negative pairs, also of some training images
         map.npz             some classes' `embeddings`, and `indices` of their images
-
         pseudo_labels.csv   if training was on clusters, how they compare with the classes, by refresh
 
     and of the run all but the weights. The test list is the queries and then the gallery, where a dataset has these.
@@ -74,7 +71,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     with numerics(cell.recipe) as fabric:
         where: dict[str, Any] = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation}
 
-        def embeddings_of(file: Path, *lists: PackedImages) -> list[Tensor]:
+        def embeddings_of(file: Path, *lists: Images) -> list[Tensor]:
             model = fabric.setup_module(network.load(cell, file))
             return [embed(model, each, **where, device=fabric.device) for each in lists]
 
@@ -93,13 +90,11 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
             metrics[protocol] = {**metrics.get(protocol, metrics["final"]), "iteration": iteration}
         metrics["untrained"] = validations.iloc[0].to_dict()
 
-        share = min(1, PAIRED_IMAGES / len(test))
-        paired = queries.choose(tested.labels, round(share * tested.num_classes), len(test), seed=0)
         found = retrieve(*sides[:2], NEIGHBOURS, *sides[2:])
         indices, similarities = found[0].cpu().numpy() + first, found[1].cpu().numpy()
         distributions = {
             "train": pair_similarities(train, train_images.labels),
-            "test": pair_similarities(test[paired], images.labels[paired]),
+            "test": pair_similarities(test, images.labels),
         }
 
     judged = queries.judge(indices, similarities, tested.labels)

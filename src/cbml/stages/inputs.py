@@ -81,15 +81,16 @@ def images_of(workspace: Workspace, cell: Cell, images: ImageList) -> Images:
         queries = search.queries or 0
         splits = ["train"] * len(train.paths) + ["query"] * queries
         splits += ["gallery" if queries else "test"] * (len(test.paths) - queries)
-        if fingerprint_of(splits, every.paths, every.labels, digests) != print_of_lists:
+        if fingerprint_of(splits, every.paths, every.labels.tolist(), digests) != print_of_lists:
             stages = f"download@{cell.dataset} build_lists@{cell.dataset}"
             raise UserError(
                 f"{root}: the images or the lists have changed since the lists were made; again: "
                 f"`dvc repro -f -s {stages}`, then `dvc repro`"
             )
 
-    options = {"resize": size[0], "interpolation": size[1], "fingerprint": print_of_lists}
-    packed = pack_images(every, root, workspace.cache, check=check, **options)
+    packed = pack_images(
+        every, root, workspace.cache, resize=size[0], interpolation=size[1], fingerprint=print_of_lists, check=check
+    )
     position = {path: i for i, path in enumerate(every.paths)}
     indices = torch.tensor([position[path] for path in images.paths])
     return packed.subset(indices, torch.from_numpy(images.labels))
@@ -128,14 +129,14 @@ def record_of(folder: Path) -> dict[str, Any]:
     return record
 
 
-def neighbours_of(evaluation: Path, images: int) -> dict[str, np.ndarray]:
-    """Of each of so many images the nearest others, `indices` (N, k), and their `similarities` (N, k).
+def neighbours_of(evaluation: Path, queries: int, images: int) -> dict[str, np.ndarray]:
+    """Of each of so many queries the nearest of the list's images, `indices` (N, k), and `similarities` (N, k).
 
     Raises:
         UserError: the file is missing or damaged.
     """
     found = indexed(evaluation / "neighbours.npz", ("indices", "similarities"), images)
-    if len(found["indices"]) != images:
+    if len(found["indices"]) != queries:
         raise damaged(evaluation / "neighbours.npz", "of another list", "evaluate")
     return found
 

@@ -79,18 +79,19 @@ def place(lists: Sequence[Images], device: torch.device) -> list[Images]:
     """
     bytes_needed = sum(images.nbytes for images in lists)
     size = f"images: {sum(map(len, lists)):,}, {bytes_needed / 2**30:.2g} GB decoded"
-    if not all(isinstance(images, PackedImages) for images in lists):
+    packed = [images for images in lists if isinstance(images, PackedImages)]
+    if len(packed) < len(lists):
         message(f"{size}: too many to be kept, they are decoded from their files as they are needed")
         return list(lists)
     if device.type == "cuda" and bytes_needed < torch.cuda.mem_get_info(device)[0] / 4:
         try:
-            placed = [images.to(device) for images in lists]
+            placed: list[Images] = [images.to(device) for images in packed]
             message(f"{size}, in the GPU's memory")
             return placed
         except torch.OutOfMemoryError:  # another process was faster
             message("images: no room on the GPU, they stay with the host")
     if bytes_needed < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
-        for images in lists:
+        for images in packed:
             images.touch()
         message(f"{size}, in the host's memory")
     else:

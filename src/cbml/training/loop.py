@@ -254,7 +254,7 @@ def segments(
         start = end
 
 
-def random_crops(images: PackedImages, recipe: Recipe, seed: int, iteration: int, indices: np.ndarray) -> Tensor:
+def random_crops(images: Images, recipe: Recipe, seed: int, iteration: int, indices: np.ndarray) -> Tensor:
     """The crops (B, 3, crop, crop) of a batch; they depend on these arguments alone."""
     chosen = torch.from_numpy(indices)
     generator = torch.Generator().manual_seed(stream(seed, iteration, 0))
