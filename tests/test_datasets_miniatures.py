@@ -230,7 +230,7 @@ def test_query_against_gallery_is_what_a_loop_over_the_queries_says(published, t
             hits[k] += any(gallery.labels[index] == label for index in order[:k])
     assert answered == 10 == metrics["final"]["queries"] and metrics["final"]["queries_without_answer"] == 1
     for k, count in hits.items():
-        assert metrics["final"][f"recall_at_{k}"] == pytest.approx(count / answered)
+        assert metrics["final"][f"recall_at_{k}"] == pytest.approx(100 * count / answered)
     assert "nmi" not in metrics["final"]
     with np.load(folder / "neighbours.npz") as arrays:
         assert arrays["indices"][:, 0].tolist() == nearest
@@ -287,7 +287,7 @@ def test_inshop_in_one_folder_and_in_the_larger_size(published, tmp_path):
 
 DAMAGES = {
     "cars196": [
-        ("cars_annos.mat", b"no annotations", r"cars_annos\.mat cannot be read \(ValueError"),
+        ("cars_annos.mat", b"no annotations", r"cars_annos\.mat cannot be read \(\w+Error"),
         ("cars_annos.mat", None, r"cars_annos\.mat not found; expected car_ims \(a folder\) and cars_annos\.mat"),
         ("car_ims/000003.jpg", None, r"car_ims/000003\.jpg is missing; cars_annos\.mat lists it"),
     ],
