@@ -79,7 +79,7 @@ def pages(folder, evaluated):
     table = table_of(evaluated, with_published=True)
     table["versus_best"], table["versus_best_low"], table["versus_best_high"] = -1.25, -2.5, 0.5
     table["within_noise"] = [True] + [False] * (len(table) - 1)
-    workspace = Workspace(folder)
+    workspace = Workspace(folder, folder)
     write_images(workspace)
     found = partial(neighbours_of, queries=40, images=40)
     report = workspace.report("glyphs") / "index.html"
@@ -236,7 +236,7 @@ def test_a_cells_page_says_what_its_files_say(pages):
 def test_many_methods_are_each_named_and_the_best_twelve_shown(tmp_path):
     losses = [f"loss_{i}" for i in range(13)]
     evaluated = finish_all(tmp_path, cells(loss={name: {"type": "cbml"} for name in losses}))
-    write_images(workspace := Workspace(tmp_path))
+    write_images(workspace := Workspace(tmp_path, tmp_path))
     retrieved = pictures(workspace), partial(neighbours_of, queries=40, images=40)
     path = tmp_path / "page" / "index.html"
     html = write_tables_page(path, evaluated, table_of(evaluated), *retrieved).read_text()
