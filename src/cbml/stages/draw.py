@@ -39,11 +39,11 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     """
     cell = load_cell(evaluation / "cell.yaml")
     record = record_of(evaluation)
-    tested, search = test_list(workspace, cell)
+    tested, scoring = test_list(workspace, cell)
     labels = tested.labels
     title = f"{cell.name} on {cell.dataset}"
 
-    found = neighbours_of(evaluation, search.queries or len(labels), len(labels))
+    found = neighbours_of(evaluation, scoring.queries or len(labels), len(labels))
     mapped = indexed(evaluation / "map.npz", ("indices", "embeddings"), len(labels))
     losses, validations = curves_of(evaluation, cell)
     best = record["iterations"]["best_on_test"]

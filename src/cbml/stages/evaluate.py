@@ -61,8 +61,8 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     cell = load_cell(run_folder / "cell.yaml")
     record = record_of(run_folder)
     checkpoint.remove(workspace.checkpoint(record["key"]))  # DVC has recorded the training, or it would not be here
-    train_list, (tested, search) = training_list(workspace, cell), test_list(workspace, cell)
-    ks = search.ks
+    train_list, (tested, scoring) = training_list(workspace, cell), test_list(workspace, cell)
+    ks = scoring.ks
     images = images_of(workspace, cell, tested)
     sample = train_list.subset(queries.choose(train_list.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
     train_images = images_of(workspace, cell, sample)
@@ -76,8 +76,8 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
             return [embed(model, each, **where, device=fabric.device) for each in lists]
 
         test, train = embeddings_of(run_folder / "final.pt", images, train_images)
-        sides, nmi = search.sides(test, images.labels), search.queries is None and affords_nmi(images.labels)
-        first = search.queries or 0  # of the gallery
+        sides, nmi = scoring.sides(test, images.labels), scoring.queries is None and affords_nmi(images.labels)
+        first = scoring.queries or 0  # of the gallery
         curve = [k for k in CURVE if k == 1 or k < len(test) - first]
         scores = evaluate(*sides, ks=sorted({*ks, *curve}), nmi=nmi)
         recalls = pd.DataFrame({"k": curve, "recall": [scores[f"recall_at_{k}"] for k in curve]})
@@ -86,7 +86,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         for protocol, iteration in record["iterations"].items():
             if protocol != "final" and (file := run_folder / f"{protocol}.pt").is_file():  # else it is the final model
                 (embeddings,) = embeddings_of(file, images)
-                metrics[protocol] = evaluate(*search.sides(embeddings, images.labels), ks=ks, nmi=nmi)
+                metrics[protocol] = evaluate(*scoring.sides(embeddings, images.labels), ks=ks, nmi=nmi)
             metrics[protocol] = {**metrics.get(protocol, metrics["final"]), "iteration": iteration}
         metrics["untrained"] = validations.iloc[0].to_dict()
 

@@ -14,7 +14,7 @@ from cbml.datasets.images import Images
 from cbml.datasets.lists import ImageList, fingerprint_of, read_list
 from cbml.datasets.packing import Packing, pack_images
 from cbml.errors import UserError
-from cbml.evaluation.search import Search
+from cbml.evaluation.scoring import Scoring
 from cbml.files import damaged, locked, read_arrays, read_csv, read_json
 from cbml.workspace import Workspace
 
@@ -53,13 +53,13 @@ def training_list(workspace: Workspace, cell: Cell) -> ImageList:
     return read_list(workspace.lists(cell.dataset) / "train.txt")
 
 
-def test_list(workspace: Workspace, cell: Cell) -> tuple[ImageList, Search]:
+def test_list(workspace: Workspace, cell: Cell) -> tuple[ImageList, Scoring]:
     """The test images of a cell's dataset, queries before their gallery, and how they are scored; see `read_list`."""
     ks, folder = dataset_of(workspace, cell).ks, workspace.lists(cell.dataset)
     if not (folder / "query.txt").is_file():
-        return read_list(folder / "test.txt"), Search(ks)
+        return read_list(folder / "test.txt"), Scoring(ks)
     queries, gallery = (read_list(folder / f"{name}.txt") for name in ("query", "gallery"))
-    return queries + gallery, Search(ks, len(queries.paths))
+    return queries + gallery, Scoring(ks, len(queries.paths))
 
 
 def images_of(workspace: Workspace, cell: Cell, images: ImageList) -> Images:
@@ -68,7 +68,7 @@ def images_of(workspace: Workspace, cell: Cell, images: ImageList) -> Images:
     Raises:
         UserError: an image cannot be read, or the images are not those of the lists.
     """
-    train, (test, search) = training_list(workspace, cell), test_list(workspace, cell)
+    train, (test, scoring) = training_list(workspace, cell), test_list(workspace, cell)
     every = train + test
     print_of_lists = fingerprint(workspace, cell.dataset)
     size = cell.recipe.resize, cell.recipe.interpolation
@@ -78,7 +78,7 @@ def images_of(workspace: Workspace, cell: Cell, images: ImageList) -> Images:
         bring(workspace, dataset)
 
     def check(digests: list[str]) -> None:
-        queries = search.queries or 0
+        queries = scoring.queries or 0
         splits = ["train"] * len(train.paths) + ["query"] * queries
         splits += ["gallery" if queries else "test"] * (len(test.paths) - queries)
         if fingerprint_of(splits, every.paths, every.labels.tolist(), digests) != print_of_lists:

@@ -75,7 +75,7 @@ def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable
     try:
         if fingerprint(workspace, dataset) != one.record["fingerprint"]:
             raise UserError(f"lists/{dataset} is of other images than the cells")
-        images, search = test_list(workspace, one.cell)
+        images, scoring = test_list(workspace, one.cell)
         root = workspace.images(dataset_of(workspace, one.cell))
         if not root.is_dir():
             raise UserError(f"{root} is not there")
@@ -83,7 +83,7 @@ def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable
         message(f"{dataset}: a page without pictures, {error}")
         return ()
     count = len(images.labels)
-    return Pictures(images, root, SIDE), partial(neighbours_of, queries=search.queries or count, images=count)
+    return Pictures(images, root, SIDE), partial(neighbours_of, queries=scoring.queries or count, images=count)
 
 
 def _here(workspace: Workspace, dataset: str) -> list[Evaluated]:

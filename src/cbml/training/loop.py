@@ -24,7 +24,7 @@ from cbml.datasets.transforms import color_jitter, random_boxes
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
-from cbml.evaluation.search import Search
+from cbml.evaluation.scoring import Scoring
 from cbml.losses import Loss, needs
 from cbml.progress import message, progress
 from cbml.teacher import follow, teacher_of
@@ -44,7 +44,7 @@ def train(
     batches: Batches,
     images: Images,
     scored: Images,
-    search: Search = Search(),  # noqa: B008 (it is frozen)
+    scoring: Scoring = Scoring(),  # noqa: B008 (it is frozen)
     *,
     fabric: Fabric,
     label: str,
@@ -60,7 +60,7 @@ def train(
         network, criterion: as built; the checkpoint's state replaces theirs.
         batches: of `images`.
         images: their labels are not looked at.
-        scored, search: what every evaluation on the way is on, and how.
+        scored, scoring: what every evaluation on the way is on, and how.
         fabric: the device, inside `numerics`.
         label: of the run, for messages.
         log: called with new rows of losses and evaluations, and with `train_images_per_second` and
@@ -119,7 +119,7 @@ def train(
         state = {"iteration": 0, "losses": [], "validations": [], "best": {"iteration": 0, "score": -1.0}}
         state["seconds"] = {"train": 0.0, "data": 0.0, "refresh": 0.0, "validation": 0.0}
         began = time.monotonic()
-        state["validations"].append(score(model, scored, search, recipe, 0, fabric.device, label))
+        state["validations"].append(score(model, scored, scoring, recipe, 0, fabric.device, label))
         state["seconds"]["validation"] += time.monotonic() - began
         log(state["validations"])
 
@@ -193,7 +193,7 @@ def train(
         seconds["train"] += time.monotonic() - began
         if validates:
             began = time.monotonic()
-            row = score(model, scored, search, recipe, iteration, fabric.device, label)
+            row = score(model, scored, scoring, recipe, iteration, fabric.device, label)
             seconds["validation"] += time.monotonic() - began
             state["validations"].append(row)
             unlogged.append(row)
@@ -269,7 +269,7 @@ def random_crops(images: Images, recipe: Recipe, seed: int, iteration: int, indi
 def score(
     model: EmbeddingModel,
     images: Images,
-    search: Search,
+    scoring: Scoring,
     recipe: Recipe,
     iteration: int,
     device: torch.device,
@@ -279,7 +279,7 @@ def score(
     model.eval()
     embeddings = embed(model, images, crop=recipe.crop, interpolation=recipe.interpolation, device=device)
     try:
-        metrics = evaluate(*search.sides(embeddings, images.labels), ks=search.ks)
+        metrics = evaluate(*scoring.sides(embeddings, images.labels), ks=scoring.ks)
     except UserError as error:
         raise UserError(f"{label}: iteration {iteration}: {error}") from None
     message(f"{label}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1f} %")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Search:
+class Scoring:
     """How the images of a test list are scored.
 
     Attributes:
