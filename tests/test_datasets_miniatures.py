@@ -232,6 +232,8 @@ def test_query_against_gallery_is_what_a_loop_over_the_queries_says(published, t
     for k, count in hits.items():
         assert metrics["final"][f"recall_at_{k}"] == pytest.approx(100 * count / answered)
     assert "nmi" not in metrics["final"]
+    (page,) = (workspace.tree / "pages").rglob("index.html")
+    assert "NMI is left out: queries are searched for in a gallery" in page.read_text()
     with np.load(folder / "neighbours.npz") as arrays:
         assert arrays["indices"][:, 0].tolist() == nearest
     assert "21 images of 6 classes: 11 queries, which are searched for in a gallery of 10" in table

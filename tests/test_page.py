@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, tiny_params
 from finished_cells import TEST, cells, finish, pictures, write_cell_page, write_images
 
-from cbml.reporting import tables
+from cbml.reporting import cell_page, tables
 from cbml.reporting.tables_page import index_page, tables_page
 from cbml.stages.inputs import neighbours_of
 from cbml.workspace import Workspace
@@ -231,6 +231,15 @@ def test_a_cells_page_says_what_its_files_say(pages):
     assert "Laysan <Albatross>|25.0|9|Crow|" in cells_of_rows
     assert "None|–|1|" in cells_of_rows  # a class named None, without an answer
     assert "margin: 0.1" in text and '"fingerprint": "0123"' in text  # cell.yaml, run.json
+
+
+def test_of_many_classes_the_worst_are_shown_which_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(cell_page, "CLASSES", 2)
+    (one,) = finish_all(tmp_path, cells())
+    write_images(workspace := Workspace(tmp_path, tmp_path))
+    text = Page(write_cell_page(one, workspace)).text
+    assert "Crow" in text and "CAPITAL" not in text
+    assert "The worst 2 of 3 classes; all are in" in " ".join(text.split())
 
 
 def test_many_methods_are_each_named_and_the_best_twelve_shown(tmp_path):

@@ -15,6 +15,7 @@ from cbml.reporting.tables import metrics, number
 
 LABELS = {"r_precision": "R-Precision", "map_at_r": "MAP@R", "nmi": "NMI"}
 ROWS = 8  # of a gallery
+CLASSES = 500  # of the table of classes, which bounds the page
 # The charts of a cell in the order of its page.
 CHARTS = {
     "training": "Recall@1 on the test list, and the loss with its terms, over iterations.",
@@ -82,6 +83,7 @@ def cell_page(
     return render(
         "cell",
         cell=cell,
+        with_gallery=len(judged) < len(pictures.images.labels),
         without_nmi="nmi" not in scores["final"],
         unanswered=scores["final"]["queries_without_answer"],
         protocols=protocols,
@@ -89,7 +91,8 @@ def cell_page(
         galleries=galleries,
         confusions=confusions,
         pictures=pictures,
-        classes=classes,
+        classes=classes[:CLASSES],
+        all_classes=len(classes),
         run_id=record["run_id"],
         files={name: (evaluation / name).read_text() for name in ("cell.yaml", "run.json")},
         report=os.path.relpath(report, folder),
