@@ -143,7 +143,7 @@ def test_changed_images_are_noticed_through_the_lists(repository):
 
 def test_images_of_ones_own(repository, tmp_path):
     """What the README shows: a folder of ten class folders; what is added to it is noticed."""
-    pictures = tmp_path / "my pictures"
+    pictures = tmp_path / "my pictures, größer"
     for label in range(10):
         for k in range(4):
             file = pictures / f"class {label}" / f"{k}.jpg"
