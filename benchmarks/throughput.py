@@ -11,7 +11,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -78,11 +77,11 @@ def training_speed(cell: Cell, images: PackedImages, *, resident: bool) -> tuple
     network, criterion = build(cell, num_classes=int(images.labels.max()) + 1, root=ROOT)
     numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
     batches = ClassesConfig().build(images.labels.numpy(), seed=cell.seed, **numbers)
-    first = replace(images, sizes=images.sizes[: recipe.batch_size], labels=images.labels[: recipe.batch_size])
+    first = images.subset(torch.arange(recipe.batch_size), images.labels[: recipe.batch_size])
     with (
         tempfile.TemporaryDirectory() as folder,
         numerics(recipe) as fabric,
-        patch.object(loop, "place", lambda images, device: images.to(device) if resident else images),
+        patch.object(loop, "place", lambda lists, device: [each.to(device) if resident else each for each in lists]),
     ):
         options = {"fabric": fabric, "label": cell.name, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
         loop.train(recipe, cell.seed, network, criterion, batches, images, first, **options)

@@ -1,19 +1,16 @@
-"""Stage `build_lists`: the training and test lists of a dataset into lists/<dataset>."""
+"""Stage `build_lists`: a dataset's lists into lists/<dataset>; every image is hashed, and decoded, once."""
 
 import argparse
 
-from cbml.datasets.lists import build_lists
 from cbml.errors import run_main
+from cbml.stages.build_lists import build_lists
 from cbml.workspace import Workspace
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset")
-    name = parser.parse_args().dataset
-    workspace = Workspace.here()
-    workspace.params().option("dataset", name)
-    print(build_lists(workspace.data(name), workspace.lists(name)))
+    print(build_lists(Workspace.here(), parser.parse_args().dataset))
 
 
 if __name__ == "__main__":

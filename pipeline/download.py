@@ -1,9 +1,9 @@
-"""Stage `download`: a dataset's images into data/<dataset>, in the layout of CUB-200-2011."""
+"""Stage `download`: a dataset's images, if they are not there, and a table of them in data/<dataset>.csv."""
 
 import argparse
 
 from cbml.errors import run_main
-from cbml.stages.check import check_cells
+from cbml.stages.download import download
 from cbml.workspace import Workspace
 
 
@@ -11,11 +11,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset")
     name = parser.parse_args().dataset
-    workspace = Workspace.here()
-    params = workspace.params()
-    dataset = params.option("dataset", name)
-    check_cells(params, name, workspace)
-    dataset.download(workspace.data(name), workspace.root)
+    table = download(Workspace.here(), name)
+    print(f"{name}: {len(table):,} images of {table.label.nunique():,} classes")
 
 
 if __name__ == "__main__":

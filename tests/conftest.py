@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from cbml import tracking
-from cbml.datasets import GlyphsConfig
-from cbml.datasets.lists import build_lists
+from cbml.stages.build_lists import build_lists
+from cbml.stages.download import download
 from cbml.training import checkpoint
 from cbml.workspace import Workspace
 
@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 TINY_GLYPHS = {"type": "glyphs", "classes": 12, "images_per_class": 6, "size": 24, "seed": 0}
+TINY_GLYPHS |= {"ks": [1, 2, 4, 8], "watch": "src/cbml/datasets/glyphs.py"}
 TINY_RECIPE = {
     "iterations": 6,
     "batch_size": 8,
@@ -89,10 +90,13 @@ def empty_stores(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory):
-    """A folder with data/glyphs and lists/glyphs."""
+    """A folder with data/glyphs, the images, and lists/glyphs."""
     folder = tmp_path_factory.mktemp("tiny")
-    GlyphsConfig(**TINY_GLYPHS).download(folder / "data" / "glyphs")
-    build_lists(folder / "data" / "glyphs", folder / "lists" / "glyphs")
+    (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params(), sort_keys=False))
+    here = Workspace(folder, folder)
+    download(here, "glyphs")
+    build_lists(here, "glyphs")
+    (folder / "data" / "glyphs").symlink_to(here.images(here.params().dataset["glyphs"]).name)
     return folder
 
 

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pandas as pd
 import yaml
-from conftest import tiny_params
+from conftest import TINY_GLYPHS, tiny_params
 from PIL import Image
 
 from cbml.config import Params
+from cbml.datasets import GlyphsConfig
 from cbml.datasets.lists import read_list
 from cbml.figures.style import chart, to_svg
 from cbml.provenance import training_code
@@ -82,16 +83,17 @@ def finish(workspace, cell, recall=50.0, *, best=None, weights=None, **facts):
 def write_images(workspace):
     """A test list and its images, as the cells of `finish` were computed on: 10 classes of 4."""
     lines = []
+    names = {label: "Laysan <Albatross>" if label == 3 else f"Class {label}" for label in range(CLASSES)}
     for n in range(CLASSES * PER_CLASS):
         label = n // PER_CLASS
-        name = "Laysan_<Albatross>" if label == 3 else f"Class_{label}"
-        path = f"images/{label + 1:03}.{name}/{n}.png"
-        file = workspace.data("glyphs") / path
+        path = f"images/{label + 1:03}.CLASS_{label}/{n}.png"
+        file = folder_of(workspace) / path
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30), (5 * n, 90, 160)).save(file)
         lines.append(f"{path},{label}\n")
     workspace.lists("glyphs").mkdir(parents=True)
     (workspace.lists("glyphs") / "test.txt").write_text("".join(lines))
+    (workspace.lists("glyphs") / "classes.txt").write_text("".join(f"{k} {name}\n" for k, name in names.items()))
     (workspace.lists("glyphs") / "summary.json").write_text(json.dumps({"fingerprint": "0123"}))
 
 
@@ -111,8 +113,12 @@ def neighbours(right, count=8):
 
 def pictures(workspace, side=16):
     """Those of `write_images`."""
-    images = read_list(workspace.lists("glyphs") / "test.txt", workspace.data("glyphs"))
-    return Pictures(images, workspace.data("glyphs"), side)
+    return Pictures(read_list(workspace.lists("glyphs") / "test.txt"), folder_of(workspace), side)
+
+
+def folder_of(workspace):
+    """The images."""
+    return workspace.images(GlyphsConfig(**TINY_GLYPHS))
 
 
 def write_cell_page(one, workspace):

@@ -89,6 +89,13 @@ SETTINGS = {
     "odd characters": ['backbone.resnet18.weights="é $x {a}, \'b\' \\"c\\" \\\\d:%.pth"'],
     "words that are not words": ["backbone.resnet18.weights='null'", "dataset.glyphs.seed=1"],
     "numbers that are not numbers": ["++backbone.resnet18.published.sha256='1378e020'"],
+    "images of one's own": [
+        "dataset=folder",
+        'dataset.folder.path="/my pictures, all/é.csv"',
+        "dataset.folder.split=0.7",
+    ],
+    "another mirror": ["dataset=sop", "dataset.sop.mirrors=[[{url:'http://localhost/a.zip?b=1',size:7}]]"],
+    "K of one's own": ["dataset=inshop", "dataset.inshop.ks=[1,5]", "dataset.inshop.counts=null"],
     "a loss in a loss": ["loss=[xbm_contrastive]", "loss.xbm_contrastive.memory_size=64"],
     "one term less": ["loss=[cbml_center]", "~loss.cbml_center.terms.center"],
     "one term more": ["loss=[cbml_center]", "+loss.cbml_center.terms.more={type:triplet,margin:0.3}"],
@@ -123,6 +130,12 @@ def test_a_command_of_the_readme_makes_cells(compose, line):
     for sweep in sweeps:
         params = compose(list(itertools.chain(*sweep.values())))
         assert params.cells(*params.dataset)
+
+
+def test_images_of_ones_own_need_no_parameter_but_their_place(compose):
+    cell = compose(["dataset=folder", "dataset.folder.path=/pictures"]).cells("folder")[0]
+    settings = settings_of(command(cell, [0], ROOT / "conf"))
+    assert len(settings) == 7 and settings[-1] == "dataset.folder.path=/pictures"
 
 
 def test_a_default_cell_needs_no_parameter(compose):

@@ -227,6 +227,16 @@ def test_a_bad_method_is_one_line(config, message, project):
         cell_of(loss={"x": config})
 
 
+@pytest.mark.parametrize(("dataset", "instances"), [("cars196", 8), ("sop", 4), ("inshop", 4)])
+def test_the_presets_of_other_datasets_are_the_papers_recipe(dataset, instances, tmp_path):
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper={dataset}"])
+    cells = load_params(tmp_path / "params.yaml", ROOT / "conf").cells(dataset)
+    assert len(cells) == 9 and {cell.recipe.instances for cell in cells} == {instances}
+    assert {(cell.recipe_name, cell.recipe.iterations, cell.recipe.batch_size) for cell in cells} == {
+        ("paper", 5000, 120)
+    }
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [

@@ -1,7 +1,9 @@
 import hashlib
 import io
+import stat
 import tarfile
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -9,6 +11,8 @@ import pytest
 
 from cbml.datasets import Cub200Config, archives
 from cbml.errors import UserError
+from cbml.stages.inputs import bring
+from cbml.workspace import Workspace
 
 FILES = {
     "images/001.Albatross/a.jpg": bytes(range(256)) * 40,
@@ -29,6 +33,16 @@ def tar(files=FILES, *, top="CUB_200_2011/", mode="w:gz", members=()):
             info = tarfile.TarInfo(top + name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zipped(files=FILES, *, top="CUB_200_2011/", members=(), compression=zipfile.ZIP_DEFLATED):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for member, content in [*members, *((top + name, content) for name, content in files.items())]:
+            archive.writestr(member, content)
+        archive.writestr(f"{top}attributes/attributes.txt", b"not kept")
+        archive.writestr(f"__MACOSX/{top}images/._a.jpg", b"not kept")
     return buffer.getvalue()
 
 
@@ -73,6 +87,8 @@ def server(monkeypatch):
             start = start if state.ranges else 0
             out_of_range = start > 0 and start >= len(state.content)
             self.send_response(state.status or (416 if out_of_range else 206 if start else 200))
+            if out_of_range:
+                self.send_header("Content-Range", f"bytes */{len(state.content)}")
             body = b"" if state.status or out_of_range else state.content[start:]
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -92,14 +108,14 @@ def server(monkeypatch):
     http.server_close()
 
 
-def config(server=None, **changes):
+def config(server=None, source=None, **changes):
     content = server.content if server else b"x"
-    values = {
-        "url": server.url if server else "http://localhost/",
+    file = {
+        "url": server.url if server else "http://localhost/CUB_200_2011.tgz",
         "size": len(content),
         "md5": hashlib.md5(content).hexdigest(),
     }
-    return Cub200Config(type="cub200", **{**values, **changes})
+    return Cub200Config(type="cub200", mirrors=[[{**file, **changes}]], source=source)
 
 
 def error_of(cub, folder):
@@ -286,7 +302,7 @@ def test_a_truncated_archive_leaves_nothing(tmp_path, mode):
     archive.write_bytes(content[: len(content) // 2 if mode != "w" else 5000])
     (tmp_path / "data").mkdir()
     message = error_of(config(source=str(archive)), tmp_path / "data" / "cub200")
-    assert f"{archive}: not a complete tar archive" in message
+    assert f"{archive}: not a complete tar or zip archive" in message
     assert not list((tmp_path / "data").iterdir())
 
 
@@ -294,7 +310,7 @@ def test_a_truncated_archive_leaves_nothing(tmp_path, mode):
 def test_the_checksum_of_gzip_is_checked(tmp_path, damage):
     archive = tmp_path / "mine.tgz"
     archive.write_bytes(damage(tar()))
-    assert "not a complete tar archive" in error_of(config(source=str(archive)), tmp_path / "cub200")
+    assert "not a complete tar or zip archive" in error_of(config(source=str(archive)), tmp_path / "cub200")
 
 
 def sparse(name, size):
@@ -369,7 +385,7 @@ def test_a_file_where_the_folder_should_be(server, tmp_path, given):
 
 def test_a_truncated_download(server, tmp_path):
     server.content = server.content[:-200]
-    assert "not a complete tar archive" in error_of(config(server), tmp_path / "cub200")
+    assert "not a complete tar or zip archive" in error_of(config(server), tmp_path / "cub200")
 
 
 @pytest.mark.parametrize(("top", "mode"), [("CUB_200_2011/", "w:gz"), ("./CUB_200_2011/", "w"), ("", "w:xz")])
@@ -381,25 +397,36 @@ def test_an_archive_that_the_user_has(tmp_path, top, mode):
     assert archive.exists()
 
 
+def place(tmp_path, source):
+    """Bring the dataset of a source as a stage does; the folder of its images."""
+    return bring(Workspace(tmp_path, tmp_path), config(source=source))
+
+
 @pytest.mark.parametrize("inside", ["", "CUB_200_2011"])
-def test_a_folder_that_the_user_has(tmp_path, monkeypatch, inside):
-    """A relative path starts at `root`, whatever the environment says."""
-    for name, content in {**FILES, "attributes/attributes.txt": b"not kept"}.items():
-        path = tmp_path / "repository" / "mine" / inside / name
+def test_a_folder_that_the_user_has_is_used_where_it_is(tmp_path, monkeypatch, inside):
+    """A relative path starts at the repository, whatever the environment says."""
+    for name, content in FILES.items():
+        path = tmp_path / "mine" / inside / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "elsewhere"))
-    config(source="mine").download(tmp_path / "cub200", tmp_path / "repository")
-    assert contents(tmp_path / "cub200") == FILES
-    assert (tmp_path / "repository" / "mine" / inside / "images.txt").exists()
+    assert place(tmp_path, "mine") == tmp_path / "mine" / inside
+    assert config(source="mine").catalogue(tmp_path / "mine" / inside).path.tolist() == [
+        "images/001.Albatross/a.jpg",
+        "images/002.Auklet/b.jpg",
+    ]
+    assert not (tmp_path / "data").exists()
 
 
-def test_another_file_system_is_copied(tmp_path, monkeypatch):
-    def no_link(*args, **kwargs):
-        raise OSError("Invalid cross-device link")
-
-    monkeypatch.setattr("os.link", no_link)
-    test_a_folder_that_the_user_has(tmp_path, monkeypatch, "")
+def test_an_archive_is_unpacked_once_and_again_when_it_is_another_one(tmp_path):
+    archive = tmp_path / "mine.zip"
+    archive.write_bytes(zipped())
+    folder = place(tmp_path, str(archive))
+    assert contents(folder) == FILES and folder.parent == tmp_path / "data"
+    (folder / "images.txt").write_text("the same folder")
+    assert place(tmp_path, "mine.zip") == folder and (folder / "images.txt").read_text() == "the same folder"
+    archive.write_bytes(zipped({**FILES, "images/002.Auklet/b.jpg": b"longer than before"}))
+    assert contents(place(tmp_path, "mine.zip"))["images/002.Auklet/b.jpg"] == b"longer than before"
 
 
 @pytest.mark.parametrize("missing", ["images.txt", "classes.txt", "images"])
@@ -410,13 +437,121 @@ def test_data_that_is_not_cub(tmp_path, missing):
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    for source in (archive, folder):
-        message = error_of(config(source=str(source)), tmp_path / "cub200")
-        assert (
-            f"{source} is not in the layout of CUB-200-2011: {missing} not found; expected images (a folder), "
-            in message
-        )
+    expected = f" is not in the layout of CUB-200-2011: {missing} not found; expected images (a folder), "
+    assert f"{archive}{expected}" in error_of(config(source=str(archive)), tmp_path / "cub200")
+    with pytest.raises(UserError, match=rf"^{folder} is not in the layout") as error:
+        config(source="mine").catalogue(folder)
+    assert expected in str(error.value)
 
 
 def test_a_source_that_does_not_exist(tmp_path):
-    assert "no-such does not exist" in error_of(config(source=str(tmp_path / "no-such")), tmp_path / "cub200")
+    with pytest.raises(UserError, match="no-such does not exist; expected an archive or folder of CUB-200-2011"):
+        place(tmp_path, "no-such")
+
+
+# Zip archives
+
+
+@pytest.mark.parametrize("top", ["CUB_200_2011/", ""])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_zip_archive_is_unpacked_as_a_tar_archive_is(tmp_path, top, compression):
+    archive = tmp_path / "mine.bin"
+    archive.write_bytes(zipped(top=top, compression=compression))
+    config(source=str(archive)).download(tmp_path / "cub200")
+    assert contents(tmp_path / "cub200") == FILES
+
+
+def zip_link(name):
+    member = zipfile.ZipInfo(name)
+    member.create_system, member.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    return member
+
+
+@pytest.mark.parametrize(
+    "member",
+    ["../evil", "CUB_200_2011/images/../../../evil", "/evil", zip_link("CUB_200_2011/images/evil")],
+    ids=["parent", "inner parent", "absolute", "symlink"],
+)
+def test_an_unsafe_zip_archive_leaves_nothing(tmp_path, member):
+    archive = tmp_path / "mine.zip"
+    archive.write_bytes(zipped(members=[(member, b"/etc/passwd")]))
+    assert "unsafe member" in error_of(config(source=str(archive)), tmp_path / "data" / "cub200")
+    assert not list(tmp_path.rglob("evil")) and not list((tmp_path / "data").iterdir())
+
+
+def flip(content, byte):
+    return content[:byte] + bytes([content[byte] ^ 1]) + content[byte + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda c: c[: len(c) // 2], lambda c: c[:-1], lambda c: flip(c, 60)],
+    ids=["half", "less a byte", "another byte"],
+)
+def test_a_damaged_zip_archive_leaves_nothing(tmp_path, damage):
+    archive = tmp_path / "mine.zip"
+    archive.write_bytes(damage(zipped(top="", compression=zipfile.ZIP_STORED)))
+    message = error_of(config(source=str(archive)), tmp_path / "data" / "cub200")
+    assert f"{archive}: not a complete tar or zip archive (" in message
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_zip_archive_with_a_password_is_named_as_such(tmp_path):
+    archive = tmp_path / "mine.zip"
+    content = zipped(top="", compression=zipfile.ZIP_STORED)
+    entry = content.index(b"PK\1\2")
+    archive.write_bytes(content[:6] + b"\1" + content[7 : entry + 8] + b"\1" + content[entry + 9 :])
+    assert "encrypted" in error_of(config(source=str(archive)), tmp_path / "cub200")
+
+
+def test_a_zip_archive_has_a_bound_in_all(tmp_path, monkeypatch):
+    archive = tmp_path / "mine.zip"
+    archive.write_bytes(zipped())
+    monkeypatch.setattr(archives, "MOST_BYTES", sum(map(len, FILES.values())) - 1)
+    assert "at most" in error_of(config(source=str(archive)), tmp_path / "cub200")
+
+
+# Mirrors, and files of which not everything is known
+
+
+def test_the_next_mirror_is_tried_when_one_fails(server, tmp_path, capsys):
+    right = {"url": server.url, "size": len(server.content), "md5": hashlib.md5(server.content).hexdigest()}
+    wrong = [[right | {"url": "http://127.0.0.1:9/a.tgz"}], [right | {"size": 7}], [right | {"sha256": "0" * 64}]]
+    cub = Cub200Config(type="cub200", mirrors=[*wrong, [right]])
+    cub.download(tmp_path / "cub200")
+    assert contents(tmp_path / "cub200") == FILES
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all(line.endswith("trying the next mirror") for line in said)
+    assert "Connection refused" in said[0] and "expected 7" in said[1] and "SHA256 is " in said[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["cub200"]
+    message = error_of(Cub200Config(type="cub200", mirrors=wrong), tmp_path / "again")
+    assert all(reason in message for reason in ("Connection refused", "expected 7", "SHA256 is ", "source=PATH"))
+
+
+def test_a_dataset_is_known_by_its_first_mirror(tmp_path):
+    file = {"url": "http://localhost/a.tgz", "size": 7}
+    more = Cub200Config(type="cub200", mirrors=[[file], [file | {"url": "http://localhost/b.tgz"}]])
+    one, other = (Cub200Config(type="cub200", mirrors=[[file | {"size": size}]]) for size in (7, 8))
+    folders = [each.folder(tmp_path, tmp_path) for each in (one, more, other)]
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_a_cell_of_before_there_were_mirrors_can_be_read():
+    file = {"url": "http://localhost/a.tgz", "size": 7, "md5": "0" * 32}
+    assert Cub200Config(type="cub200", **file) == Cub200Config(type="cub200", mirrors=[[file]])
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_file_of_unknown_size_is_complete_when_the_server_says_so(server, tmp_path, ranges):
+    server.breaks, server.ranges = [300], ranges
+    config(server, size=None, md5=None).download(tmp_path / "cub200")
+    assert contents(tmp_path / "cub200") == FILES
+    assert server.log == [0, 300]
+
+
+def test_a_complete_part_of_unknown_size_is_recognised(server, tmp_path):
+    part = tmp_path / ".cub200-download" / "CUB_200_2011.tgz.part"
+    part.parent.mkdir()
+    part.write_bytes(server.content)
+    config(server, size=None).download(tmp_path / "cub200")
+    assert contents(tmp_path / "cub200") == FILES and server.log == [len(server.content)]

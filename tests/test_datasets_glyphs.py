@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from cbml.datasets import GlyphsConfig
 from cbml.datasets.glyphs import CHARACTERS, TYPEFACES, draw
-from cbml.datasets.layout import LAYOUT, read_layout
+from cbml.datasets.layout import LAYOUT
 
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 
@@ -27,13 +27,22 @@ def config():
 def test_layout_and_counts(config, tmp_path):
     config.download(tmp_path / "glyphs")
     assert sorted(path.name for path in (tmp_path / "glyphs").iterdir()) == sorted(LAYOUT)
-    images = read_layout(tmp_path / "glyphs")
-    assert Counter(label for _, label in images) == dict.fromkeys(range(1, 7), 3)
+    table = config.catalogue(tmp_path / "glyphs")
+    assert Counter(table.label) == dict.fromkeys(range(6), 3)
+    assert Counter(table.split) == {"train": 9, "test": 9} and set(table.label[table.split == "train"]) == {0, 1, 2}
+    assert not any(name.isupper() or "_" in name for name in table.name)
     split = (tmp_path / "glyphs/train_test_split.txt").read_text().split()[1::2]
     assert split == ["1"] * 9 + ["0"] * 9
-    with Image.open(tmp_path / "glyphs" / images[0][0]) as image:
+    with Image.open(tmp_path / "glyphs" / table.path[0]) as image:
         assert image.size == (32, 32)
         assert image.mode == "RGB"
+
+
+def test_what_makes_other_images_has_another_folder(config, tmp_path):
+    changes = [{}, {"seed": 2}, {"classes": 8}, {"images_per_class": 4}, {"size": 33}, {"plain": True}]
+    same = [{"split": 0.4}, {"ks": [1]}, {"watch": "x"}]
+    folders = [config.model_copy(update=change).folder(tmp_path, tmp_path) for change in changes + same]
+    assert len(set(folders)) == len(changes) and set(folders[len(changes) :]) == {folders[0]}
 
 
 def test_the_seed_decides_every_byte(config, tmp_path):
@@ -70,3 +79,12 @@ def test_drawings_of_a_character_differ_and_have_contrast():
 def test_bad_parameters(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         GlyphsConfig(type="glyphs", **wrong)
+
+
+def test_plain_ones_are_black_on_white_in_typefaces_and_poses():
+    font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", 32)
+    one, other = (np.asarray(draw("A", font, 32, np.random.default_rng(seed), plain=True)) for seed in (0, 1))
+    for image in (one, other):
+        assert image.shape == (32, 32, 3) and image.min() == 0 and (image[0] == 255).all()
+        assert (image == image[:, :, :1]).all()
+    assert (one != other).any()

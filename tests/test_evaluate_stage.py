@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import TINY_RECIPE, tiny_params
+from conftest import TINY_GLYPHS, TINY_RECIPE, tiny_params
 
 from cbml import network, tracking
 from cbml.config import load_cell
@@ -18,6 +18,8 @@ from cbml.evaluation import queries
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
+from cbml.stages.build_lists import build_lists
+from cbml.stages.download import download
 from cbml.stages.draw import draw_cell
 from cbml.stages.evaluate import evaluate_cell
 from cbml.workspace import Workspace
@@ -80,7 +82,7 @@ def evaluated(workspace):
 
 @pytest.fixture(scope="module")
 def listed(workspace):
-    return read_list(workspace.lists("glyphs") / "test.txt", workspace.data("glyphs"))
+    return read_list(workspace.lists("glyphs") / "test.txt")
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +119,10 @@ def test_recall_at_k_is_that_of_evaluate(evaluated, embeddings, listed):
 
 def test_recall_at_k_ends_below_the_size_of_the_list(workspace, tmp_path):
     tree = Workspace(tmp_path, tmp_path)
-    (tmp_path / "data").symlink_to(workspace.tree / "data")
-    shutil.copytree(workspace.lists("glyphs"), tree.lists("glyphs"))
-    lines = (tree.lists("glyphs") / "test.txt").read_text().splitlines(keepends=True)
-    (tree.lists("glyphs") / "test.txt").write_text("".join([*lines[:2], *lines[6:8]]))
+    few = tiny_params(dataset={"glyphs": TINY_GLYPHS | {"classes": 4, "images_per_class": 2}})
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(few))
+    download(tree, "glyphs")
+    build_lists(tree, "glyphs")
     run = write_run(tree)
     metrics = evaluate_cell(run, tree)
     folder = tree.evaluation(load_cell(run / "cell.yaml"))

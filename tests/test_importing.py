@@ -9,9 +9,11 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from conftest import TINY_RECIPE, environment, tiny_params
+from conftest import TINY_GLYPHS, TINY_RECIPE, environment, tiny_params
 
 from cbml.errors import UserError
+from cbml.stages.build_lists import build_lists
+from cbml.stages.download import download
 from cbml.stages.evaluate import evaluate_cell
 from cbml.stages.import_cells import import_cells
 from cbml.stages.tabulate import tabulate
@@ -132,12 +134,13 @@ def test_the_newest_of_a_key_counts(workspace):
 
 def test_cells_of_other_images_are_left_out(workspace, capsys):
     compute(workspace)
-    shutil.copytree(Path("lists").resolve(), "new")
-    Path("lists").unlink()
-    Path("new").rename("lists")
-    summary = Path("lists/glyphs/summary.json")
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"fingerprint": "another"}))
-    compute(workspace, seed=[1])
+    for name in ("data", "lists"):  # which all tests share
+        Path(name).unlink()
+    others = {"glyphs": TINY_GLYPHS | {"split": 0.4}}
+    Path("params.yaml").write_text(yaml.safe_dump(tiny_params(dataset=others)))
+    download(workspace, "glyphs")
+    build_lists(workspace, "glyphs")
+    compute(workspace, dataset=others, seed=[1])
     assert "| 1 " in tabulate(workspace, "glyphs", all_cells=True)
     assert "1 cells of other images or lists are left out" in capsys.readouterr().err
 

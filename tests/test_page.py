@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, tiny_params
 from finished_cells import TEST, cells, finish, pictures, write_cell_page, write_images
 
-from cbml.reporting import tables
+from cbml.reporting import cell_page, tables
 from cbml.reporting.tables_page import index_page, tables_page
 from cbml.stages.inputs import neighbours_of
 from cbml.workspace import Workspace
@@ -79,9 +79,9 @@ def pages(folder, evaluated):
     table = table_of(evaluated, with_published=True)
     table["versus_best"], table["versus_best_low"], table["versus_best_high"] = -1.25, -2.5, 0.5
     table["within_noise"] = [True] + [False] * (len(table) - 1)
-    workspace = Workspace(folder)
+    workspace = Workspace(folder, folder)
     write_images(workspace)
-    found = partial(neighbours_of, images=40)
+    found = partial(neighbours_of, queries=40, images=40)
     report = workspace.report("glyphs") / "index.html"
     page = write_tables_page(report, evaluated, table, pictures(workspace), found)
     cell = write_cell_page(evaluated[0], workspace)
@@ -244,11 +244,20 @@ def test_pages_without_nmi_say_so(tmp_path, pages):
         assert tables.NO_NMI in Page(path).text and tables.NO_NMI not in Page(with_nmi).text
 
 
+def test_of_many_classes_the_worst_are_shown_which_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(cell_page, "CLASSES", 2)
+    (one,) = finish_all(tmp_path, cells())
+    write_images(workspace := Workspace(tmp_path, tmp_path))
+    text = Page(write_cell_page(one, workspace)).text
+    assert "Crow" in text and "CAPITAL" not in text
+    assert "The worst 2 of 3 classes; all are in" in " ".join(text.split())
+
+
 def test_many_methods_are_each_named_and_the_best_twelve_shown(tmp_path):
     losses = [f"loss_{i}" for i in range(13)]
     evaluated = finish_all(tmp_path, cells(loss={name: {"type": "cbml"} for name in losses}))
-    write_images(workspace := Workspace(tmp_path))
-    retrieved = pictures(workspace), partial(neighbours_of, images=40)
+    write_images(workspace := Workspace(tmp_path, tmp_path))
+    retrieved = pictures(workspace), partial(neighbours_of, queries=40, images=40)
     path = tmp_path / "page" / "index.html"
     html = write_tables_page(path, evaluated, table_of(evaluated), *retrieved).read_text()
     assert re.findall(r"<span>(loss_\d+) <strong>", html) == losses[:0:-1]

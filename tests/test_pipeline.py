@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY_GLYPHS, TINY_RECIPE, environment
 from dvc.api import exp_show
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,45 @@ def test_changed_images_are_noticed_through_the_lists(repository):
         ["dvc", "status", "train"], cwd=repository, check=True, capture_output=True, text=True
     ).stdout
     assert stages("cbml_sqrt", "train")[0] in status and re.search(r"modified: +lists/glyphs", status)
+
+
+def test_images_of_ones_own(repository, tmp_path):
+    """What the README shows: a folder of ten class folders; what is added to it is noticed."""
+    pictures = tmp_path / "my pictures, größer"
+    for label in range(10):
+        for k in range(4):
+            file = pictures / f"class {label}" / f"{k}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (30, 24 + k), (25 * label, 60 * k, 90)).save(file)
+    command = f"dvc exp run -S dataset=folder -S 'dataset.folder.path=\"{pictures}\"' -S loss=cbml_sqrt"
+    everything = ["download@folder", "build_lists@folder", *stages("cbml_sqrt", *CELL, dataset="folder")]
+    assert ran(repository, command) == [*everything, "tabulate@folder"]
+    table = (repository / "reports" / "folder" / "tables.md").read_text()
+    assert "Test list: 20 images of 5 classes" in table
+    (command,) = re.findall("^dvc exp run .*", table, re.MULTILINE)
+    assert "dataset.folder.path=" in command and "watch" not in command
+    assert ran(repository, command) == []
+    Image.new("RGB", (30, 30)).save(pictures / "class 9" / "new.jpg")
+    assert ran(repository, "dvc repro build_lists@folder") == everything[:2]
+    lists = json.loads((repository / "lists" / "folder" / "summary.json").read_text())
+    assert lists["test"] == {"images": 21, "classes": 5}
+    done = subprocess.run(
+        ["dvc", "exp", "run", "-S", "dataset=folder"],
+        cwd=repository,
+        env=environment() | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and "dataset.folder.path" in done.stderr
+
+
+def test_images_are_neither_copied_nor_counted_by_dvc(repository):
+    """They lie in the repository itself, also for a queued experiment, and DVC has their catalogue alone."""
+    assert ran(repository, "dvc exp run -S loss=cbml_sqrt -S dataset.glyphs.seed=5 build_lists@glyphs") != []
+    before = sorted(path.name for path in (repository / "data").iterdir())
+    assert len([name for name in before if name.startswith("glyphs-")]) >= 2
+    lock = yaml.safe_load((repository / "dvc.lock").read_text())
+    assert [out["path"] for out in lock["stages"]["download@glyphs"]["outs"]] == ["data/glyphs.csv"]
 
 
 @pytest.mark.parametrize("override", ["loss=cmbl", "loss.cbml_log.margn=1"])

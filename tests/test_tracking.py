@@ -21,8 +21,8 @@ from test_training import run, train_command
 
 from cbml import network, tracking
 from cbml.config import load_cell
-from cbml.datasets.images import pack_images
 from cbml.datasets.lists import read_list
+from cbml.datasets.packing import pack_images
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.stages.draw import draw_cell
@@ -91,7 +91,7 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace, tmp_path_fac
 
     # It embeds as `evaluate` does, from paths and from bytes.
     model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")
-    images = read_list(Path("lists/glyphs/test.txt"), Path("data/glyphs"))
+    images = read_list(Path("lists/glyphs/test.txt"))
     paths = [str(Path("data/glyphs") / path) for path in images.paths[:5]]
     from_paths = model.predict(pd.DataFrame({"path": paths}))
     from_bytes = model.predict(pd.DataFrame({"image": [Path(path).read_bytes() for path in paths]}))

@@ -11,8 +11,8 @@ from conftest import environment
 from test_importing import HIDE
 
 from cbml import network, progress, trained
-from cbml.datasets.images import pack_images
 from cbml.datasets.lists import read_list
+from cbml.datasets.packing import pack_images
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.files import write_tensors
@@ -33,13 +33,13 @@ def folder(workspace):
 
 @pytest.fixture
 def pictures():
-    return [Path("data/glyphs") / path for path in read_list(Path("lists/glyphs/test.txt"), Path("data/glyphs")).paths]
+    return [Path("data/glyphs") / path for path in read_list(Path("lists/glyphs/test.txt")).paths]
 
 
 @pytest.fixture
 def expected(folder, workspace):
     """The embeddings of all test images as `evaluate` computes them."""
-    images = read_list(Path("lists/glyphs/test.txt"), Path("data/glyphs"))
+    images = read_list(Path("lists/glyphs/test.txt"))
     size = {"resize": 24, "interpolation": "bilinear"}
     packed = pack_images(images, Path("data/glyphs"), workspace.cache, fingerprint="-", **size)
     where = {"crop": 20, "interpolation": "bilinear", "device": torch.device("cpu")}

@@ -19,6 +19,7 @@ from conftest import ROOT, TINY_RECIPE, VALIDATING, environment, tiny_params
 from cbml import network, tracking
 from cbml.batches import clusters
 from cbml.config import load_cell
+from cbml.datasets.images import EncodedImages, PackedImages
 from cbml.datasets.loading import prefetch
 from cbml.errors import UserError
 from cbml.files import read_tensors
@@ -437,7 +438,7 @@ def test_a_batch_of_more_classes_than_exist(workspace):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("images/001.X/nothing.png,0", r"train\.txt, line 1: .*nothing\.png does not exist"),
+        ("images/001.X/nothing.png,0", r"1 of 73 images cannot be read: .*No such file.*nothing\.png"),
         ("images.txt,0", r"images\.txt: not an image that Pillow can read"),
         ("no label", r"train\.txt, line 1: 'no label'; expected"),
     ],
@@ -512,14 +513,41 @@ def test_without_a_compiler_it_runs_uncompiled_and_says_so(workspace, monkeypatc
     assert compiled == result(run(workspace))
 
 
-def test_images_that_the_gpu_has_no_room_for_stay_where_they_are(monkeypatch, capsys):
-    class Images:
-        data = torch.zeros(3, dtype=torch.uint8)
+def some_images(count=2):
+    return PackedImages(torch.zeros(3 * 64 * count, dtype=torch.uint8), torch.full((count, 2), 8), torch.zeros(count))
 
-        def to(self, device):
-            raise torch.OutOfMemoryError
+
+def test_images_that_the_gpu_has_no_room_for_stay_where_they_are(monkeypatch, capsys):
+    def no_room(self, device):
+        raise torch.OutOfMemoryError
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
-    images = Images()
-    assert device.place(images, torch.device("cuda")) is images
-    assert "no room on the GPU" in capsys.readouterr().err
+    monkeypatch.setattr(PackedImages, "to", no_room)
+    lists = [some_images(), some_images()]
+    assert device.place(lists, torch.device("cuda")) == lists
+    said = capsys.readouterr().err
+    assert "no room on the GPU" in said and said.endswith("images: 4, 7.2e-07 GB decoded, in the host's memory\n")
+
+
+def test_where_images_are_depends_on_their_size_and_is_said_in_one_line(monkeypatch, capsys, tmp_path):
+    images = some_images()
+    assert device.place([images], torch.device("cpu")) == [images]
+    monkeypatch.setattr(os, "sysconf", lambda name: 25)  # 625 bytes of memory
+    assert device.place([images, images], torch.device("cpu")) == [images, images]
+    encoded = EncodedImages([tmp_path], images.sizes[:1], images.labels[:1], 8, "bilinear")
+    assert device.place([images, encoded], torch.device("cpu")) == [images, encoded]
+    memory, disk, files = capsys.readouterr().err.splitlines()
+    assert memory.endswith("in the host's memory") and disk.endswith("on the disk, read as they are needed")
+    assert files.endswith("decoded from their files as they are needed")
+
+
+def test_only_a_part_of_the_decoded_images_goes_to_the_gpu():
+    sizes = torch.tensor([[2, 3], [4, 1], [1, 1], [2, 2]])
+    every = PackedImages(torch.arange(45, dtype=torch.uint8), sizes, torch.arange(4))
+    part = every.subset(torch.tensor([3, 0, 1]), torch.tensor([7, 8, 9]))
+    moved = part.to(torch.device("cpu"))
+    assert moved.data.tolist() == [*range(30), *range(33, 45)] and moved.labels.tolist() == [7, 8, 9]
+    for images in (part, moved):
+        areas = images.sizes.prod(1)
+        pixels = [images.data[3 * s :][: 3 * n].tolist() for s, n in zip(images.starts, areas, strict=True)]
+        assert pixels == [[*range(33, 45)], [*range(18)], [*range(18, 30)]]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbml.config import Cell, Params, load_params
+from cbml.datasets import Dataset
 from cbml.errors import UserError
 
 
@@ -46,9 +47,13 @@ class Workspace:
         """The options' own files."""
         return self.tree / "conf"
 
-    def data(self, dataset: str) -> Path:
-        """The images."""
-        return self.tree / "data" / dataset
+    def images(self, dataset: Dataset) -> Path:
+        """The images of a dataset's option: where the user has them, or a folder that all experiments share."""
+        return dataset.folder(self.root / "data", self.root)
+
+    def catalogue(self, dataset: str) -> Path:
+        """What images a dataset has: a table."""
+        return self.tree / "data" / f"{dataset}.csv"
 
     def lists(self, dataset: str) -> Path:
         """Lists of images, and their summary."""

@@ -6,12 +6,14 @@ from typing import Any, Literal
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pydantic import Field
 
+from cbml.datasets.base import ClassShare, DatasetConfig, own_folder
+from cbml.datasets.layout import catalogue_of
 from cbml.files import atomic_write
 from cbml.progress import progress
-from cbml.schema import Schema
 
 # matplotlib's text typefaces; its others hold symbols, or map letters to the wrong code points
 CUTS = {
@@ -33,10 +35,11 @@ CHARACTERS = (
 )
 
 
-class GlyphsConfig(Schema):
+class GlyphsConfig(DatasetConfig):
     """How many characters to draw, how often, how large (pixels; images are square), and from which seed.
 
     `plain`: black on white and sharp, so that images of a character differ in typeface and pose alone.
+    The first `split` of the characters train, the others test.
     """
 
     type: Literal["glyphs"]
@@ -45,15 +48,18 @@ class GlyphsConfig(Schema):
     size: int = Field(48, ge=16)
     seed: int = Field(0, ge=0)
     plain: bool = False
+    split: ClassShare = 0.5
+
+    def folder(self, data: Path, root: Path) -> Path:
+        return own_folder(data, self.type, [self.classes, self.images_per_class, self.size, self.seed, self.plain])
+
+    def catalogue(self, folder: Path) -> pd.DataFrame:
+        return catalogue_of(folder, folder, self.split)
 
     def download(self, folder: Path, root: Path = Path()) -> None:
-        """Draw the dataset and create `folder` in the layout of `cbml.datasets.layout`; it is complete or absent.
+        """Draw the dataset, in the layout of `cbml.datasets.layout`.
 
-        The characters are shuffled, so that both halves of the classes hold all scripts. `root`, what a path in the
-        configuration would be relative to, is not used.
-
-        Raises:
-            UserError: `folder` cannot be written.
+        The characters are shuffled, so that both halves of the classes hold all scripts.
         """
         folder_of_fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
         fonts = [ImageFont.truetype(folder_of_fonts / name, self.size) for name in TYPEFACES]

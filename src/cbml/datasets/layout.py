@@ -1,4 +1,4 @@
-"""The folder layout of CUB-200-2011, which every dataset here is kept in.
+"""The folder layout of CUB-200-2011, which glyphs have as well.
 
     images/NNN.Name/*.jpg|png
     images.txt                  <image id> <path under images/>
@@ -10,27 +10,29 @@ Ids count from 1.
 """
 
 import os.path
+import re
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+import pandas as pd
+
+from cbml.datasets.base import split_classes
 from cbml.errors import UserError
 
 LAYOUT = ("images", "images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt")
 
 
-def read_layout(folder: Path, origin: Path | None = None) -> list[tuple[str, int]]:
-    """Read and check a dataset folder.
+def catalogue_of(folder: Path, origin: Path, split: float) -> pd.DataFrame:
+    """The catalogue of a dataset folder, in the order of the image ids; see `DatasetConfig.catalogue`.
 
     Args:
-        origin: what an error message calls the folder, if not `folder` (the archive it was unpacked from).
-
-    Returns:
-        For every image, in the order of the image ids: its path relative to `folder`, and its class id (1-based).
+        origin: what an error message calls the folder (the archive it was unpacked from).
+        split: the share of the classes, by id, that train.
 
     Raises:
         UserError: something of the layout is missing, a table is no text or a line of it malformed, an id is unknown or
             given twice, a class has no image, or an image file is missing or not under images/.
     """
-    origin = origin or folder
     kinds = {name: Path.is_dir if name == "images" else Path.is_file for name in LAYOUT}
     if missing := [name for name, is_there in kinds.items() if not is_there(folder / name)]:
         raise UserError(
@@ -62,7 +64,16 @@ def read_layout(folder: Path, origin: Path | None = None) -> list[tuple[str, int
         raise UserError(
             f"{origin}: class {empty[0]} ({classes[empty[0]]}) has no images; every class of classes.txt needs some"
         )
-    return images
+    ids = np.array([label for _, label in images], dtype=np.int64)
+    columns = {"path": [path for path, _ in images], "label": ids - 1}
+    names = [display_name(classes[label]) for _, label in images]
+    return pd.DataFrame(columns | {"name": names, "split": split_classes(ids, split)})
+
+
+def display_name(name: str) -> str:
+    """The name of a class for reading: without number and underscores, capitals alone in lower case."""
+    name = re.sub(r"^\d+\.", "", name).replace("_", " ")
+    return name.lower() if name.isupper() else name
 
 
 def _read_table(folder: Path, name: str, origin: Path) -> dict[int, str]:
@@ -89,7 +100,7 @@ def read_lines(file: Path, shown: str | Path) -> list[str]:
             raise UnicodeError("NUL byte")
     except (OSError, UnicodeError) as error:
         raise UserError(f"{shown} cannot be read ({error}); expected text in UTF-8") from None
-    return text.splitlines()
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def number(text: str) -> int | None:

@@ -1,138 +1,133 @@
-"""Lists of images, `images/PATH,label` a line: the only thing that training and evaluation know of a dataset."""
+"""Lists of images, `PATH,label` a line: the only thing that training and evaluation know of a dataset.
+
+The folder of a dataset's lists holds `train.txt`, and `test.txt` or `query.txt` and `gallery.txt`; `classes.txt`,
+`label name` a line; and `summary.json`.
+"""
 
 import hashlib
 import json
-import os.path
-import re
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
-from PIL import Image
+import pandas as pd
 
-from cbml.datasets.layout import is_inside, number, read_layout, read_lines
+from cbml.datasets.base import SPLITS
+from cbml.datasets.layout import number, read_lines
 from cbml.errors import UserError
 from cbml.files import atomic_write
-from cbml.progress import progress
-
-MOST_PIXELS = 2**28 // 3  # 256 MiB of RGB, from where on Pillow warns of a decompression bomb
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """Images of a list, in its order: paths relative to the dataset folder, and labels (int64, shape (N,))."""
+    """Images of a list, in its order.
+
+    Attributes:
+        paths: relative to the folder of the dataset's images, or absolute.
+        labels: (N,) int64.
+        class_names: of each label, for reading.
+    """
 
     paths: list[str]
     labels: np.ndarray
+    class_names: dict[int, str] = field(default_factory=dict)
+
+    def __add__(self, other: "ImageList") -> "ImageList":
+        """These images, and then those of another list of the same dataset."""
+        labels = np.concatenate([self.labels, other.labels])
+        return ImageList(self.paths + other.paths, labels, self.class_names | other.class_names)
 
     @property
     def num_classes(self) -> int:
         return len(np.unique(self.labels))
 
-    @property
-    def class_names(self) -> dict[int, str]:
-        """The name of every label for reading, after the folder that its images lie in."""
-        folders = {label: Path(path).parent.name for path, label in zip(self.paths, self.labels.tolist(), strict=True)}
-        return {label: display_name(folder) for label, folder in folders.items()}
-
     def subset(self, indices: np.ndarray) -> "ImageList":
         """Those of the images, in the order of `indices`."""
-        return ImageList([self.paths[index] for index in indices], self.labels[indices])
+        return ImageList([self.paths[index] for index in indices], self.labels[indices], self.class_names)
 
 
-def display_name(folder: str) -> str:
-    """The name of a class for reading: its folder's without number and underscores, capitals alone in lower case."""
-    name = re.sub(r"^\d+\.", "", folder).replace("_", " ")
-    return name.lower() if name.isupper() else name
+def fingerprint_of(splits: Sequence[str], paths: Sequence[str], labels: Sequence[int], digests: Sequence[str]) -> str:
+    """16 hex digits of a SHA-256 over, list by list, the path, the label and the content of every image.
+
+    Args:
+        digests: hex digits of the SHA-256 of each file.
+    """
+    content = hashlib.sha256()
+    for row in zip(splits, paths, labels, digests, strict=True):
+        content.update(f"{','.join(map(str, row))}\n".encode())
+    return content.hexdigest()[:16]
 
 
-def build_lists(dataset: Path, out: Path) -> dict:
-    """Split a dataset by class, decoding every image once, and write the folder `out`.
+def in_lists(catalogue: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a catalogue list by list, in the order of `SPLITS`."""
+    parts = [catalogue[catalogue.split == name] for name in dict.fromkeys(sum(SPLITS, []))]
+    return pd.concat(parts, ignore_index=True)
 
-    The first half of the classes (by id) train, the second half test, as in Oh Song et al. (CVPR 2016); the official
-    split file is not used. A label is the class id - 1, so no label occurs in both lists.
+
+def write_lists(catalogue: pd.DataFrame, digests: Sequence[str], out: Path, **facts: int) -> dict:
+    """Write the folder of a dataset's lists.
+
+    Args:
+        catalogue: see `in_lists`.
+        digests: see `fingerprint_of`.
+        facts: for the summary.
 
     Returns:
-        What `summary.json` holds: `fingerprint` (first 16 hex digits of a SHA-256 over the lists, and in them path,
-        label and content of every image), and for each list its number of `images` and `classes`.
-
-    Raises:
-        UserError: see `read_layout` and `decode`; or a list would have fewer than two classes.
+        What `summary.json` holds: `fingerprint`; for each list, and as `test` for query and gallery together, the
+        number of `images` and `classes`; and `facts`.
     """
-    images = [(path, class_id - 1) for path, class_id in read_layout(dataset)]
-    classes = sorted({label for _, label in images})
-    if len(classes) < 4:
-        raise UserError(f"{dataset} has {len(classes)} classes; at least 4 are needed, two to train and two to test")
-    first_to_test = classes[len(classes) // 2]
-    lists = {
-        "train": [image for image in images if image[1] < first_to_test],
-        "test": [image for image in images if image[1] >= first_to_test],
-    }
-
-    def digest(entry: tuple[str, str, int]) -> str:
-        name, path, label = entry
-        decode(dataset / path)
-        return f"{name},{path},{label},{hashlib.sha256((dataset / path).read_bytes()).hexdigest()}\n"
-
-    entries = [(name, *image) for name, members in lists.items() for image in members]
-    fingerprint = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:
-        for line in progress(pool.map(digest, entries), "checking", "images", total=len(entries)):
-            fingerprint.update(line.encode())
-    summary: dict[str, Any] = {"fingerprint": fingerprint.hexdigest()[:16]}
+    parts = {name: catalogue[catalogue.split == name] for name in catalogue.split.unique()}
+    summary: dict[str, Any] = {"fingerprint": fingerprint_of(catalogue.split, catalogue.path, catalogue.label, digests)}
+    for name, rows in {**parts, "test": catalogue[catalogue.split != "train"]}.items():
+        summary[name] = {"images": len(rows), "classes": int(rows.label.nunique())}
+    summary |= facts
     with atomic_write(out) as new:
         new.mkdir()
-        for name, members in lists.items():
-            (new / f"{name}.txt").write_text("".join(f"{path},{label}\n" for path, label in members), encoding="utf-8")
-            summary[name] = {"images": len(members), "classes": len({label for _, label in members})}
+        for name, rows in parts.items():
+            lines = [f"{path},{label}\n" for path, label in zip(rows.path, rows.label, strict=True)]
+            (new / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
+        names = dict(sorted(zip(catalogue.label, catalogue.name, strict=True)))
+        lines = [f"{label} {' '.join(name.split()) or label}\n" for label, name in names.items()]
+        (new / "classes.txt").write_text("".join(lines), encoding="utf-8")
         (new / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def decode(source: Path | BinaryIO) -> Image.Image:
-    """An RGB image.
+def read_list(path: Path) -> ImageList:
+    """Read a list of images; labels stay as written. Whether the images are there is not looked at.
 
     Raises:
-        UserError: Pillow cannot read it, or it has more than `MOST_PIXELS`.
+        UserError: the list or its classes are missing, empty or no text, a line is malformed, or a class has no name.
     """
-    try:
-        with Image.open(source) as file:
-            if file.width * file.height > MOST_PIXELS:
-                raise Image.DecompressionBombError(
-                    f"{file.width} x {file.height} pixels, at most {MOST_PIXELS} allowed"
-                )
-            return file.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise errors of many types
-        raise UserError(f"{name_of(source)}: not an image that Pillow can read ({error})") from None
+    classes, names = path.with_name("classes.txt"), {}
+    for n, line in _lines(classes):
+        text, _, name = line.partition(" ")
+        if (label := number(text)) is None or not name:
+            raise UserError(f"{classes}, line {n}: {line[:100]!r}; expected 'label name'")
+        names[label] = name
+    paths, labels = [], []
+    for n, line in _lines(path):
+        image, _, text = line.rpartition(",")
+        label = number(text)
+        if not image or label is None or ".." in PurePosixPath(image).parts:
+            raise UserError(f"{path}, line {n}: {line[:100]!r}; expected 'PATH,label' with a label from 0")
+        if label not in names:
+            raise UserError(f"{path}, line {n}: label {label} is not in classes.txt; build_lists writes both")
+        paths.append(image)
+        labels.append(label)
+    return ImageList(paths, np.array(labels, dtype=np.int64), {label: names[label] for label in set(labels)})
 
 
-def name_of(source: Path | BinaryIO) -> str:
-    """What an error message calls the source of an image."""
-    return str(source) if isinstance(source, Path) else "image"
-
-
-def read_list(path: Path, root: Path) -> ImageList:
-    """Read a list of images under the dataset folder `root`; labels stay as written.
-
-    Raises:
-        UserError: the list is missing, empty or no text, a line is malformed, or an image is not there.
-    """
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file with their numbers, from 1."""
     if not path.is_file():
         raise UserError(f"image list {path} does not exist; build_lists writes it")
-    paths, labels = [], []
-    for n, line in enumerate(read_lines(path, path), 1):
-        image, _, label = line.rpartition(",")
-        if not image or not is_inside(image) or number(label) is None:
-            raise UserError(f"{path}, line {n}: {line[:100]!r}; expected 'images/PATH,label' with a label from 0")
-        if not os.path.isfile(root / image):
-            raise UserError(f"{path}, line {n}: {root / image} does not exist")
-        paths.append(image)
-        labels.append(number(label))
-    if not paths:
-        raise UserError(f"{path} is empty; expected lines 'images/PATH,label'")
-    return ImageList(paths, np.array(labels, dtype=np.int64))
+    lines = read_lines(path, path)
+    if not lines:
+        raise UserError(f"{path} is empty; build_lists writes it")
+    return enumerate(lines, 1)
 
 
 def hold_out(images: ImageList, share: float) -> tuple[ImageList, ImageList]:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from cbml.datasets.images import PackedImages
+if TYPE_CHECKING:
+    from cbml.datasets.images import Images
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -18,7 +19,7 @@ WORKERS = 4
 
 
 def load_batches(
-    make: Callable[[T], tuple[Any, ...]], items: Iterable[T], images: PackedImages, device: torch.device
+    make: Callable[[T], tuple[Any, ...]], items: Iterable[T], images: "Images", device: torch.device
 ) -> Iterator[list[Any]]:
     """Yield `make(item)` for each item, in order, its tensors on `device`.
 
@@ -28,7 +29,7 @@ def load_batches(
     """
     cuda = device.type == "cuda"
     batches: Iterator[Sequence[Tensor]]
-    if cuda and not images.data.is_cuda:
+    if cuda and not images.on_gpu:
         batches = prefetch(lambda item: [_each(Tensor.pin_memory, value) for value in make(item)], items, WORKERS)
     else:
         batches = map(make, items)

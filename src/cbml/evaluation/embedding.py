@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cbml.datasets.images import PackedImages
+from cbml.datasets.images import Images
 from cbml.datasets.loading import load_batches
 from cbml.datasets.transforms import center_boxes
 from cbml.progress import progress
@@ -23,7 +23,7 @@ def batch_size(crop: int, device: torch.device) -> int:
 @torch.no_grad()
 def embed(
     model: Callable[[Tensor], Tensor],
-    images: PackedImages,
+    images: Images,
     *,
     crop: int,
     interpolation: str,

@@ -9,20 +9,25 @@ def judge(neighbours: np.ndarray, similarities: np.ndarray, labels: np.ndarray) 
     """Whether each query's nearest neighbour is of its class.
 
     Args:
-        neighbours, similarities: (N, k), as `retrieve` returns them; the queries are the gallery.
-        labels: (N,), the classes.
+        neighbours, similarities: (Q, k), as `retrieve` returns them: indices into `labels`.
+        labels: (N,), the classes of all images. The first Q are the queries: all of them, each among all others, or
+            some, among the rest.
 
     Returns:
-        One row per query: its `label`; `has_answer`, whether its class has another image; `right`; its `nearest` image
-        with its `nearest_label` and `similarity`.
+        One row per query: its `label`; `has_answer`, whether its class has another image there; `right`; its `nearest`
+        image with its `nearest_label` and `similarity`.
     """
-    nearest = neighbours[:, 0]
-    _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    nearest, queries = neighbours[:, 0], labels[: len(neighbours)]
+    if len(queries) == len(labels):
+        _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        has_answer = counts[index] > 1
+    else:
+        has_answer = np.isin(queries, labels[len(queries) :])
     return pd.DataFrame(
         {
-            "label": labels,
-            "has_answer": counts[index] > 1,
-            "right": labels[nearest] == labels,
+            "label": queries,
+            "has_answer": has_answer,
+            "right": labels[nearest] == queries,
             "nearest": nearest,
             "nearest_label": labels[nearest],
             "similarity": similarities[:, 0],

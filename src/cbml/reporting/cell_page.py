@@ -11,10 +11,11 @@ from cbml.evaluation import queries
 from cbml.files import read_csv, read_json
 from cbml.reporting.html import figure, render
 from cbml.reporting.pictures import Found, Pictures
-from cbml.reporting.tables import NO_NMI, metrics, number
+from cbml.reporting.tables import NO_NMI, NO_NMI_IN_GALLERY, metrics, number
 
 LABELS = {"r_precision": "R-Precision", "map_at_r": "MAP@R", "nmi": "NMI"}
 ROWS = 8  # of a gallery
+CLASSES = 500  # of the table of classes, which bounds the page
 # The charts of a cell in the order of its page.
 CHARTS = {
     "training": "Recall@1 on the test list, and the loss with its terms, over iterations.",
@@ -79,17 +80,19 @@ def cell_page(
         }
         for pair in queries.confusions(judged).head(ROWS).itertuples()
     ]
+    with_gallery = len(judged) < len(pictures.images.labels)
     return render(
         "cell",
         cell=cell,
-        no_nmi=None if "nmi" in scores["final"] else NO_NMI,
+        no_nmi=None if "nmi" in scores["final"] else NO_NMI_IN_GALLERY if with_gallery else NO_NMI,
         unanswered=scores["final"]["queries_without_answer"],
         protocols=protocols,
         figures=[figure(charts[name], name, caption) for name, caption in CHARTS.items() if name in charts],
         galleries=galleries,
         confusions=confusions,
         pictures=pictures,
-        classes=classes,
+        classes=classes[:CLASSES],
+        all_classes=len(classes),
         run_id=record["run_id"],
         files={name: (evaluation / name).read_text() for name in ("cell.yaml", "run.json")},
         report=os.path.relpath(report, folder),

@@ -35,6 +35,8 @@ def command(cell: Cell, seeds: list[int], conf: Path) -> str:
         for path, value in _changed_entries("", cell.to_dict()[group][name], default.get(group, {}).get(name, {})):
             owner = f"{group}.{name}"
             new = path not in known
+            if str(known.get(path)).startswith("${"):  # Hydra makes it of another
+                continue
             if group == "recipe" and known.get(path, ...) == value:  # else what backbone or loss has would win
                 owner, new = f"loss.{cell.loss}.{owner}", True
             if value is not ABSENT:

@@ -19,6 +19,7 @@ from cbml.provenance import changed
 from cbml.reporting.commands import command
 
 NO_NMI = "NMI is left out: on so many images and classes, k-means takes far longer than retrieval."
+NO_NMI_IN_GALLERY = "NMI is left out: queries are searched for in a gallery."
 MIN_SEEDS = 3  # fewer get no interval, and so no claim
 CONFIDENCE = 0.95
 PUBLISHED_TEST = {"images": 5924, "classes": 100}
@@ -290,9 +291,12 @@ def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
     """What a reader must know before comparing the rows of `summarise`, as Markdown.
 
     Args:
-        test: the number of `images` and `classes` of the test list.
+        test: the number of `images` and `classes` of the test list; and of `queries`, if they have a gallery.
     """
-    texts = [f"Test list: {test['images']:,} images of {test['classes']:,} classes."]
+    texts = [f"Test list: {test['images']:,} images of {test['classes']:,} classes"]
+    if queries := test.get("queries"):
+        texts[0] += f": {queries:,} queries, which are searched for in a gallery of {test['images'] - queries:,}"
+    texts[0] += "."
     if (table.protocol == "published").any() and test != PUBLISHED_TEST:
         texts.append("The published figures are on 5,924 images of 100 classes: **not comparable with this part**.")
     if "note" in table:
@@ -311,7 +315,7 @@ def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
             "size and protocol, and its 95 % interval (Student's t, not corrected for the number of comparisons)."
         )
     if "nmi" not in table:
-        texts.append(NO_NMI)
+        texts.append(NO_NMI_IN_GALLERY if queries else NO_NMI)
     if (table.n < MIN_SEEDS).any():
         texts.append(f"Rows of fewer than {MIN_SEEDS} seeds rank nothing: the spread between seeds is unknown.")
     return texts

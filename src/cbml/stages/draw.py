@@ -9,7 +9,7 @@ from cbml.figures.embedding_map import map_chart
 from cbml.files import atomic_write, read_csv, read_json
 from cbml.reporting.cell_page import cell_page
 from cbml.reporting.pictures import Pictures
-from cbml.stages.inputs import curves_of, indexed, list_of, neighbours_of, record_of
+from cbml.stages.inputs import bring, curves_of, dataset_of, indexed, neighbours_of, record_of, test_list
 from cbml.workspace import Workspace
 
 SIDE = 96  # of a thumbnail, in pixels
@@ -18,7 +18,7 @@ SIDE = 96  # of a thumbnail, in pixels
 def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     """Write what one trained model's embeddings look like, and how it was trained, into the folder of its page.
 
-    Each query is a test image, its gallery the other test images. Written are:
+    Each query is a test image, its gallery the other test images or the gallery that the dataset has. Written are:
 
         index.html          the page, with these charts and with queries and their nearest neighbours: some picked by
                             chance, the surest failures, and the pairs of classes that are confused most often
@@ -39,23 +39,24 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     """
     cell = load_cell(evaluation / "cell.yaml")
     record = record_of(evaluation)
-    test_list = list_of(workspace, cell, "test")
-    labels = test_list.labels
+    tested, scoring = test_list(workspace, cell)
+    labels = tested.labels
     title = f"{cell.name} on {cell.dataset}"
 
-    found = neighbours_of(evaluation, len(labels))
+    found = neighbours_of(evaluation, scoring.queries or len(labels), len(labels))
     mapped = indexed(evaluation / "map.npz", ("indices", "embeddings"), len(labels))
     losses, validations = curves_of(evaluation, cell)
     best = record["iterations"]["best_on_test"]
     densities = read_csv(evaluation / "similarities.csv", "evaluate", ("split", "pair", "similarity", "density"))
     moments = read_json(evaluation / "similarities.json", "evaluate", ("train", "test"))
     recalls = read_csv(evaluation / "recall_at_k.csv", "evaluate", ("k", "recall"))
-    names = test_list.class_names
     svgs = {
         "training": charts.training_chart(title, losses, validations, best),
         "recall_at_k": charts.recall_chart(title, recalls),
         "similarities": charts.similarities_chart(title, densities, moments),
-        "embedding_map": map_chart(title, mapped["embeddings"], labels[mapped["indices"]], names, cell.seed),
+        "embedding_map": map_chart(
+            title, mapped["embeddings"], labels[mapped["indices"]], tested.class_names, cell.seed
+        ),
     }
 
     if (file := evaluation / "pseudo_labels.csv").is_file():
@@ -67,7 +68,7 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
         cell,
         evaluation,
         svgs,
-        Pictures(test_list, workspace.data(cell.dataset), SIDE),
+        Pictures(tested, bring(workspace, dataset_of(workspace, cell)), SIDE),
         found,
         folder=out,
         report=workspace.report(cell.dataset) / "index.html",

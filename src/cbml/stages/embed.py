@@ -9,13 +9,12 @@ import torch
 
 from cbml import trained
 from cbml.backbones import EmbeddingModel
+from cbml.datasets.folder import PICTURES
 from cbml.errors import UserError
 from cbml.evaluation.retrieval import retrieve
 from cbml.files import atomic_write
 from cbml.training.device import numerics
 from cbml.workspace import Workspace
-
-PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def load_model(model: str, workspace: Workspace) -> trained.Trained:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cbml import network
 from cbml.config import load_cell
-from cbml.datasets.images import PackedImages
+from cbml.datasets.images import Images
 from cbml.evaluation import queries
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import affords_nmi, evaluate
@@ -20,12 +20,11 @@ from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
 from cbml.files import atomic_write, read_arrays
 from cbml.stages.hand_over import hand_over
-from cbml.stages.inputs import curves_of, images_of, list_of, record_of
+from cbml.stages.inputs import curves_of, images_of, record_of, test_list, training_list
 from cbml.training import checkpoint
 from cbml.training.device import numerics
 from cbml.workspace import Workspace
 
-KS = (1, 2, 4, 8)
 CURVE = tuple(2**power for power in range(10))  # the K of recall_at_k.csv
 NEIGHBOURS = 8
 # Of the training list, for its distribution of similarities: enough pairs, and seconds even for a large network.
@@ -45,14 +44,13 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
 
         metrics.json        by protocol, in percent; without `nmi` where that takes too long
         recall_at_k.csv     Recall@K for K = 1, 2, 4, … 512, below the size of the list
-        neighbours.npz      of each image the nearest others, `indices` (N, 8), and their `similarities` (N, 8)
+        neighbours.npz      of each query the nearest others, `indices` (N, 8), and their `similarities` (N, 8)
         classes.csv         Recall@1 by class
         similarities.*      csv, json: cosine similarities of positive and negative pairs, also of some training images
         map.npz             some classes' `embeddings`, and `indices` of their images
-
         pseudo_labels.csv   if training was on clusters, how they compare with the classes, by refresh
 
-    and of the run all but the weights.
+    and of the run all but the weights. The test list is the queries and then the gallery, where a dataset has these.
 
     Args:
         register: put the model into MLflow's registry, as a new version of `<dataset>-<cell>`.
@@ -63,8 +61,9 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     cell = load_cell(run_folder / "cell.yaml")
     record = record_of(run_folder)
     checkpoint.remove(workspace.checkpoint(record["key"]))  # DVC has recorded the training, or it would not be here
-    test_list, train_list = list_of(workspace, cell, "test"), list_of(workspace, cell, "train")
-    images = images_of(workspace, cell, test_list)
+    train_list, (tested, scoring) = training_list(workspace, cell), test_list(workspace, cell)
+    ks = scoring.ks
+    images = images_of(workspace, cell, tested)
     sample = train_list.subset(queries.choose(train_list.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
     train_images = images_of(workspace, cell, sample)
     _, validations = curves_of(run_folder, cell)
@@ -72,32 +71,34 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     with numerics(cell.recipe) as fabric:
         where: dict[str, Any] = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation}
 
-        def embeddings_of(file: Path, *lists: PackedImages) -> list[Tensor]:
+        def embeddings_of(file: Path, *lists: Images) -> list[Tensor]:
             model = fabric.setup_module(network.load(cell, file))
             return [embed(model, each, **where, device=fabric.device) for each in lists]
 
         test, train = embeddings_of(run_folder / "final.pt", images, train_images)
-        curve = [k for k in CURVE if k == 1 or k < len(test)]
-        nmi = affords_nmi(images.labels)
-        scores = evaluate(test, images.labels, ks=sorted({*KS, *curve}), nmi=nmi)
+        sides, nmi = scoring.sides(test, images.labels), scoring.queries is None and affords_nmi(images.labels)
+        first = scoring.queries or 0  # of the gallery
+        curve = [k for k in CURVE if k == 1 or k < len(test) - first]
+        scores = evaluate(*sides, ks=sorted({*ks, *curve}), nmi=nmi)
         recalls = pd.DataFrame({"k": curve, "recall": [scores[f"recall_at_{k}"] for k in curve]})
-        beyond = {f"recall_at_{k}" for k in set(curve) - set(KS)}
+        beyond = {f"recall_at_{k}" for k in set(curve) - set(ks)}
         metrics = {"final": {name: value for name, value in scores.items() if name not in beyond}}
         for protocol, iteration in record["iterations"].items():
             if protocol != "final" and (file := run_folder / f"{protocol}.pt").is_file():  # else it is the final model
                 (embeddings,) = embeddings_of(file, images)
-                metrics[protocol] = evaluate(embeddings, images.labels, ks=KS, nmi=nmi)
+                metrics[protocol] = evaluate(*scoring.sides(embeddings, images.labels), ks=ks, nmi=nmi)
             metrics[protocol] = {**metrics.get(protocol, metrics["final"]), "iteration": iteration}
         metrics["untrained"] = validations.iloc[0].to_dict()
 
-        indices, similarities = (each.cpu().numpy() for each in retrieve(test, images.labels, NEIGHBOURS))
+        found = retrieve(*sides[:2], NEIGHBOURS, *sides[2:])
+        indices, similarities = found[0].cpu().numpy() + first, found[1].cpu().numpy()
         distributions = {
             "train": pair_similarities(train, train_images.labels),
             "test": pair_similarities(test, images.labels),
         }
 
-    judged = queries.judge(indices, similarities, test_list.labels)
-    mapped = queries.choose(test_list.labels, MAP_CLASSES, MAP_IMAGES, cell.seed)
+    judged = queries.judge(indices, similarities, tested.labels)
+    mapped = queries.choose(tested.labels, MAP_CLASSES, MAP_IMAGES, cell.seed)
     densities = pd.concat({split: table for split, (table, _) in distributions.items()}, names=["split"])
     out = workspace.evaluation(cell)
     with atomic_write(out) as folder:
@@ -110,7 +111,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         np.savez(
             folder / "neighbours.npz", indices=indices.astype(np.int32), similarities=similarities.astype(np.float32)
         )
-        queries.class_table(judged, test_list.class_names).to_csv(folder / "classes.csv", index=False)
+        queries.class_table(judged, tested.class_names).to_csv(folder / "classes.csv", index=False)
         densities.reset_index("split").to_csv(folder / "similarities.csv", index=False)
         moments = {split: moments for split, (_, moments) in distributions.items()}
         (folder / "similarities.json").write_text(json.dumps(moments, indent=2))

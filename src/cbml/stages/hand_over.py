@@ -60,7 +60,7 @@ def hand_over(
 
 def _note(cell: Cell, metrics: dict[str, dict[str, float]], conf: Path) -> str:
     """A cell's rows of the table, and its command, as Markdown."""
-    names = [name for name in metrics["untrained"] if "recall" in name]
+    names = [name for name in metrics["final"] if "recall" in name and name in metrics["untrained"]]
     rows = [[protocol, *(f"{scores[name]:.1f}" for name in names)] for protocol, scores in metrics.items()]
     table = pipe_table(pd.DataFrame(rows, columns=["protocol", *names]))
     # Not as a block, whose long line would push the rest of MLflow's page out of sight.

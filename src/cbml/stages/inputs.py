@@ -6,11 +6,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from cbml.config import Cell
-from cbml.datasets.images import PackedImages, pack_images
-from cbml.datasets.lists import ImageList, read_list
-from cbml.files import damaged, read_arrays, read_csv, read_json
+from cbml.datasets import Dataset
+from cbml.datasets.images import Images
+from cbml.datasets.lists import ImageList, fingerprint_of, read_list
+from cbml.datasets.packing import Packing, pack_images
+from cbml.errors import UserError
+from cbml.evaluation.scoring import Scoring
+from cbml.files import damaged, locked, read_arrays, read_csv, read_json
 from cbml.workspace import Workspace
 
 # What stages take from a run.json.
@@ -24,21 +29,71 @@ def fingerprint(workspace: Workspace, dataset: str) -> str:
     return read_json(workspace.lists(dataset) / "summary.json", "build_lists", ("fingerprint",))["fingerprint"]
 
 
-def list_of(workspace: Workspace, cell: Cell, name: str) -> ImageList:
-    """The list `name` (`train`, `test`) of a cell's dataset; see `read_list`."""
-    return read_list(workspace.lists(cell.dataset) / f"{name}.txt", workspace.data(cell.dataset))
+def dataset_of(workspace: Workspace, cell: Cell) -> Dataset:
+    """The option of a cell's dataset: where the images are, and K, as params.yaml has it now, or the cell's own."""
+    try:
+        now = workspace.params().dataset.get(cell.dataset)
+    except UserError:  # none, or of another time
+        now = None
+    return now if now and now.type == cell.dataset_config.type else cell.dataset_config
 
 
-def images_of(workspace: Workspace, cell: Cell, images: ImageList) -> PackedImages:
-    """The decoded images of a list."""
-    return pack_images(
-        images,
-        workspace.data(cell.dataset),
-        workspace.cache,
-        resize=cell.recipe.resize,
-        interpolation=cell.recipe.interpolation,
-        fingerprint=fingerprint(workspace, cell.dataset),
+def bring(workspace: Workspace, dataset: Dataset) -> Path:
+    """The folder of a dataset's images; what can be fetched or made is, if it is not there."""
+    folder = workspace.images(dataset)
+    if not folder.is_dir():
+        with locked(workspace.cache / folder.name, f"waiting for another process, which brings {folder}"):
+            if not folder.is_dir():
+                dataset.download(folder, workspace.root)
+    return folder
+
+
+def training_list(workspace: Workspace, cell: Cell) -> ImageList:
+    """The training images of a cell's dataset; see `read_list`."""
+    return read_list(workspace.lists(cell.dataset) / "train.txt")
+
+
+def test_list(workspace: Workspace, cell: Cell) -> tuple[ImageList, Scoring]:
+    """The test images of a cell's dataset, queries before their gallery, and how they are scored; see `read_list`."""
+    ks, folder = dataset_of(workspace, cell).ks, workspace.lists(cell.dataset)
+    if not (folder / "query.txt").is_file():
+        return read_list(folder / "test.txt"), Scoring(ks)
+    queries, gallery = (read_list(folder / f"{name}.txt") for name in ("query", "gallery"))
+    return queries + gallery, Scoring(ks, len(queries.paths))
+
+
+def images_of(workspace: Workspace, cell: Cell, images: ImageList) -> Images:
+    """The images of a list as the cell's recipe wants them: a part of those of the whole dataset; see `pack_images`.
+
+    Raises:
+        UserError: an image cannot be read, or the images are not those of the lists.
+    """
+    train, (test, scoring) = training_list(workspace, cell), test_list(workspace, cell)
+    every = train + test
+    print_of_lists = fingerprint(workspace, cell.dataset)
+    size = cell.recipe.resize, cell.recipe.interpolation
+    dataset = dataset_of(workspace, cell)
+    root = workspace.images(dataset)
+    if not (Packing(every, root, workspace.cache, print_of_lists).folder(size) / "images.bin").exists():
+        bring(workspace, dataset)
+
+    def check(digests: list[str]) -> None:
+        queries = scoring.queries or 0
+        splits = ["train"] * len(train.paths) + ["query"] * queries
+        splits += ["gallery" if queries else "test"] * (len(test.paths) - queries)
+        if fingerprint_of(splits, every.paths, every.labels.tolist(), digests) != print_of_lists:
+            stages = f"download@{cell.dataset} build_lists@{cell.dataset}"
+            raise UserError(
+                f"{root}: the images or the lists have changed since the lists were made; again: "
+                f"`dvc repro -f -s {stages}`, then `dvc repro`"
+            )
+
+    packed = pack_images(
+        every, root, workspace.cache, resize=size[0], interpolation=size[1], fingerprint=print_of_lists, check=check
     )
+    position = {path: i for i, path in enumerate(every.paths)}
+    indices = torch.tensor([position[path] for path in images.paths])
+    return packed.subset(indices, torch.from_numpy(images.labels))
 
 
 def curves_of(folder: Path, cell: Cell) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -74,14 +129,14 @@ def record_of(folder: Path) -> dict[str, Any]:
     return record
 
 
-def neighbours_of(evaluation: Path, images: int) -> dict[str, np.ndarray]:
-    """Of each of so many images the nearest others, `indices` (N, k), and their `similarities` (N, k).
+def neighbours_of(evaluation: Path, queries: int, images: int) -> dict[str, np.ndarray]:
+    """Of each of so many queries the nearest of the list's images, `indices` (N, k), and `similarities` (N, k).
 
     Raises:
         UserError: the file is missing or damaged.
     """
     found = indexed(evaluation / "neighbours.npz", ("indices", "similarities"), images)
-    if len(found["indices"]) != images:
+    if len(found["indices"]) != queries:
         raise damaged(evaluation / "neighbours.npz", "of another list", "evaluate")
     return found
 

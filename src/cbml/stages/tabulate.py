@@ -17,7 +17,7 @@ from cbml.reporting.markdown import to_markdown
 from cbml.reporting.pictures import Found, Pictures
 from cbml.reporting.tables import Evaluated
 from cbml.reporting.tables_page import SHOWN, index_page, tables_page
-from cbml.stages.inputs import fingerprint, list_of, neighbours_of, record_of
+from cbml.stages.inputs import dataset_of, fingerprint, neighbours_of, record_of, test_list
 from cbml.workspace import Workspace
 
 SIDE = 64  # of a thumbnail, in pixels
@@ -38,7 +38,8 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
         UserError: a cell has not been evaluated, or there is none.
     """
     evaluated = tables.told_apart(_archived(workspace, dataset) if all_cells else _here(workspace, dataset))
-    test = read_json(evaluated[0].folder / "summary.json", "evaluate", ("test",))["test"]
+    summary = read_json(evaluated[0].folder / "summary.json", "evaluate", ("test",))
+    test = summary["test"] | ({"queries": summary["query"]["images"]} if "query" in summary else {})
     with_published = evaluated[0].cell.dataset_config.type == "cub200"
     table = tables.summarise(tables.collect(evaluated, workspace.conf), with_published=with_published)
     text, curves = to_markdown(table, dataset, test, evaluated), tables.curves(evaluated)
@@ -74,11 +75,15 @@ def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable
     try:
         if fingerprint(workspace, dataset) != one.record["fingerprint"]:
             raise UserError(f"lists/{dataset} is of other images than the cells")
-        images = list_of(workspace, one.cell, "test")
+        images, scoring = test_list(workspace, one.cell)
+        root = workspace.images(dataset_of(workspace, one.cell))
+        if not root.is_dir():
+            raise UserError(f"{root} is not there")
     except UserError as error:
         message(f"{dataset}: a page without pictures, {error}")
         return ()
-    return Pictures(images, workspace.data(dataset), SIDE), partial(neighbours_of, images=len(images.labels))
+    count = len(images.labels)
+    return Pictures(images, root, SIDE), partial(neighbours_of, queries=scoring.queries or count, images=count)
 
 
 def _here(workspace: Workspace, dataset: str) -> list[Evaluated]:

@@ -19,9 +19,10 @@ from cbml.backbones import weights_content
 from cbml.batches import ClassesConfig
 from cbml.config import Cell
 from cbml.datasets.lists import ImageList, check_disjoint, hold_out
+from cbml.evaluation.scoring import Scoring
 from cbml.files import atomic_write, write_tensors
 from cbml.progress import message
-from cbml.stages.inputs import fingerprint, images_of, list_of
+from cbml.stages.inputs import fingerprint, images_of, test_list, training_list
 from cbml.training.checkpoint import hold
 from cbml.training.device import facts, numerics
 from cbml.training.loop import train
@@ -48,10 +49,11 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
             f"{cell.name}: {recipe} is {used} by {owner}, not {value} (to keep that: -S '++{owner}.{recipe}={value}')"
         )
     selection = cell.recipe.select_by
-    train_list, test_list = (list_of(workspace, cell, name) for name in ("train", "test"))
-    train_on_all, code = _prepare(cell, workspace, train_list, test_list)
+    train_list, (scored, scoring) = training_list(workspace, cell), test_list(workspace, cell)
+    train_on_all, code = _prepare(cell, workspace, train_list, scored, scoring)
     if selection:
-        select, _ = _prepare(cell, workspace, *hold_out(train_list, selection.validation_classes))
+        held_out = hold_out(train_list, selection.validation_classes)
+        select, _ = _prepare(cell, workspace, *held_out, Scoring(scoring.ks))
 
     data = fingerprint(workspace, cell.dataset)
     key = cell.key(data, weights_content(cell.backbone_config, workspace.root))
@@ -116,7 +118,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
 
 
 def _prepare(
-    cell: Cell, workspace: Workspace, train_list: ImageList, scored: ImageList
+    cell: Cell, workspace: Workspace, train_list: ImageList, scored: ImageList, scoring: Scoring
 ) -> tuple[Callable[..., dict[str, Any]], dict[str, str]]:
     """Check all that training on one list and scoring on another needs; return `train` with that filled in.
 
@@ -135,7 +137,8 @@ def _prepare(
 
     def train_on(**options: Any) -> dict[str, Any]:
         images = replace(images_of(workspace, cell, train_list), labels=torch.from_numpy(labels))
-        on, options = (images, images_of(workspace, cell, scored)), options | {"teacher_momentum": method.teacher}
+        on = images, images_of(workspace, cell, scored)
+        options |= {"scoring": scoring, "teacher_momentum": method.teacher}
         return train(recipe, cell.seed, model, criterion, batches, *on, **options)
 
     return train_on, provenance.training_code(model, criterion, batches)

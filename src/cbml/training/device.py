@@ -1,7 +1,7 @@
 """The device, and everything about it that changes numbers or speed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 
 from cbml.backbones import EmbeddingModel
 from cbml.config import Recipe
-from cbml.datasets.images import PackedImages
+from cbml.datasets.images import Images, PackedImages
 from cbml.progress import message
 
 
@@ -70,11 +70,30 @@ def compile_trunk(network: EmbeddingModel, device: torch.device) -> None:
         network.trunk.compile()
 
 
-def place(images: PackedImages, device: torch.device) -> PackedImages:
-    """On a GPU with room to spare, the decoded images in its memory: then no batch is ever waited for."""
-    if device.type == "cuda" and images.data.numel() < torch.cuda.mem_get_info(device)[0] / 4:
+def place(lists: Sequence[Images], device: torch.device) -> list[Images]:
+    """The images of some lists where they are quickest to get at, which depends on their size; says where that is.
+
+    On a GPU with room to spare that is its memory, where no batch is ever waited for. Else decoded images stay in
+    their file: what fits into half of the host's memory is read once now, and stays in the system's cache of files,
+    which all processes share and which gives way to what needs the memory.
+    """
+    bytes_needed = sum(images.nbytes for images in lists)
+    size = f"images: {sum(map(len, lists)):,}, {bytes_needed / 2**30:.2g} GB decoded"
+    packed = [images for images in lists if isinstance(images, PackedImages)]
+    if len(packed) < len(lists):
+        message(f"{size}: too many to be kept, they are decoded from their files as they are needed")
+        return list(lists)
+    if device.type == "cuda" and bytes_needed < torch.cuda.mem_get_info(device)[0] / 4:
         try:
-            return images.to(device)
+            placed: list[Images] = [images.to(device) for images in packed]
+            message(f"{size}, in the GPU's memory")
+            return placed
         except torch.OutOfMemoryError:  # another process was faster
-            message("images: no room on the GPU, they stay in the host's memory")
-    return images
+            message("images: no room on the GPU, they stay with the host")
+    if bytes_needed < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
+        for images in packed:
+            images.touch()
+        message(f"{size}, in the host's memory")
+    else:
+        message(f"{size}, on the disk, read as they are needed")
+    return list(lists)

@@ -18,12 +18,13 @@ from torch import Tensor
 from cbml.backbones import EmbeddingModel, Outputs
 from cbml.batches import Batches, Drawn, Look
 from cbml.config import Recipe
-from cbml.datasets.images import PackedImages
+from cbml.datasets.images import Images
 from cbml.datasets.loading import load_batches
 from cbml.datasets.transforms import color_jitter, random_boxes
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
+from cbml.evaluation.scoring import Scoring
 from cbml.losses import Loss, needs
 from cbml.progress import message, progress
 from cbml.teacher import follow, teacher_of
@@ -41,8 +42,9 @@ def train(
     network: EmbeddingModel,
     criterion: Loss,
     batches: Batches,
-    images: PackedImages,
-    scored: PackedImages,
+    images: Images,
+    scored: Images,
+    scoring: Scoring = Scoring(),  # noqa: B008 (it is frozen)
     *,
     fabric: Fabric,
     label: str,
@@ -58,7 +60,7 @@ def train(
         network, criterion: as built; the checkpoint's state replaces theirs.
         batches: of `images`.
         images: their labels are not looked at.
-        scored: what every evaluation on the way is on.
+        scored, scoring: what every evaluation on the way is on, and how.
         fabric: the device, inside `numerics`.
         label: of the run, for messages.
         log: called with new rows of losses and evaluations, and with `train_images_per_second` and
@@ -99,7 +101,7 @@ def train(
     model.mark_forward_method("outputs")
     wanted = needs(criterion)
     teacher = None if teacher_momentum is None else teacher_of(network)
-    images, scored = place(images, fabric.device), place(scored, fabric.device)
+    images, scored = place([images, scored], fabric.device)
 
     state = checkpoint.read()
     if state:
@@ -117,7 +119,7 @@ def train(
         state = {"iteration": 0, "losses": [], "validations": [], "best": {"iteration": 0, "score": -1.0}}
         state["seconds"] = {"train": 0.0, "data": 0.0, "refresh": 0.0, "validation": 0.0}
         began = time.monotonic()
-        state["validations"].append(score(model, scored, recipe, 0, fabric.device, label))
+        state["validations"].append(score(model, scored, scoring, recipe, 0, fabric.device, label))
         state["seconds"]["validation"] += time.monotonic() - began
         log(state["validations"])
 
@@ -191,7 +193,7 @@ def train(
         seconds["train"] += time.monotonic() - began
         if validates:
             began = time.monotonic()
-            row = score(model, scored, recipe, iteration, fabric.device, label)
+            row = score(model, scored, scoring, recipe, iteration, fabric.device, label)
             seconds["validation"] += time.monotonic() - began
             state["validations"].append(row)
             unlogged.append(row)
@@ -252,7 +254,7 @@ def segments(
         start = end
 
 
-def random_crops(images: PackedImages, recipe: Recipe, seed: int, iteration: int, indices: np.ndarray) -> Tensor:
+def random_crops(images: Images, recipe: Recipe, seed: int, iteration: int, indices: np.ndarray) -> Tensor:
     """The crops (B, 3, crop, crop) of a batch; they depend on these arguments alone."""
     chosen = torch.from_numpy(indices)
     generator = torch.Generator().manual_seed(stream(seed, iteration, 0))
@@ -265,13 +267,19 @@ def random_crops(images: PackedImages, recipe: Recipe, seed: int, iteration: int
 
 
 def score(
-    model: EmbeddingModel, images: PackedImages, recipe: Recipe, iteration: int, device: torch.device, label: str
+    model: EmbeddingModel,
+    images: Images,
+    scoring: Scoring,
+    recipe: Recipe,
+    iteration: int,
+    device: torch.device,
+    label: str,
 ) -> Row:
     """A row of `validations`."""
     model.eval()
     embeddings = embed(model, images, crop=recipe.crop, interpolation=recipe.interpolation, device=device)
     try:
-        metrics = evaluate(embeddings, images.labels)
+        metrics = evaluate(*scoring.sides(embeddings, images.labels), ks=scoring.ks)
     except UserError as error:
         raise UserError(f"{label}: iteration {iteration}: {error}") from None
     message(f"{label}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1f} %")

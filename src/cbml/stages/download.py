@@ -1,0 +1,35 @@
+"""Bring a dataset's images, and write down which they are."""
+
+import os
+
+import pandas as pd
+
+from cbml.datasets.base import check_catalogue
+from cbml.files import atomic_write
+from cbml.stages.check import check_cells
+from cbml.stages.inputs import bring
+from cbml.workspace import Workspace
+
+
+def download(workspace: Workspace, dataset: str) -> pd.DataFrame:
+    """Bring the images of a dataset if they are not there, and write its catalogue.
+
+    The images are no output of DVC, which would look at each of them for every stage, keep a copy, and make another one
+    for every queued experiment. The catalogue is: `path`, `label`, `name`, `split`, and `bytes` and `modified` of each
+    file, so that it changes with any of them.
+
+    Raises:
+        UserError: the images cannot be had, or they cannot be trained and tested on.
+    """
+    params = workspace.params()
+    config = params.option("dataset", dataset)
+    if not workspace.images(config).is_dir():
+        check_cells(params, dataset, workspace)
+    folder = bring(workspace, config)
+    table = config.catalogue(folder)
+    check_catalogue(table, folder)
+    facts = [os.stat(folder / path) for path in table.path]
+    table = table.assign(bytes=[each.st_size for each in facts], modified=[each.st_mtime_ns for each in facts])
+    with atomic_write(workspace.catalogue(dataset)) as temporary:
+        table.to_csv(temporary, index=False)
+    return table
