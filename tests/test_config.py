@@ -192,10 +192,18 @@ def test_the_presets_are_the_cells_that_the_paper_publishes(size, tmp_path):
         assert cell.recipe.lr_steps == ([3000] if cell.backbone == "googlenet" else [1200])
 
 
-@pytest.mark.parametrize(("preset", "labelled"), [("unsupervised", set()), ("unsupervised_controls", {"cbml_log"})])
+PRESETS_WITHOUT_LABELS = [
+    ("unsupervised", set()),
+    ("unsupervised_controls", {"cbml_log"}),
+    ("cub200_unsupervised", set()),
+]
+
+
+@pytest.mark.parametrize(("preset", "labelled"), PRESETS_WITHOUT_LABELS)
 def test_the_presets_without_labels_use_none(preset, labelled, tmp_path):
     compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper={preset}"])
-    cells = load_params(tmp_path / "params.yaml", ROOT / "conf").cells("glyphs")
+    params = load_params(tmp_path / "params.yaml", ROOT / "conf")
+    cells = params.cells(*params.dataset)
     assert {cell.seed for cell in cells} == {0, 1, 2}
     batches = {cell.loss: cell.loss_config.batches for cell in cells}
     assert {loss for loss, each in batches.items() if each is None or each.needs_labels} == labelled
