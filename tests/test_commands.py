@@ -61,6 +61,11 @@ def test_it_names_what_differs_from_the_files(compose):
 TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 SETTINGS = {
     "nothing": [],
+    "weights that have no address": [
+        "recipe=cpu",
+        "backbone=[resnet50_caffe]",
+        "backbone.resnet50_caffe.weights=resnet50_caffe.safetensors",
+    ],
     "a metric alone to select by": ["recipe.quick.select_by=map_at_r"],
     "a mapping to select by": ["recipe.quick.select_by={metric:recall_at_1,validation_classes:0.3}"],
     "the backbone's own": ["recipe=paper", "backbone=[googlenet]"],

@@ -50,6 +50,8 @@ def _default(cell: Cell, files: dict[str, dict]) -> dict[str, Any]:
     """The configuration that these options have when nothing is set."""
     names = {"dataset": cell.dataset, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
     groups = {group: {name: files[group]} for group, name in names.items()}
+    if cell.backbone_config.weights not in (None, "imagenet"):  # a path; what the file means may not be to be had
+        groups["backbone"] = {cell.backbone: files["backbone"] | {"weights": "none"}}
     try:
         params = Params.model_validate(groups | {"embedding_dim": [cell.embedding_dim], "seed": [cell.seed]})
     except ValidationError:  # an option without a file of its own
