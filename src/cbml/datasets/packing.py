@@ -25,7 +25,7 @@ PACKED_GB = "CBML_PACKED_GB"  # environment variable: the most that decoded imag
 DEFAULT_GB = 64
 SPARE_BYTES = 2 * 2**30  # left free on the disk
 CHUNK = 512  # images between two notes of how far decoding is
-NAMED = 20  # unreadable images, in a message
+NAMED = 1000  # unreadable images, in a message
 
 Size = tuple[int, str]  # `resize` and `interpolation` of `load_image`
 
