@@ -124,7 +124,7 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options: A
     import pandas as pd
 
     with _reading(path, stage):
-        table = pd.read_csv(path, float_precision="round_trip", **options)  # the default may be off by a bit
+        table = pd.read_csv(path, **options)
         if absent := [name for name in columns if name not in table]:
             raise ValueError(f"no column {absent[0]}")
         if table.empty:
