@@ -92,10 +92,12 @@ def test_names_that_are_numbers_are_in_the_order_of_numbers(pictures):
     assert list(train.class_names.values()) == ["7", "8"]
 
 
-def test_a_linked_class_folder_is_followed(pictures):
+def test_a_linked_class_folder_is_followed_and_said(pictures, capsys):
     (pictures / "d").rename(pictures.parent / "elsewhere")
     (pictures / "d").symlink_to(pictures.parent / "elsewhere")
-    assert build(pictures)[1]["train"]["images"] + build(pictures)[1]["test"]["images"] == 18
+    _, summary = build(pictures)
+    assert summary["train"]["images"] + summary["test"]["images"] == 18
+    assert "1 class folders are links, behind which DVC does not look" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.parquet"])

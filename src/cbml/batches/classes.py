@@ -48,9 +48,12 @@ def class_balanced_batches(labels: np.ndarray, batch_size: int, instances: int, 
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     classes = batch_size // instances
     if classes > len(members):
+        fits = next(
+            n for n in range(instances, batch_size + 1) if batch_size % n == 0 and batch_size // n <= len(members)
+        )
         raise UserError(
             f"recipe: batch_size {batch_size} / instances {instances} = {classes} classes a batch, "
-            f"but the training list has {len(members)}"
+            f"but the training list has {len(members)}; with instances {fits} there are enough"
         )
     return _passes(members, classes, instances, seed)
 

@@ -53,11 +53,12 @@ class FolderConfig(DatasetConfig):
 def _walk(folder: Path) -> pd.DataFrame:
     """Path and label of every image in the class folders of a folder, and in folders of these."""
     rows: list[tuple[str, str]] = []
-    others, empty = 0, []
+    others, links, empty = 0, 0, []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or not entry.is_dir():
             others += entry.is_file() and not entry.name.startswith(".")
             continue
+        links += entry.is_symlink()
         before = len(rows)
         for parent, folders, files in os.walk(entry.path):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -73,6 +74,11 @@ def _walk(folder: Path) -> pd.DataFrame:
     _check_names([path for path, _ in rows], folder)
     if others or empty:
         message(f"{folder}: left out: {others} files that are no images in a class folder, {len(empty)} empty folders")
+    if links:
+        message(
+            f"{folder}: {links} class folders are links, behind which DVC does not look; after a change there, "
+            "`dvc repro -f -s download@folder`, then `dvc repro`"
+        )
     return pd.DataFrame(rows, columns=["path", "label"])
 
 
