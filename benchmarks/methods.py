@@ -10,15 +10,14 @@ import resource
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from losses import load
 from throughput import option, random_images
 
 from cbml.batches import ClassesConfig
 from cbml.config import Cell, Params
-from cbml.losses import needs
 from cbml.network import build
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import numerics
@@ -39,13 +38,6 @@ def make_cell(loss: str, backbone: str, iterations: int) -> Cell:
     return params.cell("glyphs", backbone, loss, size, 0)
 
 
-def is_method(cell: Cell) -> bool:
-    """Whether the option changes more than the loss, or looks at more than embeddings."""
-    _, criterion = build(cell, num_classes=4, root=ROOT)
-    method = cell.loss_config
-    return bool(method.head or method.batches or method.teacher is not None or needs(criterion))
-
-
 def measure(cell: Cell) -> None:
     """Print images in a step, its milliseconds, those of a look at the images, and the peak in MiB."""
     recipe, rows = cell.recipe, []
@@ -54,7 +46,7 @@ def measure(cell: Cell) -> None:
         numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
         batches = (cell.loss_config.batches or ClassesConfig()).build(images.labels.numpy(), seed=0, **numbers)
         network, criterion = build(cell, num_classes=batches.num_classes, root=ROOT)
-        few = replace(images, sizes=images.sizes[:40], labels=images.labels[:40])
+        few = images.subset(torch.arange(40), images.labels[:40])
         options = {"fabric": fabric, "label": cell.loss, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
         options["teacher_momentum"] = cell.loss_config.teacher
         seconds = train(recipe, 0, network, criterion, batches, images, few, **options)["seconds"]
@@ -80,7 +72,7 @@ def main() -> None:
         "| option | images a step | ms a step | ms a look | peak MiB |\n| --- | ---: | ---: | ---: | ---: |", flush=True
     )
     names = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
-    for name in ["contrastive", *(n for n in names if is_method(make_cell(n, arguments.backbone, 2)))]:
+    for name in ["contrastive", *(name for name in names if load(name) is None)]:
         command = [sys.executable, __file__, "--backbone", arguments.backbone, "--measure", name]
         command += ["--iterations", str(arguments.iterations)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
