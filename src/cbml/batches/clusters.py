@@ -19,8 +19,9 @@ from cbml.schema import Positive, PositiveShare
 class ClustersConfig(BatchesConfig):
     """Some images of each of some clusters, which stand for classes. Labels are not looked at.
 
-    The first clusters are of the pooled features, by k-means++, the best of ten; the next are of the embeddings. Their
-    centres are then where k-means goes on from, so that a cluster keeps its number.
+    The first clusters are of the pooled features, by k-means++, the best of ten, or above 1,000 clusters, where that
+    would take hours on a CPU, of one; the next are of the embeddings. Their centres are then where k-means goes on
+    from, so that a cluster keeps its number.
 
     Attributes:
         k: number of clusters.
@@ -69,8 +70,9 @@ class Clusters(Batches):
         points = normalize(look("embeddings" if number else "features"), dim=1)
         seed = seed_of(self.seed, number)
         warm = self.config.warm and number > 1  # before, they were centres of features
+        starts = 1 if number or self.config.k > 1000 else 10
         clusters, centres = kmeans(
-            points, self.config.k, seed=seed, starts=1 if number else 10, centres=self.centres if warm else None
+            points, self.config.k, seed=seed, starts=starts, centres=self.centres if warm else None
         )
         self.centres = centres.cpu()
         nearest = (points @ normalize(centres, dim=1).T).topk(2).values

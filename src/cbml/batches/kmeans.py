@@ -28,7 +28,7 @@ def kmeans(
     for _ in range(1 if centres is not None else starts):
         means = (_plus_plus(points, k, generator) if centres is None else centres).clone()
         clusters = torch.full((len(points),), -1, device=points.device)
-        for _ in range(iterations):
+        for _ in progress(range(iterations), "k-means", "steps"):
             distances, found = _nearest(points, means)
             _fill_empty(distances, found, k)
             if torch.equal(found, clusters):
@@ -50,7 +50,7 @@ def _plus_plus(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
     distances = torch.full((len(points),), torch.inf, device=points.device)
     for _ in progress(range(1, k), "k-means++", "centres"):
         latest = points[chosen[-1]]
-        distances = torch.minimum(distances, (squares - 2 * points @ latest + squares[chosen[-1]]).clamp(min=0))
+        distances = torch.minimum(distances, (squares - 2 * (points @ latest) + squares[chosen[-1]]).clamp(min=0))
         distances[chosen[-1]] = 0
         cumulated = distances.double().cumsum(0)
         threshold = torch.rand((), generator=generator, dtype=torch.float64).item() * cumulated[-1]
@@ -61,7 +61,7 @@ def _plus_plus(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
 def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distance (N,) to the nearest centre, and its number (N,)."""
     squares = centres.square().sum(1)
-    found = [(squares - 2 * block @ centres.T).min(1) for block in points.split(max(1, BLOCK // len(centres)))]
+    found = [(squares - 2 * (block @ centres.T)).min(1) for block in points.split(max(1, BLOCK // len(centres)))]
     distances = torch.cat([each.values for each in found]) + points.square().sum(1)
     return distances.clamp(min=0), torch.cat([each.indices for each in found])
 
