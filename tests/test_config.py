@@ -28,7 +28,8 @@ def test_params_yaml_is_what_conf_composes_to(tmp_path):
 def test_every_option_of_a_group_defines_itself_and_is_valid(file, tmp_path):
     option = yaml.safe_load(file.read_text())
     assert list(option) == [file.stem]
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(**{file.parent.name: option})))
+    params = tiny_params(**{file.parent.name: option}, embedding_dim=[48])  # three heads share it
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     assert list(getattr(load_params(tmp_path / "params.yaml"), file.parent.name)) == [file.stem]
 
 
@@ -62,6 +63,7 @@ def changed(path, value):
         ("recipe.tiny.color_jitter", [0.1, 0.1, 0.1, 0.6], r"recipe\.tiny\.color_jitter.*less than or equal to 0.5"),
         ("recipe.other", TINY_RECIPE, r"recipe: .*at most 1 item"),
         ("seed.0", -1, r"seed\.0: .*greater than or equal to 0"),
+        ("loss.cbml_log.head", {"type": "groups", "shares": [1, 2]}, r"loss\.cbml_log: .*do not divide"),
     ],
 )
 def test_a_bad_parameter_is_one_line(path, value, message, tmp_path):

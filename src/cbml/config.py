@@ -147,6 +147,16 @@ class Params(Schema):
     register_models: bool = False
     _recipe_file: dict[str, Any] = PrivateAttr(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        """Now, and not in the train stage of a late cell."""
+        for (name, loss), size in itertools.product(self.loss.items(), self.embedding_dim):
+            try:
+                loss.head and loss.head.parts(size)
+            except UserError as error:
+                raise UserError(f"params.yaml: loss.{name}: {error}") from None
+        return self
+
     def option(self, group: str, name: str) -> Any:
         """The option `name` of a group.
 
