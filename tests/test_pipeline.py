@@ -147,7 +147,7 @@ def test_two_datasets_have_a_page_each_and_one_over_both(repository):
 def test_changed_images_are_noticed_through_the_lists(repository):
     command = "dvc exp run -S loss=cbml_sqrt -S dataset.glyphs.seed=3 build_lists@glyphs"
     assert ran(repository, command) == ["download@glyphs", "build_lists@glyphs"]
-    assert set(changed_stages(repository)) == {*stages("cbml_sqrt", *CELL)}
+    assert {*stages("cbml_sqrt", *CELL)} <= set(changed_stages(repository))
 
 
 def test_images_of_ones_own(repository, tmp_path):
