@@ -152,7 +152,8 @@ class Params(Schema):
         """Now, and not in the train stage of a late cell."""
         for (name, loss), size in itertools.product(self.loss.items(), self.embedding_dim):
             try:
-                loss.head and loss.head.parts(size)
+                if loss.head:
+                    loss.head.parts(size)
             except UserError as error:
                 raise UserError(f"params.yaml: loss.{name}: {error}") from None
         return self
