@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,8 +54,13 @@ def environment():
 
 
 def pytest_collection_modifyitems(items):
-    """The longest file first: other workers do the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """The longest files first: other workers do the rest meanwhile."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_pipeline"))
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than cores: tests of processes wait for the disk and for one another much of the time."""
+    return os.cpu_count() + 1
 
 
 def tiny_params(**changes):
@@ -97,6 +103,41 @@ def tiny_dataset(tmp_path_factory):
     download(here, "glyphs")
     build_lists(here, "glyphs")
     (folder / "data" / "glyphs").symlink_to(here.images(here.params().dataset["glyphs"]).name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A copy of this repository whose default experiment is two losses on tiny data."""
+    folder = tmp_path_factory.mktemp("repository")
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    for file in files:
+        if file != "dvc.lock" and not file.startswith("reports/") and (ROOT / file).is_file():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, folder / file)
+    config = (folder / "conf" / "config.yaml").read_text()
+    for old, new in (("[cbml_const, ", "["), ("[512]", "[16]")):
+        assert old in config
+        config = config.replace(old, new)
+    (folder / "conf" / "config.yaml").write_text(config)
+    for name, seed in (("glyphs", 0), ("runes", 1)):
+        option = {name: TINY_GLYPHS | {"seed": seed}}
+        (folder / "conf" / "dataset" / f"{name}.yaml").write_text(yaml.safe_dump(option))
+    (folder / "conf" / "recipe" / "quick.yaml").write_text(yaml.safe_dump({"quick": TINY_RECIPE}))
+    for command in (
+        "git init -q",
+        "git config user.name x",
+        "git config user.email x@x",
+        "git add -A",
+        "git commit -qm x",
+    ):
+        subprocess.run(command.split(), cwd=folder, check=True)
     return folder
 
 

@@ -2,50 +2,13 @@
 
 import json
 import re
-import shutil
 import subprocess
 
 import mlflow
 import pytest
 import yaml
-from conftest import ROOT, TINY_GLYPHS, TINY_RECIPE, environment
+from conftest import environment
 from dvc.api import exp_show
-from PIL import Image
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    """A copy of this repository whose default experiment is two losses on tiny data."""
-    folder = tmp_path_factory.mktemp("repository")
-    files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.splitlines()
-    for file in files:
-        if file != "dvc.lock" and not file.startswith("reports/") and (ROOT / file).is_file():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
-    config = (folder / "conf" / "config.yaml").read_text()
-    for old, new in (("[cbml_const, ", "["), ("[512]", "[16]")):
-        assert old in config
-        config = config.replace(old, new)
-    (folder / "conf" / "config.yaml").write_text(config)
-    for name, seed in (("glyphs", 0), ("runes", 1)):
-        option = {name: TINY_GLYPHS | {"seed": seed}}
-        (folder / "conf" / "dataset" / f"{name}.yaml").write_text(yaml.safe_dump(option))
-    (folder / "conf" / "recipe" / "quick.yaml").write_text(yaml.safe_dump({"quick": TINY_RECIPE}))
-    for command in (
-        "git init -q",
-        "git config user.name x",
-        "git config user.email x@x",
-        "git add -A",
-        "git commit -qm x",
-    ):
-        subprocess.run(command.split(), cwd=folder, check=True)
-    return folder
 
 
 def ran(repository, command):
@@ -127,57 +90,14 @@ def test_a_change_of_code_runs_what_it_changes_and_nothing_else(repository):
     assert "other code" not in (repository / "reports" / "glyphs" / "tables.md").read_text()
 
 
-def test_two_datasets_have_a_page_each_and_one_over_both(repository):
-    done = ran(repository, "dvc exp run -S loss=cbml_sqrt -S 'dataset=[glyphs,runes]'")
-    assert set(stages("cbml_sqrt", *CELL, dataset="runes")) | {"tabulate@runes", "download@runes"} <= set(done)
-    assert "train@resnet18-cbml_sqrt-16-0-glyphs" not in done
-    index = (repository / "reports" / "index.html").read_text()
-    for name in ("glyphs", "runes"):
-        assert f'href="{name}/index.html"' in index and (repository / "reports" / name / "index.html").is_file()
-
-
-def test_changed_images_are_noticed_through_the_lists(repository):
+def test_changed_images_are_noticed_through_the_lists_and_neither_copied_nor_counted(repository):
+    """They lie in the repository itself, also for a queued experiment, and DVC has their catalogue alone."""
     command = "dvc exp run -S loss=cbml_sqrt -S dataset.glyphs.seed=3 build_lists@glyphs"
     assert ran(repository, command) == ["download@glyphs", "build_lists@glyphs"]
     status = subprocess.run(
         ["dvc", "status", "train"], cwd=repository, check=True, capture_output=True, text=True
     ).stdout
     assert stages("cbml_sqrt", "train")[0] in status and re.search(r"modified: +lists/glyphs", status)
-
-
-def test_images_of_ones_own(repository, tmp_path):
-    """What the README shows: a folder of ten class folders; what is added to it is noticed."""
-    pictures = tmp_path / "my pictures, größer"
-    for label in range(10):
-        for k in range(4):
-            file = pictures / f"class {label}" / f"{k}.jpg"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (30, 24 + k), (25 * label, 60 * k, 90)).save(file)
-    command = f"dvc exp run -S dataset=folder -S 'dataset.folder.path=\"{pictures}\"' -S loss=cbml_sqrt"
-    everything = ["download@folder", "build_lists@folder", *stages("cbml_sqrt", *CELL, dataset="folder")]
-    assert ran(repository, command) == [*everything, "tabulate@folder"]
-    table = (repository / "reports" / "folder" / "tables.md").read_text()
-    assert "Test list: 20 images of 5 classes" in table
-    (command,) = re.findall("^dvc exp run .*", table, re.MULTILINE)
-    assert "dataset.folder.path=" in command and "watch" not in command
-    assert ran(repository, command) == []
-    Image.new("RGB", (30, 30)).save(pictures / "class 9" / "new.jpg")
-    assert ran(repository, "dvc repro build_lists@folder") == everything[:2]
-    lists = json.loads((repository / "lists" / "folder" / "summary.json").read_text())
-    assert lists["test"] == {"images": 21, "classes": 5}
-    done = subprocess.run(
-        ["dvc", "exp", "run", "-S", "dataset=folder"],
-        cwd=repository,
-        env=environment() | {"PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0 and "dataset.folder.path" in done.stderr
-
-
-def test_images_are_neither_copied_nor_counted_by_dvc(repository):
-    """They lie in the repository itself, also for a queued experiment, and DVC has their catalogue alone."""
-    assert ran(repository, "dvc exp run -S loss=cbml_sqrt -S dataset.glyphs.seed=5 build_lists@glyphs") != []
     before = sorted(path.name for path in (repository / "data").iterdir())
     assert len([name for name in before if name.startswith("glyphs-")]) >= 2
     lock = yaml.safe_load((repository / "dvc.lock").read_text())
