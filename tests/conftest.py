@@ -53,9 +53,13 @@ def environment():
     return kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": path}
 
 
+LONGEST = ("pipeline", "pipeline_images", "training", "tracking", "checkpoint", "importing")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest files first: other workers do the rest meanwhile."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_pipeline"))
+    """The longest files first: else a worker is left alone with one in the end."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_xdist_auto_num_workers():

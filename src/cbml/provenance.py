@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import tokenize
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,15 @@ def code_hash(file: Path) -> str:
     try:
         if not file.resolve().is_relative_to(SOURCE):  # a name from somebody's run.json
             return "absent"
-        text = file.read_text()
-        tree = ast.parse(text)
+        return _code_hash(file.read_text())
     except (OSError, ValueError, SyntaxError):  # no such file, no name of one, no Python
         return "absent"
+
+
+@cache  # a table asks for each of its cells
+def _code_hash(text: str) -> str:
     lines = text.split("\n")
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             rows = slice(node.lineno - 1, node.end_lineno)
             beside = lines[rows][0].encode()[: node.col_offset] + lines[rows][-1].encode()[node.end_col_offset :]
