@@ -149,8 +149,10 @@ def test_a_default_cell_needs_no_parameter(compose):
 
 
 @pytest.mark.parametrize("group", ["loss", "backbone"])
-def test_an_option_without_a_file_is_spelled_out(compose, group):
+def test_an_option_without_a_file_is_added_by_one_setting(compose, group):
     entry = {"loss": "{type: cbml, batches: {type: clusters, k: 50}}", "backbone": "${backbone.resnet18}"}[group]
     cell = compose([f"+{group}.mine={entry}"]).cells("glyphs")[-1]
     assert getattr(cell, group) == "mine"
-    assert compose(settings_of(command(cell, [0], ROOT / "conf"))).cells("glyphs") == [cell]
+    settings = settings_of(command(cell, [0], ROOT / "conf"))
+    assert settings[6].startswith(f"+{group}.mine=") and len(settings) == 7
+    assert compose(settings).cells("glyphs") == [cell]

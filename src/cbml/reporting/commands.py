@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from cbml.config import Cell, Params, Recipe, flatten, option_file
 
 PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z/][\w./+-]*", re.ASCII | re.IGNORECASE)  # a string to Hydra
@@ -19,7 +17,7 @@ def command(cell: Cell, seeds: list[int], conf: Path) -> str:
     """`dvc exp run` with the options and the parameters in which a cell differs from the files of the folder `conf`."""
     groups = {"dataset": cell.dataset, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
     files = {group: option_file(conf, group, name) for group, name in groups.items()}
-    # An option without a file, as of a preset, is not one to choose, but can be spelled out.
+    # An option without a file, as of a preset, is not one to choose, but can be added.
     backbone, loss = (groups[group] if files[group] else "" for group in ("backbone", "loss"))
     settings = [
         f"dataset={cell.dataset}",
@@ -29,10 +27,13 @@ def command(cell: Cell, seeds: list[int], conf: Path) -> str:
         f"embedding_dim=[{cell.embedding_dim}]",
         f"seed=[{','.join(map(str, seeds))}]",
     ]
-    default = _default(cell, files)
+    default, own = _default(cell, files), cell.to_dict()
     for group, name in groups.items():
+        if not files[group]:
+            settings.append(f"+{group}.{name}={_hydra(own[group][name])}")
+            continue
         known = flatten("", files[group])
-        for path, value in _changed_entries("", cell.to_dict()[group][name], default.get(group, {}).get(name, {})):
+        for path, value in _changed_entries("", own[group][name], default[group][name]):
             owner = f"{group}.{name}"
             new = path not in known
             if str(known.get(path)).startswith("${"):  # Hydra makes it of another
@@ -49,14 +50,12 @@ def command(cell: Cell, seeds: list[int], conf: Path) -> str:
 def _default(cell: Cell, files: dict[str, dict]) -> dict[str, Any]:
     """The configuration that these options have when nothing is set."""
     names = {"dataset": cell.dataset, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
-    groups = {group: {name: files[group]} for group, name in names.items()}
+    own = cell.to_dict()
+    groups = {group: {name: files[group] or own[group][name]} for group, name in names.items()}
     if cell.backbone_config.weights not in (None, "imagenet"):  # a path; what the file means may not be to be had
-        groups["backbone"] = {cell.backbone: files["backbone"] | {"weights": "none"}}
-    try:
-        params = Params.model_validate(groups | {"embedding_dim": [cell.embedding_dim], "seed": [cell.seed]})
-    except ValidationError:  # an option without a file of its own
-        return {}
-    params._recipe_file = Recipe.model_validate(files["recipe"]).model_dump()
+        groups["backbone"] = {cell.backbone: groups["backbone"][cell.backbone] | {"weights": "none"}}
+    params = Params.model_validate(groups | {"embedding_dim": [cell.embedding_dim], "seed": [cell.seed]})
+    params._recipe_file = Recipe.model_validate(groups["recipe"][cell.recipe_name]).model_dump()
     return params.cells(cell.dataset)[0].to_dict()
 
 
