@@ -1,9 +1,11 @@
 """A tiny dataset and a parameter file that trains on it in a second."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 # Only a CPU repeats bits; before torch looks for GPUs. tests/test_cuda.py is run on its own, with CBML_TEST_GPU=1.
@@ -56,6 +58,32 @@ def environment():
 LONGEST = ("pipeline", "pipeline_images", "training", "tracking", "checkpoint", "importing")
 
 
+def ended(module, *arguments):
+    """What a script ends with, run as `python -m` does in this process, which has all packages already: one line."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.syspath_prepend(ROOT)
+        patch.setattr(sys, "argv", [module, *arguments])
+        runpy.run_module(module, run_name="__main__")
+    return end.value.code  # Python prints a text, and ends with 1
+
+
+def forked(work):
+    """Start a process that has all packages already and does `work`; its id."""
+    if child := os.fork():
+        return child
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def ending(child):
+    """The exit code of such a process, when it has ended."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first: else a worker is left alone with one in the end."""
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
@@ -85,7 +113,10 @@ def tiny_params(**changes):
 
 @pytest.fixture(scope="session", autouse=True)
 def empty_stores(tmp_path_factory):
-    """MLflow takes seconds for an empty store: others are copies of one. Stages as processes make their own."""
+    """MLflow takes seconds for an empty store: others are copies of one. Stages as processes make their own.
+
+    The value is what makes one.
+    """
     made, template = tracking.make_database, tmp_path_factory.mktemp("store") / "mlflow.db"
 
     def copy(file):
@@ -95,7 +126,7 @@ def empty_stores(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking, "make_database", copy)
-        yield
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import environment
+from conftest import ending, environment, forked
 from test_training import run, train_command
 
 from cbml import network, tracking
@@ -192,44 +193,36 @@ def test_points_that_are_sent_again_are_there_once(workspace):
     assert len(run.store.client.get_metric_history(run.id, "nmi")) == 1
 
 
-def test_processes_that_open_a_new_store_at_once_share_it(project):
-    code = """
-from cbml import tracking
-from cbml.workspace import Workspace
-with tracking.open_run(Workspace.here(), 'glyphs', 'x', config={}, params={}, tags={}) as run: pass
-assert run.complete
-"""
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env=environment()) for _ in range(3)
-    ]
-    assert [(process.wait(), process.stderr.read()[-500:] if process.returncode else b"") for process in processes] == [
-        (0, b"")
-    ] * 3
-    assert len(runs(project)[1]) == 3
+@pytest.fixture
+def really_made(empty_stores, monkeypatch):
+    """New stores are made by MLflow itself, not copied."""
+    monkeypatch.setattr(tracking, "make_database", empty_stores)
 
 
-def test_killed_while_the_database_is_made_the_next_run_makes_it(workspace):
-    for moment in (0.1, 0.5, 1.0):
-        process = subprocess.Popen(
-            [sys.executable, "-c", "import test_tracking as t; t.open_and_say()"],
-            env=environment() | {"PYTHONPATH": f"{environment()['PYTHONPATH']}:{Path(__file__).parent}"},
-            stdout=subprocess.PIPE,
-        )
-        process.stdout.readline()
+def test_processes_that_open_a_new_store_at_once_share_it(workspace, really_made):
+    def work():
+        with tracking.open_run(workspace, "glyphs", "x", config={}, params={}, tags={}) as run:
+            pass
+        assert run.complete
+
+    children = [forked(work) for _ in range(3)]
+    assert [ending(child) for child in children] == [0, 0, 0]
+    assert len(runs(workspace.root)[1]) == 3
+
+
+def test_killed_while_the_database_is_made_the_next_run_makes_it(workspace, really_made):
+    def work():
+        with open_cell(workspace):
+            time.sleep(60)
+
+    for moment in (0.1, 0.3, 0.5):
+        child = forked(work)
         time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        os.kill(child, signal.SIGKILL)
+        assert ending(child) == -signal.SIGKILL
     with open_cell(workspace) as run:
         pass
     assert run.complete and not list(Path().glob(".mlflow.db*"))
-
-
-def open_and_say():
-    """Open the store of the working directory, after a line that says that this is next."""
-    print("now", flush=True)
-    workspace = tracking.Workspace.here()
-    with open_cell(workspace):
-        pass
 
 
 def test_an_empty_database_is_made_anew(workspace):

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_RECIPE, VALIDATING, environment, tiny_params
+from conftest import ROOT, TINY_RECIPE, VALIDATING, ended, ending, environment, forked, tiny_params
 
 from cbml import network, tracking
 from cbml.batches import clusters
@@ -284,11 +284,9 @@ def test_killed_on_clusters_it_continues_to_the_same_bits(workspace, monkeypatch
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
 
-    if not (child := os.fork()):  # has all modules already
-        monkeypatch.setattr(owner, name, killed)
-        run(workspace, **changes)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        assert ending(forked(lambda: run(workspace, **changes))) == -signal.SIGKILL
     continued = result(run(workspace, **changes))
     assert f"continues after iteration {5 if moment == 'in a segment' else 3}" in capsys.readouterr().err
     assert continued == from_the_beginning(workspace, **changes)
@@ -475,9 +473,8 @@ def test_weights_that_do_not_fit_or_exist(workspace):
         (("--dataset", "sop"), "error: params.yaml: dataset 'sop' is not there; allowed: glyphs"),
     ],
 )
-def test_the_script_ends_with_one_line(project, options, message):
-    done = subprocess.run(train_command(*options), capture_output=True, text=True, env=environment())
-    assert done.returncode == 1 and done.stderr.strip() == message
+def test_the_script_ends_with_one_line(project, capsys, options, message):
+    assert ended(*train_command(*options)[2:]) == message and not capsys.readouterr().err
 
 
 def test_half_precision_reaches_the_loss_in_float32(workspace, monkeypatch):
