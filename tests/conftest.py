@@ -55,9 +55,6 @@ def environment():
     return kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": path}
 
 
-LONGEST = ("pipeline", "pipeline_images", "training", "tracking", "checkpoint", "importing")
-
-
 def ended(module, *arguments):
     """What a script ends with, run as `python -m` does in this process, which has all packages already: one line."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
@@ -82,6 +79,9 @@ def forked(work):
 def ending(child):
     """The exit code of such a process, when it has ended."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+LONGEST = ("pipeline", "pipeline_images", "training", "tracking", "checkpoint", "importing")
 
 
 def pytest_collection_modifyitems(items):
