@@ -106,6 +106,8 @@ SETTINGS = {
     "one term more": ["loss=[cbml_center]", "+loss.cbml_center.terms.more={type:triplet,margin:0.3}"],
     "another type": ["loss=[triplet]", "loss.triplet.type=contrastive"]
     + [f"~loss.triplet.{name}" for name in ("mining", "average", "one_sided")],
+    "a head of fewer parts": ["loss=[hdc]", "embedding_dim=[512]", "loss.hdc.head.weights=[1,1]"]
+    + ["loss.hdc.head.taps={googlenet:[inception4a],bn_inception:[inception_4a],resnet:[layer2]}"],
     "no head": ["embedding_dim=[0]", "loss.cbml_log.margin=1e-5", "recipe.quick.flip=true"],
 }
 

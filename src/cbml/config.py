@@ -147,17 +147,6 @@ class Params(Schema):
     register_models: bool = False
     _recipe_file: dict[str, Any] = PrivateAttr(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _heads_fit(self) -> Self:
-        """Now, and not in the train stage of a late cell."""
-        for (name, loss), size in itertools.product(self.loss.items(), self.embedding_dim):
-            try:
-                if loss.head:
-                    loss.head.parts(size)
-            except UserError as error:
-                raise UserError(f"params.yaml: loss.{name}: {error}") from None
-        return self
-
     def option(self, group: str, name: str) -> Any:
         """The option `name` of a group.
 
@@ -307,6 +296,12 @@ def load_params(path: Path, conf: Path | None = None) -> Params:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise UserError(f"{path}: {first_error(error, data)}") from None
+    for (name, loss), size in itertools.product(params.loss.items(), params.embedding_dim):
+        try:  # now, and not in the train stage of a late cell
+            if loss.head:
+                loss.head.parts(size)
+        except UserError as error:
+            raise UserError(f"{path}: loss.{name}: {error}") from None
     if conf:
         ((name, recipe),) = params.recipe.items()
         entry = option_file(conf, "recipe", name)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from cbml.config import Cell, Params, Recipe, flatten, option_file
 
 PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z/][\w./+-]*", re.ASCII | re.IGNORECASE)  # a string to Hydra
@@ -27,13 +29,14 @@ def command(cell: Cell, seeds: list[int], conf: Path) -> str:
         f"embedding_dim=[{cell.embedding_dim}]",
         f"seed=[{','.join(map(str, seeds))}]",
     ]
-    default, own = _default(cell, files), cell.to_dict()
+    own = cell.to_dict()
+    default = _default(cell, {group: {name: files[group] or own[group][name]} for group, name in groups.items()})
     for group, name in groups.items():
         if not files[group]:
             settings.append(f"+{group}.{name}={_hydra(own[group][name])}")
             continue
         known = flatten("", files[group])
-        for path, value in _changed_entries("", own[group][name], default[group][name]):
+        for path, value in _changed_entries("", own[group][name], default.get(group, {}).get(name, {})):
             owner = f"{group}.{name}"
             new = path not in known
             if str(known.get(path)).startswith("${"):  # Hydra makes it of another
@@ -47,14 +50,14 @@ def command(cell: Cell, seeds: list[int], conf: Path) -> str:
     return " ".join(["dvc exp run", *(f"-S {shlex.quote(setting)}" for setting in settings)])
 
 
-def _default(cell: Cell, files: dict[str, dict]) -> dict[str, Any]:
+def _default(cell: Cell, groups: dict[str, dict[str, dict]]) -> dict[str, Any]:
     """The configuration that these options have when nothing is set."""
-    names = {"dataset": cell.dataset, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
-    own = cell.to_dict()
-    groups = {group: {name: files[group] or own[group][name]} for group, name in names.items()}
     if cell.backbone_config.weights not in (None, "imagenet"):  # a path; what the file means may not be to be had
-        groups["backbone"] = {cell.backbone: groups["backbone"][cell.backbone] | {"weights": "none"}}
-    params = Params.model_validate(groups | {"embedding_dim": [cell.embedding_dim], "seed": [cell.seed]})
+        groups |= {"backbone": {cell.backbone: groups["backbone"][cell.backbone] | {"weights": "none"}}}
+    try:
+        params = Params.model_validate(groups | {"embedding_dim": [cell.embedding_dim], "seed": [cell.seed]})
+    except ValidationError:  # a file that is no longer an option
+        return {}
     params._recipe_file = Recipe.model_validate(groups["recipe"][cell.recipe_name]).model_dump()
     return params.cells(cell.dataset)[0].to_dict()
 
