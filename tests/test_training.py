@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +18,7 @@ import yaml
 from conftest import ROOT, TINY_RECIPE, VALIDATING, ended, ending, environment, forked, tiny_params
 
 from cbml import network, tracking
+from cbml.backbones import EmbeddingModel
 from cbml.batches import clusters
 from cbml.config import load_cell
 from cbml.datasets.images import EncodedImages, PackedImages
@@ -24,6 +26,7 @@ from cbml.datasets.loading import prefetch
 from cbml.errors import UserError
 from cbml.files import read_tensors
 from cbml.losses import Loss
+from cbml.stages import train as stages_train
 from cbml.stages.evaluate import evaluate_cell
 from cbml.stages.train import train_cell, weights_sha256
 from cbml.training import device, loop
@@ -477,18 +480,97 @@ def test_the_script_ends_with_one_line(project, capsys, options, message):
     assert ended(*train_command(*options)[2:]) == message and not capsys.readouterr().err
 
 
-def test_half_precision_reaches_the_loss_in_float32(workspace, monkeypatch):
-    seen = []
+class Watching(Loss):
+    """A loss that needs all of a batch, and remembers the type of each."""
 
-    class Watching(Diverging):
-        def terms(self, embeddings, labels, **more):
-            seen.append(embeddings.dtype)
-            assert (embeddings.norm(dim=1) - 1).abs().max() < 1e-5
-            return super().terms(embeddings, labels, **more)
+    needs = ("raw", "features", "map", "teacher")
 
-    monkeypatch.setattr(network, "build_loss", lambda *_, **__: Watching(at=None))
-    run(workspace, recipe={"tiny": TINY_RECIPE | {"precision": "bf16-mixed", "channels_last": True}})
-    assert seen == [torch.float32] * 6
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def compute_batch(self, batch):
+        for outputs in (batch, batch.teacher):
+            for name in ("embeddings", "raw", "features", "map"):
+                self.seen.add((name, getattr(outputs, name).dtype))
+        return {"loss": (1 - batch.embeddings[:, 0]).sum()}
+
+
+def types_in_the_trunk(workspace, monkeypatch, **recipe):
+    """What the trunk computes in, of student and teacher, in training, looking at images, and evaluation."""
+    found, where, compute, criterion = set(), [], EmbeddingModel.outputs, Watching()
+
+    def outputs(self, images, wanted=()):
+        who = "evaluation" if where else "student" if self.training else "teacher" if wanted else "validation"
+        hook = self.trunk.layer1.register_forward_hook(lambda _, __, value: found.add((who, value.dtype)))
+        try:
+            return compute(self, images, wanted)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(EmbeddingModel, "outputs", outputs)
+    monkeypatch.setattr(tracking.Run, "log_model", lambda *_, **__: None)  # which serves in float32 everywhere
+    monkeypatch.setattr(network, "build_loss", lambda *_, **__: criterion)
+    loss = {"cbml_log": tiny_params()["loss"]["cbml_log"] | {"teacher": 0.9}}
+    folder = run(workspace, loss=loss, recipe={"tiny": TINY_RECIPE | recipe})
+    where.append("evaluation")
+    evaluate_cell(folder, workspace)
+    return found, criterion.seen
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_the_trunk_computes_in_the_precision_of_the_recipe_and_the_loss_in_float32(
+    workspace, monkeypatch, precision, dtype, compiled
+):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    inside, outside = types_in_the_trunk(
+        workspace, monkeypatch, precision=precision, compile=compiled, channels_last=True
+    )
+    assert inside == {(who, dtype) for who in ("student", "teacher", "validation", "evaluation")}
+    assert outside == {(name, torch.float32) for name in ("embeddings", "raw", "features", "map")}
+
+
+def test_clusters_are_of_what_the_precision_gives(workspace, monkeypatch):
+    seen, kmeans = [], clusters.kmeans
+
+    def watched(points, *args, **kwargs):
+        seen.append(points)
+        return kmeans(points, *args, **kwargs)
+
+    monkeypatch.setattr(clusters, "kmeans", watched)
+    for precision in ("32-true", "bf16-mixed"):
+        run(workspace, **method("cbml_clusters", precision=precision, iterations=1))
+    exact, rounded = seen[0], seen[-1]
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert 1e-4 < (exact - rounded).abs().max() < 0.05  # of unit vectors: bfloat16 has 8 bits
+
+
+def test_a_run_in_bf16_stays_near_that_in_float32(workspace):
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        recipe = {"precision": precision, "iterations": 20, "lr": 1e-5}  # at more, any difference of the start grows
+        folder = run(workspace, recipe={"tiny": TINY_RECIPE | recipe})
+        losses[precision] = pd.read_csv(folder / "losses.csv").loss
+    difference = (losses["bf16-mixed"] / losses["32-true"] - 1).abs()
+    assert 0 < difference.max() < 0.1
+
+
+@pytest.mark.parametrize("loss", ["cbml_log", "hdc"])
+def test_fresh_memory_that_is_not_filled_changes_no_bit(workspace, monkeypatch, loss):
+    changes = method(loss) if loss in METHODS else {}
+    expected, numerics = from_the_beginning(workspace, **changes), device.numerics
+
+    @contextmanager
+    def filling(recipe):
+        with numerics(recipe) as fabric:
+            assert not torch.utils.deterministic.fill_uninitialized_memory
+            torch.utils.deterministic.fill_uninitialized_memory = True
+            yield fabric
+
+    monkeypatch.setattr(stages_train, "numerics", filling)
+    assert from_the_beginning(workspace, **changes) == expected
+    assert torch.utils.deterministic.fill_uninitialized_memory  # as it was
 
 
 def test_compile_changes_nothing_but_speed(workspace, monkeypatch):

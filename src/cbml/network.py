@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from cbml.backbones import EmbeddingModel, create_model
 from cbml.backbones.weights import Unavailable, read_state
 from cbml.config import Cell
@@ -44,7 +42,7 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
 
 
 def load(cell: Cell, weights: Path) -> EmbeddingModel:
-    """The trained network of a cell, in eval mode, on the CPU, in the memory format of its recipe.
+    """The trained network of a cell, in eval mode, on the CPU, computing in float32.
 
     Args:
         weights: its state dict, `.pt` or `.safetensors`.
@@ -59,8 +57,6 @@ def load(cell: Cell, weights: Path) -> EmbeddingModel:
     except (RuntimeError, TypeError) as error:  # other names or shapes; no state dict at all
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{weights}: not the weights of {cell.name}; run the stage train again ({reason})") from None
-    if cell.recipe.channels_last:
-        network.to(memory_format=torch.channels_last)
     return network.eval()
 
 

@@ -1,6 +1,7 @@
 """Trunk → global pooling → linear head → L2 normalisation."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -43,8 +44,8 @@ class Outputs(NamedTuple):
     Attributes:
         embeddings: (B, D) float32, of unit length.
         raw: (B, D) float32, what the head gives, before it is normalised.
-        features: (B, C), the trunk's, pooled.
-        map: (B, C, h, w), the trunk's last feature map.
+        features: (B, C) float32, the trunk's, pooled.
+        map: (B, C, h, w) float32, the trunk's last feature map.
     """
 
     embeddings: Tensor
@@ -68,6 +69,8 @@ class EmbeddingModel(nn.Module):
 
     Attributes:
         parts: sizes of the embedding's parts.
+        autocast: what trunk and head compute in where autocast allows it, in training and evaluation alike; None for
+            float32. What the network gives is float32 in either case.
 
     Raises:
         UserError: the head does not fit `embedding_dim`, or the trunk has no such stages.
@@ -75,6 +78,7 @@ class EmbeddingModel(nn.Module):
 
     embedding_dim: int
     parts: list[int]
+    autocast: torch.dtype | None = None
 
     def __init__(
         self,
@@ -112,12 +116,14 @@ class EmbeddingModel(nn.Module):
         In training the parts of an embedding have the same length; in eval mode, that of their weights.
         """
         pixels = self.normalize(images)
-        last, *maps = self.trunk(pixels, self.taps) if self.taps else (self.trunk(pixels),)
-        features = POOLING[self.pooling](last, 1).flatten(1) if self.pooling else last
-        raw = self.head(features, *maps).float()
+        with torch.autocast(pixels.device.type, self.autocast) if self.autocast else nullcontext():
+            last, *maps = self.trunk(pixels, self.taps) if self.taps else (self.trunk(pixels),)
+            features = POOLING[self.pooling](last, 1).flatten(1) if self.pooling else last
+            raw = self.head(features, *maps).float()
         embeddings = heads.join(raw, self.parts, [1.0] * len(self.parts) if self.training else self.part_weights)
         others = {"raw": raw, "features": features, "map": last if self.pooling else None}
-        return Outputs(embeddings, **{name: others[name] for name in wanted if name in others})
+        found = {name: others[name] for name in wanted if name in others}
+        return Outputs(embeddings, **{name: value.float() for name, value in found.items() if value is not None})
 
     def train(self, mode: bool = True) -> "EmbeddingModel":
         super().train(mode)

@@ -1,19 +1,16 @@
 """Use a trained cell on any images."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 
 from cbml import trained
-from cbml.backbones import EmbeddingModel
 from cbml.datasets.folder import PICTURES
 from cbml.errors import UserError
 from cbml.evaluation.retrieval import retrieve
 from cbml.files import atomic_write
-from cbml.training.device import numerics
+from cbml.training.device import numerics, set_up
 from cbml.workspace import Workspace
 
 
@@ -44,7 +41,8 @@ def embed_images(model: trained.Trained, images: list[Path], out: Path) -> tuple
     """
     files = [file for path in images for file in (_pictures(path) if path.is_dir() else [path])]
     with numerics(model.cell.recipe) as fabric:
-        embeddings = replace(model, network=cast(EmbeddingModel, fabric.setup_module(model.network))).embed(files)
+        set_up(model.network, fabric, model.cell.recipe)
+        embeddings = model.embed(files)
     with atomic_write(out) as temporary, temporary.open("wb") as file:
         np.savez(file, paths=[str(each) for each in files], embeddings=embeddings)
     return files, embeddings

@@ -22,7 +22,7 @@ from cbml.files import atomic_write, read_arrays
 from cbml.stages.hand_over import hand_over
 from cbml.stages.inputs import curves_of, images_of, record_of, test_list, training_list
 from cbml.training import checkpoint
-from cbml.training.device import numerics
+from cbml.training.device import numerics, set_up
 from cbml.workspace import Workspace
 
 CURVE = tuple(2**power for power in range(10))  # the K of recall_at_k.csv
@@ -72,7 +72,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         where: dict[str, Any] = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation}
 
         def embeddings_of(file: Path, *lists: Images) -> list[Tensor]:
-            model = fabric.setup_module(network.load(cell, file))
+            model = set_up(network.load(cell, file), fabric, cell.recipe)
             return [embed(model, each, **where, device=fabric.device) for each in lists]
 
         test, train = embeddings_of(run_folder / "final.pt", images, train_images)

@@ -29,7 +29,7 @@ from cbml.losses import Loss, needs
 from cbml.progress import message, progress
 from cbml.teacher import follow, teacher_of
 from cbml.training.checkpoint import Checkpoint
-from cbml.training.device import compile_trunk, make_optimizer, place
+from cbml.training.device import compile_trunk, make_optimizer, place, set_up
 
 SETTLE_EVERY = 10  # iterations between waits for the device
 
@@ -93,8 +93,7 @@ def train(
     groups = [group for group in groups if group["params"]]
     parameters = [p for group in groups for p in group["params"]]
     base_lrs = [group["lr"] for group in groups]
-    if recipe.channels_last:
-        network.to(memory_format=torch.channels_last)
+    set_up(network, fabric, recipe)
     if recipe.compile:
         compile_trunk(network, fabric.device)
     model, optimizer = fabric.setup(network, make_optimizer(recipe, groups, fabric.device))
@@ -128,8 +127,8 @@ def train(
 
         def see(crops: Tensor) -> Tensor:
             if what in Outputs._fields:
-                return getattr(model.outputs(crops, (what,)), what).float()
-            return getattr(criterion, what)(model.outputs(crops, ("features",)).features.float())
+                return getattr(model.outputs(crops, (what,)), what)
+            return getattr(criterion, what)(model.outputs(crops, ("features",)).features)
 
         return embed(see, images, crop=recipe.crop, interpolation=recipe.interpolation, device=fabric.device)
 
@@ -162,7 +161,7 @@ def train(
         model.train()
         seen = model.outputs(pixels, wanted)._asdict()
         if teacher:
-            with torch.no_grad(), fabric.autocast():
+            with torch.no_grad():
                 seen["teacher"] = teacher.outputs(pixels, wanted)
         terms = criterion.terms(labels=labels, indices=indices, task=task, head=network.head, **seen)
         loss = cast(Tensor, sum(terms.values()))
