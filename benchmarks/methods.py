@@ -16,9 +16,9 @@ import torch
 from losses import load
 from throughput import option, random_images
 
-from cbml.batches import ClassesConfig
 from cbml.config import Cell, Params
 from cbml.network import build
+from cbml.samplers import ClassesConfig
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import numerics
 from cbml.training.loop import train

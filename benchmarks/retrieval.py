@@ -53,7 +53,9 @@ def tasks(embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Callable[
 
 def resident(what: str) -> float:
     """MiB of this process: `VmRSS` now, `VmHWM` at most."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(what)
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -75,7 +77,9 @@ def main() -> None:
     results: dict[str, Any] = {}
     for _ in range(arguments.rounds):
         for name, task in tasks(embeddings, labels).items():
-            Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak of this task
+            Path("/proc/self/clear_refs").write_text(
+                "5", encoding="utf-8"
+            )  # from here on VmHWM is the peak of this task
             before, start, start_processor = resident("VmRSS"), time.perf_counter(), time.process_time()
             results[name] = task()
             processor.setdefault(name, []).append(time.process_time() - start_processor)

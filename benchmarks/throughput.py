@@ -21,11 +21,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from cbml.batches import ClassesConfig
 from cbml.config import Cell, Params
-from cbml.datasets.images import PackedImages
-from cbml.datasets.transforms import center_boxes, random_boxes
+from cbml.data.crops import center_boxes, random_boxes
+from cbml.data.images import PackedImages
 from cbml.network import build
+from cbml.samplers import ClassesConfig
 from cbml.training import loop
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import numerics

@@ -3,7 +3,7 @@
 import argparse
 
 from cbml.errors import run_main
-from cbml.tracking import Store
+from cbml.tracking.store import Store
 from cbml.workspace import Workspace
 
 

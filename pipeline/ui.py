@@ -3,7 +3,7 @@
 import argparse
 
 from cbml.errors import run_main
-from cbml.ui import serve
+from cbml.tracking.ui import serve
 from cbml.workspace import Workspace
 
 

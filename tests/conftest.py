@@ -1,12 +1,8 @@
 """A tiny dataset and a parameter file that trains on it in a second."""
 
 import os
-import runpy
 import shutil
 import subprocess
-import sys
-import traceback
-from pathlib import Path
 
 # Only a CPU repeats bits; before torch looks for GPUs. tests/test_cuda.py is run on its own, with CBML_TEST_GPU=1.
 if os.environ.get("CBML_TEST_GPU") != "1":
@@ -15,73 +11,20 @@ if os.environ.get("CBML_TEST_GPU") != "1":
 import pytest
 import torch
 import yaml
+from helpers import FOREIGN, ROOT, TINY_GLYPHS, TINY_RECIPE, tiny_params
 
-from cbml import tracking
 from cbml.stages.build_lists import build_lists
 from cbml.stages.download import download
+from cbml.tracking import store as tracking
 from cbml.training import checkpoint
 from cbml.workspace import Workspace
 
-ROOT = Path(__file__).parents[1]
 # Two threads on two cores that other processes use as well wait for each other most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-TINY_GLYPHS = {"type": "glyphs", "classes": 12, "images_per_class": 6, "size": 24, "seed": 0}
-TINY_GLYPHS |= {"ks": [1, 2, 4, 8], "watch": "src/cbml/datasets/glyphs.py"}
-TINY_RECIPE = {
-    "iterations": 6,
-    "batch_size": 8,
-    "instances": 2,
-    "lr": 1e-3,
-    "weight_decay": 5e-4,
-    "freeze_bn": False,
-    "resize": 24,
-    "crop": 20,
-    "flip": True,
-    "validate_every": 2,
-    "checkpoint_every": 4,
-}
 
-
-# What would lead a stage elsewhere, or have it do otherwise.
-FOREIGN = ("DVC_ROOT", "MLFLOW_TRACKING_URI", "CBML_RESUME")
-
-
-def environment():
-    """For a stage as a process of its own: this source, one thread, and nobody's tracking store."""
-    kept = {name: value for name, value in os.environ.items() if name not in FOREIGN}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1", "PATH": path}
-
-
-def ended(module, *arguments):
-    """What a script ends with, run as `python -m` does in this process, which has all packages already: one line."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.syspath_prepend(ROOT)
-        patch.setattr(sys, "argv", [module, *arguments])
-        runpy.run_module(module, run_name="__main__")
-    return end.value.code  # Python prints a text, and ends with 1
-
-
-def forked(work):
-    """Start a process that has all packages already and does `work`; its id."""
-    if child := os.fork():
-        return child
-    try:
-        work()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
-def ending(child):
-    """The exit code of such a process, when it has ended."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-LONGEST = ("pipeline", "pipeline_images", "training", "tracking", "checkpoint", "importing")
+LONGEST = ("pipeline", "pipeline_images", "training", "tracking", "checkpoint", "import_cells")
 
 
 def pytest_collection_modifyitems(items):
@@ -93,22 +36,6 @@ def pytest_collection_modifyitems(items):
 def pytest_xdist_auto_num_workers():
     """One more than cores: tests of processes wait for the disk and for one another much of the time."""
     return os.cpu_count() + 1
-
-
-def tiny_params(**changes):
-    """The content of a params.yaml with one cell, glyphs × resnet18 × cbml_log × 16 × 0; `changes` replace groups."""
-
-    def entry(group, name):
-        return {name: yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())[name]}
-
-    return {
-        "dataset": {"glyphs": TINY_GLYPHS},
-        "backbone": entry("backbone", "resnet18"),
-        "loss": entry("loss", "cbml_log"),
-        "recipe": {"tiny": dict(TINY_RECIPE)},
-        "embedding_dim": [16],
-        "seed": [0],
-    } | changes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -192,10 +119,3 @@ def project(tiny_dataset, tmp_path, monkeypatch):
 @pytest.fixture
 def workspace(project):
     return Workspace.here()
-
-
-# Two of the six training classes for validation.
-VALIDATING = TINY_RECIPE | {
-    "select_by": {"metric": "map_at_r", "validation_classes": 1 / 3},
-    "checkpoint_every": 1,
-}

@@ -5,17 +5,17 @@ import json
 import numpy as np
 import pandas as pd
 import yaml
-from conftest import TINY_GLYPHS, tiny_params
+from helpers import TINY_GLYPHS, tiny_params
 from PIL import Image
 
 from cbml.config import Params
-from cbml.datasets import GlyphsConfig
-from cbml.datasets.lists import read_list
-from cbml.figures.style import chart, to_svg
+from cbml.data.lists import read_list
+from cbml.data.sources import GlyphsConfig
 from cbml.provenance import training_code
-from cbml.reporting.cell_page import CHARTS, cell_page
-from cbml.reporting.pictures import Pictures
-from cbml.reporting.tables import Evaluated
+from cbml.report.cell.page import CHARTS, cell_page
+from cbml.report.common.pictures import Pictures
+from cbml.report.common.style import chart, to_svg
+from cbml.report.tables.rows import Evaluated
 
 TEST = {"images": 1140, "classes": 20}
 CLASSES, PER_CLASS = 10, 4  # of the images that there are

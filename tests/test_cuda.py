@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RECIPE, VALIDATING, environment
-from test_losses import OPTIONS, option, sample, value_and_gradient
-from test_training import break_at, broken, from_the_beginning, result, run
+from helpers import ROOT, TINY_RECIPE, VALIDATING, break_at, broken, environment, from_the_beginning, result, run
+from loss_options import OPTIONS, option, sample, value_and_gradient
 
 from cbml import network, trained
-from cbml.datasets.images import PackedImages
-from cbml.datasets.transforms import random_boxes
+from cbml.data.crops import random_boxes
+from cbml.data.images import PackedImages
 from cbml.stages.evaluate import evaluate_cell
 from cbml.training import device, loop
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment
-from test_training import run
+from helpers import environment, run
 
 from cbml.errors import UserError, run_main, shortage
 from cbml.files import atomic_write, read_tensors, share, write_tensors, write_text

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from torch import nn
 
 from cbml import provenance
@@ -84,7 +84,7 @@ def test_training_code_is_that_of_the_modules_and_of_the_loop():
     code = provenance.training_code(nn.Sequential(nn.Linear(2, 2)), CBML())
     assert {"losses/cbml.py", *provenance.TRAINING} == code.keys()
     assert all(len(value) == 12 and int(value, 16) for value in code.values())
-    assert not any(name.startswith(("figures", "reporting", "evaluation", "stages")) for name in code)
+    assert not any(name.startswith(("report", "evaluation", "stages")) for name in code)
 
 
 def test_changed_names_the_files_that_are_not_what_they_were():
@@ -104,7 +104,7 @@ def test_a_name_that_is_no_file_of_the_package_is_not_read(name):
 
 
 def test_a_file_that_is_not_python_is_another():
-    assert provenance.changed({"reporting/paper_tables.csv": "0" * 12}) == ["reporting/paper_tables.csv"]
+    assert provenance.changed({"report/tables/paper_tables.csv": "0" * 12}) == ["report/tables/paper_tables.csv"]
 
 
 def test_code_that_is_reached_through_a_link_is_hashed_all_the_same(tmp_path):

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import environment
-from test_importing import HIDE
+from helpers import HIDE, environment
 
 from cbml import network, progress, trained
-from cbml.datasets.lists import read_list
-from cbml.datasets.packing import pack_images
+from cbml.data.lists import read_list
+from cbml.data.packing import pack_images
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.files import write_tensors
@@ -117,7 +116,9 @@ def test_an_exported_cell_gives_the_same_and_so_does_onnx(folder, pictures, expe
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.stdout == "exported\n" and done.stderr.count("\n") == 1, done.stderr
     assert sorted(file.name for file in Path("exported").iterdir()) == ["cell.yaml", "model.onnx", "model.safetensors"]
-    assert b"cbml/backbones/model.py" not in Path("exported/model.onnx").read_bytes()  # nor other paths of this machine
+    assert (
+        b"cbml/models/embedding_model.py" not in Path("exported/model.onnx").read_bytes()
+    )  # nor other paths of this machine
     model = trained.load("exported")
     assert np.abs(model.embed(pictures) - expected).max() < 1e-6
     session = onnxruntime.InferenceSession("exported/model.onnx")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from cbml.backbones import BackboneConfig, input_convention
-from cbml.datasets import Dataset
+from cbml.data.sources import Dataset
 from cbml.errors import UserError
 from cbml.losses import LossConfig, config_union
+from cbml.models import BackboneConfig, input_convention
 from cbml.schema import Count, Name, NonNegative, Positive, PositiveShare, Schema, Seed, Share, first_error
 
 
@@ -290,7 +290,7 @@ def load_params(path: Path, conf: Path | None = None) -> Params:
     if not path.is_file():
         raise UserError(f"{path}: no such file; run from the repository's root, one stage after another")
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
         params = Params.model_validate(data)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
@@ -312,7 +312,7 @@ def load_params(path: Path, conf: Path | None = None) -> Params:
 def option_file(conf: Path, group: str, name: str) -> dict[str, Any]:
     """The entry of an option's own file, conf/<group>/<name>.yaml; empty if it has none."""
     file = conf / group / f"{name}.yaml"
-    return yaml.safe_load(file.read_text())[name] if file.is_file() else {}
+    return yaml.safe_load(file.read_text(encoding="utf-8"))[name] if file.is_file() else {}
 
 
 def load_cell(path: Path) -> Cell:

@@ -90,7 +90,7 @@ def share(file: Path, copy: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Any) -> None:
@@ -109,7 +109,7 @@ def read_json(path: Path, stage: str, names: tuple[str, ...] = ()) -> Any:
         UserError: it is missing or damaged, or is no object with these `names`; `stage` is the one that writes it.
     """
     with _reading(path, stage):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if absent := [name for name in names if not isinstance(content, dict) or name not in content]:
             raise ValueError(f"no {absent[0]}")
         return content

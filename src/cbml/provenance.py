@@ -20,9 +20,9 @@ PACKAGES = ("torch", "torchvision", "lightning-fabric", "pytorch-metric-learning
 TOOLS = ("mlflow", "dvc")  # they run a cell, and do not change it
 # Beside the modules of network and loss themselves.
 TRAINING: tuple[str, ...]
-TRAINING = ("training/loop.py", "training/device.py", "network.py", "backbones/trunks.py", "losses/base.py")
-TRAINING += ("datasets/images.py", "datasets/loading.py", "datasets/transforms.py", "batches/base.py")
-TRAINING += ("batches/kmeans.py", "backbones/heads.py", "teacher.py")
+TRAINING = ("training/loop.py", "training/device.py", "network.py", "models/trunks.py", "losses/base.py")
+TRAINING += ("data/images.py", "data/loading.py", "data/crops.py", "samplers/base.py")
+TRAINING += ("samplers/kmeans.py", "models/heads.py", "models/teacher.py")
 
 
 def revision() -> str:
@@ -38,7 +38,9 @@ def revision() -> str:
 
 def _git(*words: str) -> str:
     try:
-        return subprocess.run(["git", *words], cwd=SOURCE, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=SOURCE, capture_output=True, text=True, encoding="utf-8"
+        ).stdout.strip()
     except OSError:
         return ""
 
@@ -65,7 +67,9 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else []
+    models = (
+        re.findall(r"^model name\s*: (.*)$", info.read_text(encoding="utf-8"), re.MULTILINE) if info.is_file() else []
+    )
     return f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
 
 
@@ -91,7 +95,7 @@ def code_hash(file: Path) -> str:
     try:
         if not file.resolve().is_relative_to(SOURCE):  # a name from somebody's run.json
             return "absent"
-        return _code_hash(file.read_text())
+        return _code_hash(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):  # no such file, no name of one, no Python
         return "absent"
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from cbml import network
-from cbml.backbones import EmbeddingModel
 from cbml.config import Cell, load_cell
-from cbml.datasets.images import load_image
-from cbml.datasets.loading import WORKERS, prefetch
-from cbml.datasets.transforms import center_boxes
+from cbml.data.crops import center_boxes
+from cbml.data.images import load_image
+from cbml.data.loading import WORKERS, prefetch
 from cbml.errors import UserError
 from cbml.evaluation.embedding import batch_size
 from cbml.files import atomic_write
+from cbml.models import EmbeddingModel
 from cbml.progress import message, progress
 
 WEIGHTS = ("model.safetensors", "final.pt")  # of an exported cell, and of a run
@@ -77,7 +77,7 @@ class Trained:
             temporary.mkdir()
             state = {name: value.contiguous() for name, value in self.network.state_dict().items()}
             (temporary / WEIGHTS[0]).write_bytes(safetensors.torch.save(state))  # save_file's is the owner's alone
-            (temporary / "cell.yaml").write_text(self.cell.to_yaml())
+            (temporary / "cell.yaml").write_text(self.cell.to_yaml(), encoding="utf-8")
             message(f"{folder}: tracing the network for ONNX, which takes up to a minute")
             try:
                 program = torch.onnx.export(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbml.config import Cell, Params, load_params
-from cbml.datasets import Dataset
+from cbml.data.sources import Dataset
 from cbml.errors import UserError
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cbml.datasets.images import Images
-from cbml.datasets.loading import load_batches
-from cbml.datasets.transforms import center_boxes
+from cbml.data.crops import center_boxes
+from cbml.data.images import Images
+from cbml.data.loading import load_batches
 from cbml.progress import progress
 
 BATCH = 120

@@ -5,8 +5,8 @@ import pkgutil
 
 from cbml.losses.base import REGISTRY, Batch, Loss, LossConfig, build_loss, config_union, needs
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
 
 for _, _config in REGISTRY.values():
     _config.model_rebuild(_types_namespace={"AnyLoss": config_union()})

@@ -17,9 +17,9 @@ import torch
 from pydantic import Field, create_model, model_serializer, model_validator
 from torch import Tensor, nn
 
-from cbml.backbones.heads import Head
-from cbml.batches import AnyBatches
 from cbml.errors import UserError
+from cbml.models.heads import Head
+from cbml.samplers import AnyBatches
 from cbml.schema import NonNegative, Positive, Schema
 
 REGISTRY: dict[str, tuple[type["Loss"], type["LossConfig"]]] = {}

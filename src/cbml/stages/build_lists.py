@@ -2,18 +2,18 @@
 
 import numpy as np
 
-from cbml.datasets.base import check_catalogue
-from cbml.datasets.lists import ImageList, fingerprint_of, in_lists, write_lists
-from cbml.datasets.packing import Packing, inspect, of_two_classes, unreadable_error
+from cbml.data.lists import ImageList, fingerprint_of, in_lists, write_lists
+from cbml.data.open import bring
+from cbml.data.packing import Packing, inspect, of_two_classes, unreadable_error
+from cbml.data.sources.base import check_catalogue
 from cbml.files import read_csv
 from cbml.progress import message
 from cbml.stages.check import check_cells
-from cbml.stages.inputs import bring
 from cbml.workspace import Workspace
 
 
 def build_lists(workspace: Workspace, dataset: str) -> dict:
-    """Write the lists of a dataset; see `cbml.datasets.lists`.
+    """Write the lists of a dataset; see `cbml.data.lists`.
 
     The decoded images are kept in the sizes that the cells of params.yaml want.
 

@@ -4,10 +4,10 @@ import os
 
 import pandas as pd
 
-from cbml.datasets.base import check_catalogue
+from cbml.data.open import bring
+from cbml.data.sources.base import check_catalogue
 from cbml.files import atomic_write
 from cbml.stages.check import check_cells
-from cbml.stages.inputs import bring
 from cbml.workspace import Workspace
 
 

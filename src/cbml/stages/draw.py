@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from cbml import tracking
 from cbml.config import load_cell
-from cbml.figures import charts
-from cbml.figures.embedding_map import map_chart
+from cbml.data.open import bring, curves_of, dataset_of, indexed, neighbours_of, record_of, test_list
 from cbml.files import atomic_write, read_csv, read_json
-from cbml.reporting.cell_page import cell_page
-from cbml.reporting.pictures import Pictures
-from cbml.stages.inputs import bring, curves_of, dataset_of, indexed, neighbours_of, record_of, test_list
+from cbml.report.cell.embedding_map import map_chart
+from cbml.report.cell.page import cell_page
+from cbml.report.common import charts
+from cbml.report.common.pictures import Pictures
+from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
 
 SIDE = 96  # of a thumbnail, in pixels
@@ -77,8 +77,8 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     with atomic_write(out) as folder:
         folder.mkdir()
         for name, svg in svgs.items():
-            (folder / f"{name}.svg").write_text(svg)
-        (folder / "index.html").write_text(page)
+            (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+        (folder / "index.html").write_text(page, encoding="utf-8")
     opened = tracking.open_cell(workspace, cell, record["key"], record["fingerprint"], run_id=record["run_id"])
     with opened as run:
         run.log_folder(out)

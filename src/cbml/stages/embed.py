@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from cbml import trained
-from cbml.datasets.folder import PICTURES
+from cbml.data.sources.folder import PICTURES
 from cbml.errors import UserError
 from cbml.evaluation.retrieval import retrieve
 from cbml.files import atomic_write
@@ -23,7 +23,7 @@ def load_model(model: str, workspace: Workspace) -> trained.Trained:
     """
     if Path(model).is_dir():
         return trained.load(model)
-    from cbml.tracking import Store  # MLflow takes seconds to import
+    from cbml.tracking.store import Store  # MLflow takes seconds to import
 
     return trained.load(Store(workspace).model(model))
 

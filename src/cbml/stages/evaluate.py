@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cbml import network
 from cbml.config import load_cell
-from cbml.datasets.images import Images
+from cbml.data.images import Images
+from cbml.data.open import curves_of, images_of, record_of, test_list, training_list
 from cbml.evaluation import queries
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import affords_nmi, evaluate
@@ -20,7 +21,6 @@ from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
 from cbml.files import atomic_write, read_arrays
 from cbml.stages.hand_over import hand_over
-from cbml.stages.inputs import curves_of, images_of, record_of, test_list, training_list
 from cbml.training import checkpoint
 from cbml.training.device import numerics, set_up
 from cbml.workspace import Workspace
@@ -106,7 +106,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         for file in run_folder.iterdir():
             if file.suffix != ".pt":
                 shutil.copyfile(file, folder / file.name)  # not its mode: DVC's files are read-only
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
         recalls.to_csv(folder / "recall_at_k.csv", index=False)
         np.savez(
             folder / "neighbours.npz", indices=indices.astype(np.int32), similarities=similarities.astype(np.float32)
@@ -114,7 +114,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         queries.class_table(judged, tested.class_names).to_csv(folder / "classes.csv", index=False)
         densities.reset_index("split").to_csv(folder / "similarities.csv", index=False)
         moments = {split: moments for split, (_, moments) in distributions.items()}
-        (folder / "similarities.json").write_text(json.dumps(moments, indent=2))
+        (folder / "similarities.json").write_text(json.dumps(moments, indent=2), encoding="utf-8")
         np.savez(folder / "map.npz", indices=mapped, embeddings=test[mapped].cpu().numpy())
         if (file := run_folder / "pseudo_labels.npz").is_file():
             arrays = read_arrays(file, "train", ("history", "iterations"))

@@ -6,13 +6,13 @@ from typing import Any
 
 import pandas as pd
 
-from cbml import tracking
 from cbml.config import Cell
+from cbml.data.open import curves_of, record_of
 from cbml.files import read_csv, read_json
-from cbml.reporting.commands import command
-from cbml.reporting.markdown import pipe_table
-from cbml.reporting.tables import recalls
-from cbml.stages.inputs import curves_of, record_of
+from cbml.report.common.markdown import pipe_table
+from cbml.report.tables.commands import command
+from cbml.report.tables.rows import recalls
+from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
 
 

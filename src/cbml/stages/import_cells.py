@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from cbml.config import load_cell
+from cbml.data.open import record_of
 from cbml.errors import UserError
 from cbml.files import read_json
 from cbml.progress import message
 from cbml.stages.hand_over import hand_over
-from cbml.stages.inputs import record_of
-from cbml.tracking import Store
+from cbml.tracking.store import Store
 from cbml.workspace import Workspace
 
 

@@ -5,19 +5,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cbml import tracking
 from cbml.config import load_cell
+from cbml.data.open import dataset_of, fingerprint, neighbours_of, record_of, test_list
 from cbml.errors import UserError
-from cbml.figures.comparisons import curves_chart
 from cbml.files import read_json, write_text
 from cbml.progress import message
-from cbml.reporting import tables
-from cbml.reporting.latex import to_latex
-from cbml.reporting.markdown import to_markdown
-from cbml.reporting.pictures import Found, Pictures
-from cbml.reporting.tables import Evaluated
-from cbml.reporting.tables_page import SHOWN, index_page, tables_page
-from cbml.stages.inputs import dataset_of, fingerprint, neighbours_of, record_of, test_list
+from cbml.report.common.markdown import to_markdown
+from cbml.report.common.pictures import Found, Pictures
+from cbml.report.tables import rows as tables
+from cbml.report.tables.comparisons import curves_chart
+from cbml.report.tables.latex import to_latex
+from cbml.report.tables.page import SHOWN, index_page, tables_page
+from cbml.report.tables.rows import Evaluated
+from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
 
 SIDE = 64  # of a thumbnail, in pixels

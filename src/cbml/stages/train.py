@@ -14,15 +14,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cbml import network, provenance, tracking
-from cbml.backbones import weights_content
-from cbml.batches import ClassesConfig
+from cbml import network, provenance
 from cbml.config import Cell
-from cbml.datasets.lists import ImageList, check_disjoint, hold_out
+from cbml.data.lists import ImageList, check_disjoint, hold_out
+from cbml.data.open import fingerprint, images_of, test_list, training_list
 from cbml.evaluation.scoring import Scoring
 from cbml.files import atomic_write, write_tensors
+from cbml.models import weights_content
 from cbml.progress import message
-from cbml.stages.inputs import fingerprint, images_of, test_list, training_list
+from cbml.samplers import ClassesConfig
+from cbml.tracking import store as tracking
 from cbml.training.checkpoint import hold
 from cbml.training.device import facts, numerics
 from cbml.training.loop import train
@@ -59,7 +60,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
     key = cell.key(data, weights_content(cell.backbone_config, workspace.root))
     with hold(workspace.checkpoint(key), key, code | provenance.packages()) as checkpoint:
         id_file = checkpoint.folder / "run_id"
-        run_id = id_file.read_text() if id_file.is_file() else None
+        run_id = id_file.read_text(encoding="utf-8") if id_file.is_file() else None
         opened = tracking.open_cell(workspace, cell, key, data, run_id=run_id, remember=id_file)
         with opened as run, numerics(cell.recipe) as fabric:
             states: list[dict[str, Any]] = []
@@ -111,8 +112,8 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
                     np.savez_compressed(
                         folder / "pseudo_labels.npz", history=seen["history"].numpy(), iterations=iterations_of
                     )
-                (folder / "cell.yaml").write_text(cell.to_yaml())
-                (folder / "run.json").write_text(json.dumps(record, indent=2))
+                (folder / "cell.yaml").write_text(cell.to_yaml(), encoding="utf-8")
+                (folder / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     # The checkpoint stays until `evaluate` begins: by then DVC has recorded this stage.
     return out
 

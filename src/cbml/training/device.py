@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from cbml.backbones import EmbeddingModel
 from cbml.config import Recipe
-from cbml.datasets.images import Images, PackedImages
+from cbml.data.images import Images, PackedImages
+from cbml.models import EmbeddingModel
 from cbml.progress import message
-
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
@@ -31,14 +30,15 @@ def numerics(recipe: Recipe) -> Iterator[Fabric]:
     cudnn.allow_tf32 = False
     cudnn.benchmark = not deterministic  # every crop has one size
     torch.use_deterministic_algorithms(deterministic)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a sixth of a CPU's time, and it changes no bit
+    fresh: Any = torch.utils.deterministic
+    filled = fresh.fill_uninitialized_memory
+    fresh.fill_uninitialized_memory = False  # a sixth of a CPU's time, and it changes no bit
     try:
         yield fabric
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark, was_deterministic = before
         torch.use_deterministic_algorithms(was_deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        fresh.fill_uninitialized_memory = filled
 
 
 def set_up(network: EmbeddingModel, fabric: Fabric, recipe: Recipe) -> EmbeddingModel:

@@ -15,19 +15,19 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from cbml.backbones import EmbeddingModel, Outputs
-from cbml.batches import Batches, Drawn, Look
 from cbml.config import Recipe
-from cbml.datasets.images import Images
-from cbml.datasets.loading import load_batches
-from cbml.datasets.transforms import color_jitter, random_boxes
+from cbml.data.crops import color_jitter, random_boxes
+from cbml.data.images import Images
+from cbml.data.loading import load_batches
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.scoring import Scoring
 from cbml.losses import Loss, needs
+from cbml.models import EmbeddingModel, Outputs
+from cbml.models.teacher import follow, teacher_of
 from cbml.progress import message, progress
-from cbml.teacher import follow, teacher_of
+from cbml.samplers import Batches, Drawn, Look
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import compile_trunk, make_optimizer, place, set_up
 

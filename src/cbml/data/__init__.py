@@ -1,0 +1,1 @@
+"""Images: where they come from, what lists and crops are made of them."""

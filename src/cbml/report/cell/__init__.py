@@ -1,0 +1,1 @@
+"""What `draw` makes of one cell."""

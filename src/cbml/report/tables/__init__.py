@@ -1,0 +1,1 @@
+"""What `tabulate` makes of all cells."""

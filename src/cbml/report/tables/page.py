@@ -1,0 +1,149 @@
+"""The page of a table set, and the page over all of them."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from cbml.report.common.html import figure, render
+from cbml.report.common.pictures import Found, Pictures
+from cbml.report.tables import rows as tables
+from cbml.report.tables.comparisons import curves_chart, distributions_chart, paper_chart
+from cbml.report.tables.rows import Evaluated
+from cbml.report.tables.side_by_side import comparison, strips
+
+MAX_CELLS = 12  # side by side
+# Of the headline of a table set, on the page over all of them.
+SHOWN = ("recall_at_1", "untrained_recall_at_1", "cells", "best_cell")
+NAME = Markup("{}<small>{} · {}</small>")
+COMMAND = Markup(
+    '<button type="button" class="copy">copy</button><details><summary>command</summary><pre>{}</pre></details>'
+)
+
+
+def tables_page(
+    table: pd.DataFrame,
+    evaluated: list[Evaluated],
+    dataset: str,
+    test: dict[str, int],
+    folder: Path,
+    pictures: Pictures | None = None,
+    found: Callable[[Path], Found] | None = None,
+) -> str:
+    """The page of a table set: what methods retrieve, tables, the paper beside them, two cells compared, charts.
+
+    Args:
+        table: what `summarise` returns.
+        evaluated: the cells that it was made from.
+        test: the number of `images` and `classes` of the test list.
+        folder: of the page; links are relative to it.
+        pictures, found: of the test list, and what the evaluation in a folder found there; without them the page has no
+            test images.
+    """
+    final = table[table.protocol == "final"].sort_values("recall_at_1", ascending=False, kind="stable")
+    order = list(final[tables.ROW].itertuples(index=False, name=None))
+    cells = _best_first(evaluated, order)[:MAX_CELLS]
+    best = cells[: len(order)]
+    names = {one.record["key"]: _short_name(one, best) for one in cells}
+
+    figures = {}
+    if "paper_recall_at_1" in table and table.paper_recall_at_1.notna().any():
+        caption = "Recall@1 of the paper and ours, with the standard deviation over seeds."
+        figures["The paper and ours"] = figure(paper_chart(table), "paper", caption)
+    caption = "Recall@1 on the test list over iterations: means over seeds with their standard deviation, and a marker "
+    caption += "where a mean is highest."
+    figures["Recall@1 over iterations"] = figure(curves_chart(tables.curves(evaluated)), "curves", caption)
+    densities = tables.similarities(best, 0.005).query("split == 'test'")
+    caption = "Cosine similarity of positive and of negative pairs of the test list, first seed, each over its range"
+    caption += f", the best {MAX_CELLS} by Recall@1." if len(order) > MAX_CELLS else "."
+    densities = densities.assign(cell=densities.cell.map(names))
+    figures["Similarities"] = figure(distributions_chart(densities), "similarities", caption)
+
+    side_by_side: dict[str, Any] = {"strips": None, "compared": None}
+    if pictures and found:
+        retrieved = [found(one.folder) for one in cells]
+        labels = [f"{names[one.record['key']]}, seed {one.cell.seed}" for one in cells]
+        side_by_side["strips"] = strips(pictures, retrieved[: len(best)], names.values(), tables.shown(final)["R@1"])
+        if len(cells) > 1:
+            side_by_side["compared"] = comparison(pictures, retrieved, labels)
+    return render(
+        "tables",
+        dataset=dataset,
+        which=f"each of the best {MAX_CELLS} methods" if len(order) > MAX_CELLS else "each method",
+        warnings=[_inline(text) for text in tables.outdated(evaluated)],
+        notes=[_inline(text) for text in tables.notes(table, test)],
+        protocols={name: text for name, text in tables.PROTOCOLS.items() if name in set(table.protocol)},
+        tables=_parts(table, evaluated, folder),
+        figures=figures,
+        provenance=tables.provenance(evaluated),
+        pictures=pictures,
+        **side_by_side,
+    )
+
+
+def index_page(reports: dict[str, dict[str, Any]]) -> str:
+    """The page over all table sets, from the `headline` of each dataset's."""
+    link = Markup('<a href="{0}/index.html">{0}</a>')
+    rows = []
+    for name, headline in reports.items():
+        *recalls, count, best = (headline[each] for each in SHOWN)
+        rows.append([link.format(name), *map(tables.number, recalls), count, best])
+    columns = ["Dataset", "R@1", "R@1 untrained", "Rows", "Best row"]
+    return render("index", reports=pd.DataFrame(rows, columns=columns, dtype=object))
+
+
+def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> list[tuple[str, pd.DataFrame, list[str]]]:
+    """Of each embedding size the title, the table as text and markup, and the protocols of its rows."""
+    links: dict[tuple, list[str]] = defaultdict(list)
+    for one in evaluated:
+        page = one.page / "index.html"  # one of another checkout may not have come with its cell
+        link = '<a href="{}#{}">{}</a>' if page.is_file() else "{2}"  # one in the tracking store is told the way back
+        places = os.path.relpath(page, folder), os.path.relpath(folder / "index.html", one.page)
+        links[one.row].append(Markup(link).format(*places, one.cell.seed))
+    parts = []
+    for title, rows in tables.sections(table):
+        text = tables.shown(rows)
+        parts_of_name = zip(text["Method"], text.pop("Backbone"), text.pop("Protocol"), strict=True)
+        columns: dict[str, list[str]] = {
+            "Method": [NAME.format(*each) for each in parts_of_name],
+            "Seeds": [],
+            "Reproduce": [],
+        }
+        for row in rows.itertuples():
+            ours = row.protocol != "published"
+            of_row = links[row.embedding_dim, row.backbone, row.method, row.variant] if ours else []
+            columns["Seeds"].append(Markup(" ").join(of_row))
+            columns["Reproduce"].append(COMMAND.format(row.command) if ours else "")
+        del text["Seeds"]  # comes last
+        for name, cells in columns.items():
+            text[name] = pd.Series(cells, text.index, dtype=object)  # as strings they would be markup no more
+        parts.append((title, text, list(rows.protocol)))
+    return parts
+
+
+def _best_first(evaluated: list[Evaluated], order: list[tuple]) -> list[Evaluated]:
+    """The first seed of each row, in the order of the rows; then the second seeds; and so on."""
+    seeds = defaultdict(list)
+    for one in evaluated:
+        seeds[one.row].append(one)
+    return [one for nth in zip_longest(*(seeds[row] for row in order)) for one in nth if one]
+
+
+def _short_name(one: Evaluated, others: list[Evaluated]) -> str:
+    """The method, and the setting if not all have the same."""
+    one_setting = len({(each.cell.backbone, each.cell.embedding_dim) for each in others}) == 1
+    setting = "" if one_setting else f"{one.cell.backbone}, {one.cell.embedding_dim}"
+    return ", ".join(filter(None, [one.cell.loss, one.variant, setting]))
+
+
+def _inline(text: str) -> Markup:
+    """Markdown's `**strong**` and `code` as HTML."""
+    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(text))
+    return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", text))

@@ -1,0 +1,397 @@
+"""Recall@K tables: what evaluated cells hold, as numbers, beside the published figures."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from cbml.config import Cell
+from cbml.files import read_csv, read_json
+from cbml.provenance import changed
+from cbml.report.tables.commands import command
+
+NO_NMI = "NMI is left out: on so many images and classes, k-means takes far longer than retrieval."
+NO_NMI_IN_GALLERY = "NMI is left out: queries are searched for in a gallery."
+MIN_SEEDS = 3  # fewer get no interval, and so no claim
+CONFIDENCE = 0.95
+PUBLISHED_TEST = {"images": 5924, "classes": 100}
+PROTOCOLS = {
+    "final": "the model after the last iteration: the headline",
+    "best_on_test": "the model whose Recall@1 on the test list was highest, as the published figures were selected: "
+    "for comparison with them alone",
+    "validated": "the model of the iteration that was best on held-out training classes, trained on all training "
+    "classes: no test image had a say",
+    "published": "as the paper prints it",
+}
+# What the cells of one row have in common: all but the seed.
+ROW = ["embedding_dim", "backbone", "method", "variant"]
+SOURCES = ("dataset", "backbone.weights", "backbone.published")  # where things are from, which is not what they are
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluated cell.
+
+    Attributes:
+        cell: its configuration.
+        record: its run.json.
+        folder: of its evaluation.
+        page: the folder of its page.
+        variant: what tells it from others of its backbone, loss and embedding size; see `told_apart`.
+    """
+
+    cell: Cell
+    record: dict[str, Any]
+    folder: Path
+    page: Path
+    variant: str = ""
+
+    @property
+    def row(self) -> tuple[int, str, str, str]:
+        """The values of `ROW`."""
+        return self.cell.embedding_dim, self.cell.backbone, self.cell.loss, self.variant
+
+    @property
+    def unsupervised(self) -> bool:
+        """Whether it was trained without labels."""
+        batches = self.cell.loss_config.batches
+        return batches is not None and not batches.needs_labels
+
+    @property
+    def started(self) -> str:
+        """What the backbone started from, which may hold labels of its own."""
+        weights = self.cell.backbone_config.weights
+        return {None: "from scratch", "imagenet": "ImageNet weights"}.get(weights, f"weights {weights}")
+
+
+def published() -> pd.DataFrame:
+    """Published figures: the paper's six tables (source `paper`, `literature`), and without labels (`unsupervised`).
+
+    Columns: `backbone`, `embedding_dim` and `method` as printed, `source`, Recall@K in percent; `option`, our name of
+    the method; `source_dim`, its embedding size as its own authors have it; `note`, what else differs from the print.
+    """
+    with (files("cbml.report.tables") / "paper_tables.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(file)
+
+
+def recalls(names: Iterable[str]) -> list[str]:
+    """Those of the form `recall_at_K`, by K."""
+    found = [name for name in names if name.removeprefix("recall_at_").isdecimal()]
+    return sorted(found, key=lambda name: int(name.removeprefix("recall_at_")))
+
+
+def metrics(names: Iterable[str]) -> list[str]:
+    """Those of metrics: `recalls`, and the others that are there."""
+    return [*recalls(names), *(name for name in ("r_precision", "map_at_r", "nmi") if name in names)]
+
+
+def told_apart(evaluated: list[Evaluated]) -> list[Evaluated]:
+    """The same cells with a `variant` where several of them that are no seeds of one another have the same names.
+
+    It reads like `margin=0.2, recipe=cpu`. A parameter that follows from the choice of another recipe is left out. What
+    no parameter shows is told by the last digits of the cells' keys.
+    """
+    named = [replace(one, variant=_variant(one, alike)) for one, alike in _with_its_row(evaluated)]
+    return [
+        replace(one, variant=", ".join(filter(None, [one.variant, _row_hash(one)])))
+        if len({_row_hash(each) for each in alike}) > 1
+        else one
+        for one, alike in _with_its_row(named)
+    ]
+
+
+def _with_its_row(evaluated: list[Evaluated]) -> list[tuple[Evaluated, list[Evaluated]]]:
+    rows: dict[tuple, list[Evaluated]] = defaultdict(list)
+    for one in evaluated:
+        rows[one.row].append(one)
+    return [(one, rows[one.row]) for one in evaluated]
+
+
+def _variant(one: Evaluated, alike: list[Evaluated]) -> str:
+    if len({_row_hash(each) for each in alike}) == 1:
+        return ""
+    flats = [{name: json.dumps(value) for name, value in each.cell.flat().items()} for each in [one, *alike]]
+    parts = []
+    for name, value in flats[0].items():
+        group = name.partition(".")[0]
+        pairs = {(flat[group], flat.get(name)) for flat in flats}
+        follows = name != group and len(pairs) == len({option for option, _ in pairs}) > 1
+        if name != "seed" and not name.startswith(SOURCES) and len({value for _, value in pairs}) > 1 and not follows:
+            text = value.strip('"')
+            parts.append(f"{name.removeprefix('loss.')}={text}")
+    return ", ".join(parts)
+
+
+def _row_hash(evaluated: Evaluated) -> str:
+    return evaluated.record["key"].rpartition("-")[2]
+
+
+def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
+    """One row per cell and protocol: `ROW`, `protocol`, `seed`, metrics, and the `command` of its row."""
+    rows = []
+    for one in evaluated:
+        scores = read_json(one.folder / "metrics.json", "evaluate", ("final", "untrained"))
+        seeds = sorted(each.cell.seed for each in evaluated if each.row == one.row)
+        for protocol in [name for name in PROTOCOLS if name in scores]:
+            values = {name: scores[protocol][name] for name in metrics(scores[protocol])}
+            rows.append(
+                {
+                    **dict(zip(ROW, one.row, strict=True)),
+                    "unsupervised": one.unsupervised,
+                    "started": one.started,
+                    "protocol": protocol,
+                    "seed": one.cell.seed,
+                    **values,
+                    "untrained_recall_at_1": scores["untrained"]["recall_at_1"],
+                    "command": command(one.cell, seeds, conf),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
+    """Compare each method with the best of its section, backbone and protocol, seed by seed.
+
+    The same seed gives two losses the same batches, crops and start, so their difference is paired. Methods of fewer
+    than 3 seeds take no part.
+
+    Returns:
+        One row per `ROW` and protocol with at least 3 seeds in common with the best: `versus_best`, the mean difference
+        of Recall@1, its 95 % interval by Student's t (`versus_best_low` and `_high`; not corrected for the number of
+        comparisons), and `within_noise`: the interval holds zero.
+    """
+    rows = []
+    for (*key, _), group in cells.groupby(["embedding_dim", "backbone", "protocol", "unsupervised"], sort=False):
+        recalls = group.pivot(index="seed", columns=["method", "variant"], values="recall_at_1")
+        recalls = recalls.loc[:, recalls.count() >= MIN_SEEDS]
+        if recalls.empty:
+            continue
+        best = recalls.mean().idxmax()
+        for method in recalls.columns.drop(best):
+            differences = (recalls[method] - recalls[best]).dropna()
+            if (n := len(differences)) < MIN_SEEDS:
+                continue
+            mean = differences.mean()
+            reach = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std() / np.sqrt(n)
+            low, high = mean - reach, mean + reach
+            rows.append([*key, *method, mean, low, high, bool(low <= 0 <= high)])
+    columns = ["embedding_dim", "backbone", "protocol", "method", "variant"]
+    columns += ["versus_best", "versus_best_low", "versus_best_high", "within_noise"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def summarise(cells: pd.DataFrame, *, with_published: bool) -> pd.DataFrame:
+    """Mean and standard deviation over seeds.
+
+    Args:
+        cells: what `collect` returns.
+        with_published: add the published figures: `paper_*` and `difference_*` columns beside our rows, and rows of
+            protocol `published` for the backbones and embedding sizes of `cells`.
+
+    Returns:
+        One row per `ROW` and protocol, ordered by embedding size, backbone and Recall@1: `n` seeds, and for each metric
+        its mean and, as `<metric>_sd`, its standard deviation (empty for one seed); what `versus_best` returns; the
+        `command` that computes the row's cells.
+    """
+    keys = [*ROW, "unsupervised", "started", "protocol"]
+    names = metrics(cells)
+    grouped = cells.groupby(keys, sort=False)
+    table = grouped[[*names, "untrained_recall_at_1"]].mean().join(grouped[names].std().add_suffix("_sd"))
+    table.insert(0, "n", grouped.size())
+    table = table.reset_index().merge(versus_best(cells), how="left", on=[*ROW, "protocol"])
+    table["command"] = table.merge(cells.drop_duplicates(keys), how="left", on=keys).command
+    if with_published:
+        paper = published()
+        paper["unsupervised"] = paper.source == "unsupervised"
+        columns = {name: f"paper_{name}" for name in recalls(paper)} | {"source_dim": "paper_dim"}
+        # Beside a row of the size that is printed, or of the size that it was.
+        theirs = pd.concat([paper, paper.assign(embedding_dim=paper.source_dim)])
+        theirs = theirs.assign(method=theirs.option)[[*ROW[:3], *columns]].rename(columns=columns)
+        table = table.merge(theirs.dropna(subset="method").drop_duplicates(ROW[:3]), how="left", on=ROW[:3])
+        for name in recalls(paper):
+            table[f"difference_{name}"] = table[name] - table[f"paper_{name}"]
+        wanted = paper.merge(table[["embedding_dim", "backbone", "unsupervised"]].drop_duplicates())
+        wanted = wanted.assign(protocol="published", variant="").drop(columns=["source", "option"])
+        table = pd.concat([table, wanted], ignore_index=True)
+    order = ["unsupervised", "embedding_dim", "backbone", "recall_at_1"]
+    return table.sort_values(order, ascending=[True, False, True, False], ignore_index=True)
+
+
+def sections(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The tables that people read, each with its title: by embedding size, those without labels apart."""
+    for (size, unsupervised), rows in table.groupby(["embedding_dim", "unsupervised"], sort=False):
+        title = f"Embeddings of {size}" if size else "Pooled features, without a head"
+        yield title + (", trained without labels" if unsupervised else ""), rows
+
+
+def shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `summarise` as text, in the columns that people read; `R@K paper` where the paper has a figure."""
+
+    def column(write: Callable[[Any], str]) -> list[str]:
+        return [write(row) for row in rows.itertuples()]
+
+    def method(row: Any) -> str:
+        start = row.started if row.unsupervised and row.protocol != "published" else ""
+        details = ", ".join(filter(None, [row.variant, start]))
+        return f"{row.method} ({details})" if details else row.method
+
+    text = pd.DataFrame(
+        {
+            "Backbone": rows.backbone,
+            "Method": column(method),
+            "Protocol": rows.protocol,
+            "Seeds": column(lambda row: "" if pd.isna(row.n) else f"{row.n:.0f}"),
+        }
+    )
+    for name in recalls(rows):
+        label = f"R@{name.removeprefix('recall_at_')}"
+        text[label] = column(partial(_figure, name=name))
+        if f"paper_{name}" in rows and rows[f"paper_{name}"].notna().any():
+            text[f"{label} paper"] = column(partial(_against_paper, name=name))
+        if name == "recall_at_1" and rows.versus_best.notna().any():
+            text["R@1 against the best [95 %]"] = column(_against_best)
+    text["MAP@R"] = column(lambda row: _figure(row, "map_at_r"))
+    text["R@1 untrained"] = column(lambda row: number(row.untrained_recall_at_1, ""))
+    return text
+
+
+def number(value: float, absent: str = "–") -> str:
+    """A figure in percent, as every table has it."""
+    return absent if pd.isna(value) else f"{value:.1f}"
+
+
+def _figure(row: Any, name: str) -> str:
+    return number(getattr(row, name)) + (f" ± {getattr(row, f'{name}_sd'):.1f}" if row.n > 1 else "")
+
+
+def _against_paper(row: Any, name: str) -> str:
+    paper = getattr(row, f"paper_{name}")
+    if pd.isna(paper):
+        return ""
+    size = "" if row.paper_dim == row.embedding_dim else f"{row.paper_dim:.0f}-d, "
+    return f"{paper:.1f} ({size}{getattr(row, f'difference_{name}'):+.1f})"
+
+
+def _against_best(row: Any) -> str:
+    if pd.isna(row.versus_best):
+        return ""
+    noise = ", within noise" if row.within_noise else ""
+    return f"{row.versus_best:+.1f} [{row.versus_best_low:+.1f}, {row.versus_best_high:+.1f}]{noise}"
+
+
+def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
+    """What a reader must know before comparing the rows of `summarise`, as Markdown.
+
+    Args:
+        test: the number of `images` and `classes` of the test list; and of `queries`, if they have a gallery.
+    """
+    texts = [f"Test list: {test['images']:,} images of {test['classes']:,} classes"]
+    if queries := test.get("queries"):
+        texts[0] += f": {queries:,} queries, which are searched for in a gallery of {test['images'] - queries:,}"
+    texts[0] += "."
+    if (table.protocol == "published").any() and test != PUBLISHED_TEST:
+        texts.append("The published figures are on 5,924 images of 100 classes: **not comparable with this part**.")
+    if "note" in table:
+        remarks = table.dropna(subset="note").drop_duplicates("method")
+        if len(remarks):
+            found = "; ".join(f"{row.method}: {row.note}" for row in remarks.itertuples())
+            texts.append(f"The paper's figures of others stand as it prints them. {found}.")
+    if table.unsupervised.any():
+        texts.append(
+            "Trained without labels: no label of this dataset. ImageNet weights hold labels of their own, some of them "
+            "of birds. The published figures without labels are best-on-test."
+        )
+    if table.versus_best.notna().any():
+        texts.append(
+            "Against the best: mean difference of Recall@1, seed by seed, to the best method of the same backbone, "
+            "size and protocol, and its 95 % interval (Student's t, not corrected for the number of comparisons)."
+        )
+    if "nmi" not in table:
+        texts.append(NO_NMI_IN_GALLERY if queries else NO_NMI)
+    if (table.n < MIN_SEEDS).any():
+        texts.append(f"Rows of fewer than {MIN_SEEDS} seeds rank nothing: the spread between seeds is unknown.")
+    return texts
+
+
+def outdated(evaluated: list[Evaluated]) -> list[str]:
+    """A warning about cells that were trained by other code than today's, with the command that trains them again."""
+    found = [(one.cell, files) for one in evaluated if (files := changed(one.record["code"]))]
+    if not found:
+        return []
+    modules = ", ".join(sorted({f"src/cbml/{file}" for _, files in found for file in files}))
+    names = ", ".join(dict.fromkeys(cell.name for cell, _ in found))
+    stages = " ".join(dict.fromkeys(f"train@{cell.name}-{cell.dataset}" for cell, _ in found))
+    return [
+        f"**Trained by other code than today's** ({modules}): {names}. Again, just those: "
+        f"`dvc repro -f -s {stages} && dvc repro`."
+    ]
+
+
+def provenance(evaluated: list[Evaluated]) -> list[str]:
+    """When, on what and with what the cells were computed, from their records; a line for each fact."""
+    runs = [one.record for one in evaluated]
+
+    def listed(values: list[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    def span(values: list[str]) -> str:
+        return " to ".join(dict.fromkeys([values[0], values[-1]]))
+
+    seconds = sorted(run["train_seconds"] for run in runs)
+    minutes = span([f"{value / 60:.1f}" for value in seconds])
+    waited = sum(run["data_seconds"] for run in runs) / max(sum(seconds), 1e-9)
+    lines = [
+        f"runs: {len(runs)}, finished {span(sorted(run['finished'][:10] for run in runs))}",
+        f"device: {listed([run['device'] for run in runs])}",
+        f"iterations of a run: {minutes} minutes, {waited:.1%} of it waiting for batches",
+    ]
+    names = dict.fromkeys(name for run in runs for name in run["versions"])
+    return lines + [f"{name}: {listed([run['versions'].get(name, '–') for run in runs])}" for name in names]
+
+
+def headline(table: pd.DataFrame) -> dict[str, Any]:
+    """What `dvc metrics show` and `dvc exp show` present: the best row, and below `R@1` the Recall@1 of each row."""
+    final = table[table.protocol == "final"]
+    names = {
+        row.Index: f"{row.backbone}-{row.method}-{row.embedding_dim}" + (row.variant and f" ({row.variant})")
+        for row in final.itertuples()
+    }
+    best = final.recall_at_1.idxmax()
+    return {
+        "best_cell": names[best],
+        "cells": len(final),
+        **{name: round(float(final[name][best]), 2) for name in ("recall_at_1", "untrained_recall_at_1")},
+        "R@1": {names[row]: round(float(recall), 2) for row, recall in final.recall_at_1.items()},
+    }
+
+
+def curves(evaluated: list[Evaluated]) -> pd.DataFrame:
+    """Recall@1 on the test list by iteration: columns `cell`, `ROW`, `seed`, `iteration`, `recall_at_1`."""
+    parts = []
+    for one in evaluated:
+        rows = read_csv(one.folder / "validations.csv", "train", ("iteration", "recall_at_1"))
+        rows = rows.assign(cell=one.record["key"], **dict(zip(ROW, one.row, strict=True)), seed=one.cell.seed)
+        parts.append(rows.assign(recall_at_1=rows.recall_at_1.round(3)))
+    return pd.concat(parts, ignore_index=True)[["cell", *ROW, "seed", "iteration", "recall_at_1"]]
+
+
+def similarities(evaluated: list[Evaluated], bin_width: float) -> pd.DataFrame:
+    """Densities of cosine similarity, means over bins: columns `cell`, `split`, `pair`, `similarity`, `density`."""
+    keys = ["cell", "split", "pair"]
+    columns = ("split", "pair", "similarity", "density")
+    parts = [
+        read_csv(one.folder / "similarities.csv", "evaluate", columns).assign(cell=one.record["key"])
+        for one in evaluated
+    ]
+    rows = pd.concat(parts, ignore_index=True)
+    bins = (rows.similarity // bin_width).rename("bin")
+    means = rows.groupby([*keys, bins], sort=False)[["similarity", "density"]].mean()
+    return means.round(4).reset_index().drop(columns="bin")

@@ -1,0 +1,141 @@
+"""Batches of single images and of their neighbours, without labels: an image's label is its row of the list."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cbml.errors import UserError
+from cbml.samplers.base import Batches, BatchesConfig, Drawn, Look, epochs
+from cbml.schema import Positive, Share
+
+BLOCK = 2**25  # distances held at once
+
+
+class NeighboursConfig(BatchesConfig):
+    """Images with their nearest neighbours, each in several crops (Kim et al., STML, CVPR 2022).
+
+    Neighbours are by Euclidean distance of what the loss's head `projection` makes of the features.
+
+    Attributes:
+        count: of each chosen image and its neighbours, together.
+        views: crops of each.
+        refresh: epochs between searches; in an epoch each image is chosen `count` times less often than it is there.
+    """
+
+    needs_labels: ClassVar[bool] = False
+
+    type: Literal["neighbours"]
+    count: Annotated[int, Field(ge=1)] = 5
+    views: Annotated[int, Field(ge=1)] = 2
+    refresh: Positive = 1.0
+
+    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
+        return Neighbours(self, len(labels), batch_size, seed)
+
+
+class Neighbours(Batches):
+    """See `NeighboursConfig`."""
+
+    def __init__(self, config: NeighboursConfig, images: int, batch_size: int, seed: int):
+        group = config.count * config.views
+        if batch_size % group or config.count * (batch_size // group) > images:
+            raise UserError(
+                f"batches neighbours: batch_size {batch_size}; allowed: multiples of count {config.count} × views "
+                f"{config.views}, with no more than the {images} images in them"
+            )
+        self.config, self.num_classes, self.seed = config, images, seed
+        self.queries = batch_size // group
+        self.period = epochs(config.refresh, images, batch_size // config.views)
+        self.neighbours: np.ndarray | None = None
+
+    def refresh(self, look: Look, number: int) -> None:
+        self.neighbours = nearest(look("projection"), self.config.count).cpu().numpy()
+
+    def segment(self, number: int) -> Iterator[Drawn]:
+        assert self.neighbours is not None
+        rng = np.random.default_rng([self.seed, number])
+        while True:
+            order = rng.permutation(self.num_classes)
+            for start in range(0, len(order) - self.queries + 1, self.queries):
+                chosen = self.neighbours[order[start : start + self.queries]].ravel()
+                indices = np.tile(chosen, self.config.views)
+                yield Drawn(indices, indices)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.neighbours is None else {"neighbours": torch.from_numpy(self.neighbours)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.neighbours = state["neighbours"].numpy()
+
+
+class InstancesConfig(BatchesConfig):
+    """Images twice: two crops, or a crop and one of the nearest neighbour (Ye et al., ISIF, CVPR 2019).
+
+    Neighbours are by cosine similarity of the pooled features.
+
+    Attributes:
+        neighbour_share: how often the second is of the neighbour.
+        refresh: epochs between searches.
+    """
+
+    needs_labels: ClassVar[bool] = False
+
+    type: Literal["instances"]
+    neighbour_share: Share = 0.5
+    refresh: Positive = 1.0
+
+    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
+        return Instances(self, len(labels), batch_size, seed)
+
+
+class Instances(Batches):
+    """See `InstancesConfig`. The second half of a batch are the seconds of the first half, under its labels."""
+
+    def __init__(self, config: InstancesConfig, images: int, batch_size: int, seed: int):
+        if batch_size % 2 or batch_size // 2 > images:
+            raise UserError(
+                f"batches instances: batch_size {batch_size}; allowed: even, up to twice the {images} images"
+            )
+        self.config, self.num_classes, self.seed = config, images, seed
+        self.chosen = batch_size // 2
+        self.period = epochs(config.refresh, images, self.chosen)
+        self.neighbours = np.arange(images)
+
+    def refresh(self, look: Look, number: int) -> None:
+        if self.config.neighbour_share:
+            self.neighbours = nearest(normalize(look("features"), dim=1), 2)[:, 1].cpu().numpy()
+
+    def segment(self, number: int) -> Iterator[Drawn]:
+        rng = np.random.default_rng([self.seed, number])
+        while True:
+            order = rng.permutation(self.num_classes)
+            for start in range(0, len(order) - self.chosen + 1, self.chosen):
+                first = order[start : start + self.chosen]
+                other = rng.random(self.chosen) < self.config.neighbour_share
+                second = np.where(other, self.neighbours[first], first)
+                yield Drawn(np.concatenate([first, second]), np.tile(first, 2))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"neighbours": torch.from_numpy(self.neighbours)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.neighbours = state["neighbours"].numpy()
+
+
+@torch.no_grad()
+def nearest(points: Tensor, count: int) -> Tensor:
+    """The `count` points (N, count) nearest to each by Euclidean distance, itself first."""
+    squares, found = points.square().sum(1), []
+    step = max(1, BLOCK // len(points))
+    for start in range(0, len(points), step):
+        block = points[start : start + step]
+        closeness = 2 * block @ points.T - squares
+        closeness[torch.arange(len(block)), torch.arange(start, start + len(block))] = torch.inf
+        found.append(closeness.topk(count).indices)
+    return torch.cat(found)

@@ -1,0 +1,91 @@
+"""Mining interclass characteristics (Roth et al., MIC, ICCV 2019): batches of classes, and of what classes share."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cbml.errors import UserError
+from cbml.samplers.base import Batches, BatchesConfig, Drawn, Look, epochs, seed_of
+from cbml.samplers.classes import class_balanced_batches
+from cbml.samplers.kmeans import kmeans
+from cbml.schema import Positive, Share
+
+
+class TwoTasksConfig(BatchesConfig):
+    """Batches of classes, task 0, and of clusters across the classes, task 1, whose labels are the clusters' numbers.
+
+    The first clusters are of the pooled features, of unit length, less the mean of their class; later ones of the
+    embeddings of the loss's head `shared`.
+
+    Attributes:
+        clusters: their number.
+        refresh: epochs between clusterings.
+        probability: that a batch of clusters follows a batch of classes.
+        foreign: share of a batch of clusters that comes from another cluster, under the number of the first.
+    """
+
+    type: Literal["two_tasks"]
+    clusters: Annotated[int, Field(ge=2)] = 30
+    refresh: Positive = 4.0
+    probability: Share = 0.8
+    foreign: Share = 0.2
+
+    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
+        return TwoTasks(self, labels, batch_size, instances, seed)
+
+
+class TwoTasks(Batches):
+    """See `TwoTasksConfig`."""
+
+    def __init__(self, config: TwoTasksConfig, labels: np.ndarray, batch_size: int, instances: int, seed: int):
+        if not batch_size // instances <= config.clusters <= len(labels):
+            raise UserError(
+                f"batches two_tasks: {config.clusters} clusters; allowed: from the {batch_size // instances} of a "
+                f"batch to the {len(labels)} images"
+            )
+        self.config, self.labels, self.seed = config, labels, seed
+        self.num_classes = max(config.clusters, len(np.unique(labels)))
+        self.batch_size, self.instances = batch_size, instances
+        self.period = epochs(config.refresh, len(labels), batch_size)
+        self.clusters: np.ndarray | None = None
+        class_balanced_batches(labels, batch_size, instances, seed)  # raises where they do not fit together
+
+    def refresh(self, look: Look, number: int) -> None:
+        points = normalize(look("shared"), dim=1) if number else self._without_class(normalize(look("features"), dim=1))
+        found, _ = kmeans(points, self.config.clusters, seed=seed_of(self.seed, number), iterations=20)
+        self.clusters = found.cpu().numpy()
+
+    def _without_class(self, points: Tensor) -> Tensor:
+        labels = torch.from_numpy(self.labels).to(points.device)
+        sums = torch.zeros(int(labels.max()) + 1, points.shape[1], device=points.device).index_add_(0, labels, points)
+        return points - (sums / labels.bincount()[:, None])[labels]
+
+    def segment(self, number: int) -> Iterator[Drawn]:
+        assert self.clusters is not None
+        rng = np.random.default_rng([self.seed, number])
+        of_classes, of_clusters = (
+            class_balanced_batches(labels, self.batch_size, self.instances, seed_of(self.seed, number, task))
+            for task, labels in enumerate((self.labels, self.clusters))
+        )
+        while True:
+            indices = next(of_classes)
+            yield Drawn(indices, self.labels[indices], 0)
+            if rng.random() < self.config.probability:
+                indices = next(of_clusters)
+                labels = self.clusters[indices]
+                strangers = rng.random(len(indices)) < self.config.foreign
+                for place in np.flatnonzero(strangers):
+                    indices[place] = rng.choice(np.flatnonzero(self.clusters != labels[place]))
+                yield Drawn(indices, labels, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.clusters is None else {"clusters": torch.from_numpy(self.clusters)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.clusters = state["clusters"].numpy()

@@ -1,0 +1,329 @@
+"""Parameters: what is committed is what composes, and bad ones are refused in one line that says what is allowed."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.utils.hydra import compose_and_dump
+from helpers import ROOT, TINY_RECIPE, ended, tiny_params
+
+from cbml.config import load_cell, load_params
+from cbml.errors import UserError
+from cbml.report.tables.rows import published
+from cbml.workspace import Workspace
+
+
+def test_params_yaml_is_what_conf_composes_to(tmp_path):
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [])
+    assert yaml.safe_load((tmp_path / "params.yaml").read_text()) == yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("conf/[!p]*/*.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}"
+)
+def test_every_option_of_a_group_defines_itself_and_is_valid(file, tmp_path):
+    option = yaml.safe_load(file.read_text())
+    assert list(option) == [file.stem]
+    params = tiny_params(**{file.parent.name: option}, embedding_dim=[48])  # three heads share it
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    assert list(getattr(load_params(tmp_path / "params.yaml"), file.parent.name)) == [file.stem]
+
+
+def changed(path, value):
+    """Tiny parameters with the one at `path` set."""
+    params = yaml.safe_load(yaml.safe_dump(tiny_params()))
+    *parents, last = path.split(".")
+    node = params
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    return params
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("loss.cbml_log.type", "cmbl", r"loss\.cbml_log: .*'cmbl'.*'cbml'"),
+        ("backbone.resnet18.type", "resnet19", r"backbone\.resnet18\.type: .*'resnet18'.*resnet19"),
+        ("dataset.glyphs.type", "birds", r"dataset\.glyphs: .*'birds'.*'glyphs', 'cub200'"),
+        ("loss.cbml_log.margn", 0.1, r"loss\.cbml_log: unknown parameter margn; allowed: .*margin"),
+        ("loss.cbml_log.margin", "wide", r"loss\.cbml_log\.margin: .*valid number.*'wide'"),
+        ("loss.cbml_log.form", "exp", r"loss\.cbml_log\.form: .*'log', 'sqrt' or 'const'.*'exp'"),
+        ("backbone.resnet18.poolin", "avg", r"backbone\.resnet18.*poolin.*allowed: .*pooling"),
+        ("dataset.glyphs.clases", 8, r"dataset\.glyphs.*clases.*allowed: .*classes"),
+        ("recipe.tiny.iteratons", 5, r"recipe\.tiny: unknown parameter iteratons; allowed: weights, iterations"),
+        ("recipe.tiny.lr", "fast", r"recipe\.tiny\.lr: .*valid number.*'fast'"),
+        ("recipe.tiny.batch_size", 9, r"recipe\.tiny: batch_size 9 is not a multiple of instances 2"),
+        ("recipe.tiny.crop", 30, r"recipe\.tiny: crop 30 is larger than resize 24"),
+        ("recipe.tiny.optimizer", "adamp", r"recipe\.tiny\.optimizer: .*'adam', 'adamw' or 'sgd'"),
+        ("recipe.tiny.color_jitter", [0.1, 0.1, 0.1, 0.6], r"recipe\.tiny\.color_jitter.*less than or equal to 0.5"),
+        ("recipe.other", TINY_RECIPE, r"recipe: .*at most 1 item"),
+        ("seed.0", -1, r"seed\.0: .*greater than or equal to 0"),
+        ("loss.cbml_log.head", {"type": "groups", "shares": [1, 2]}, r"loss\.cbml_log: .*do not divide"),
+    ],
+)
+def test_a_bad_parameter_is_one_line(path, value, message, tmp_path):
+    params = tiny_params(seed=[-1]) if path == "seed.0" else changed(path, value)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(UserError, match=message) as error:
+        load_params(tmp_path / "params.yaml")
+    assert "\n" not in str(error.value) and "params.yaml" in str(error.value)
+
+
+def test_a_missing_and_a_broken_file(tmp_path):
+    with pytest.raises(UserError, match="no such file; run from the repository"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="not YAML"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_cell_that_is_not_there(project):
+    with pytest.raises(UserError, match=r"loss 'triplet' is not there; allowed: cbml_log"):
+        load_params(Path("params.yaml")).cell("glyphs", "resnet18", "triplet", 16, 0)
+
+
+def test_a_cell_survives_its_file(project):
+    cell = load_params(Path("params.yaml")).cell("glyphs", "resnet18", "cbml_log", 16, 0)
+    Path("cell.yaml").write_text(yaml.safe_dump(cell.to_dict()))
+    assert load_cell(Path("cell.yaml")) == cell and cell.name == "resnet18-cbml_log-16-0"
+
+
+def cell_of(*, conf=None, **changes):
+    """The one cell of the tiny parameters with some groups replaced."""
+    Path("params.yaml").write_text(yaml.safe_dump(tiny_params(**changes)))
+    (cell,) = load_params(Path("params.yaml"), conf).cells("glyphs")
+    return cell
+
+
+def with_recipe(**changes):
+    return {"recipe": {"tiny": TINY_RECIPE | changes}}
+
+
+def with_entry(**changes):
+    return {"backbone": {"resnet18": tiny_params()["backbone"]["resnet18"] | changes}}
+
+
+def test_the_key_follows_everything_that_a_result_depends_on(project):
+    def key(data="images", weights=None, **changes):
+        return cell_of(**changes).key(data, weights)
+
+    keys = [
+        key(),
+        key(data="others"),
+        key(weights="content"),
+        key(seed=[1]),
+        key(**with_recipe(lr=0.1)),
+        key(recipe={"other": TINY_RECIPE}),
+        key(loss={"cbml_log": {"type": "cbml", "margin": 0.2}}),
+        key(**with_entry(pooling="max")),
+    ]
+    assert len(set(keys)) == len(keys) and key() == keys[0]
+    assert keys[0].startswith("resnet18-cbml_log-16-0-")
+    assert keys[0].rpartition("-")[2] == keys[3].rpartition("-")[2]  # seeds of one row
+
+
+def test_the_key_does_not_follow_where_things_are_from(project):
+    key = cell_of().key("images", "content")
+    assert cell_of(**with_entry(weights="somewhere/a.pth")).key("images", "content") == key
+    assert cell_of(**with_entry(weights="/elsewhere/b.pth")).key("images", "content") == key
+    assert cell_of(**with_entry(recipe={"other": {"lr": 1.0}})).key("images", "content") == key
+
+
+def test_a_backbone_brings_its_own_pixels_and_changes_to_the_recipe(project):
+    own = tiny_params()["backbone"]["resnet18"]["input"] | {"crop": 16, "interpolation": "bicubic"}
+    cell = cell_of(**with_entry(recipe={"tiny": {"lr_steps": [3]}, "other": {"lr_steps": [9]}}, input=own))
+    assert (cell.recipe.lr_steps, cell.recipe.crop, cell.recipe.resize) == ([3], 16, 24)
+    assert cell.recipe.interpolation == "bicubic"
+    assert cell.changes == {
+        "crop": (20, 16, "backbone.resnet18"),
+        "interpolation": ("bilinear", "bicubic", "backbone.resnet18"),
+        "lr_steps": ([], [3], "backbone.resnet18"),
+    }
+    with pytest.raises(UserError, match=r"backbone\.resnet18 with recipe\.tiny: .*unknown parameter lr_step"):
+        cell_of(**with_entry(recipe={"tiny": {"lr_step": [3]}}))
+
+
+def test_a_loss_changes_the_recipe_after_the_backbone_and_what_is_set_for_a_run_wins(project):
+    Path("conf/recipe").mkdir(parents=True)
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": TINY_RECIPE}))
+    loss = {"loss": {"cbml_log": {"type": "cbml", "recipe": {"tiny": {"lr_steps": [4], "flip": False}}}}}
+    entry = with_entry(recipe={"tiny": {"lr_steps": [3]}}) | loss
+    cell = cell_of(conf=Path("conf"), **entry)
+    assert cell.changes == {"lr_steps": ([], [4], "loss.cbml_log"), "flip": (True, False, "loss.cbml_log")}
+    assert cell_of(conf=Path("conf"), **entry, **with_recipe(lr_steps=[2])).recipe.lr_steps == [2]
+    # What the recipe came to is what counts, not by whom.
+    same = cell_of(**with_recipe(lr_steps=[4], flip=False), loss={"cbml_log": {"type": "cbml"}})
+    assert cell.key("images", None) == same.key("images", None)
+    loss["loss"]["cbml_log"]["recipe"]["tiny"] = {"lr_step": [4]}
+    with pytest.raises(UserError, match=r"loss\.cbml_log with recipe\.tiny: .*unknown parameter lr_step"):
+        cell_of(conf=Path("conf"), **loss)
+
+
+def test_what_is_set_for_a_run_wins_over_the_backbones_entry(project):
+    """Else `-S recipe.paper.lr_steps=[2000]` would do nothing, in silence, for GoogLeNet."""
+    Path("conf/recipe").mkdir(parents=True)
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": TINY_RECIPE}))
+    own = tiny_params()["backbone"]["resnet18"]["input"] | {"crop": 16}
+    entry = with_entry(recipe={"tiny": {"lr_steps": [3]}}, input=own)
+    untouched = cell_of(conf=Path("conf"), **entry)
+    assert (untouched.recipe.lr_steps, untouched.recipe.crop) == ([3], 16)
+    cell = cell_of(conf=Path("conf"), **entry, **with_recipe(lr_steps=[2], crop=24))
+    assert (cell.recipe.lr_steps, cell.recipe.crop) == ([2], 24) and not cell.changes
+
+
+def test_the_name_of_a_metric_stands_for_a_selection(project):
+    short = cell_of(**with_recipe(select_by="map_at_r"))
+    full = cell_of(**with_recipe(select_by={"metric": "map_at_r", "validation_classes": 0.2}))
+    assert short.recipe == full.recipe and short.key("", None) == full.key("", None)
+
+
+@pytest.mark.parametrize("size", [512, 64])
+def test_the_presets_are_the_cells_that_the_paper_publishes(size, tmp_path):
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper=cub200_{size}"])
+    cells = load_params(tmp_path / "params.yaml").cells("cub200")
+    paper = published().query("source == 'paper' and embedding_dim == @size")
+    expected = {(row.backbone, row.method.lower().replace("-", "_")) for row in paper.itertuples()}
+    assert {(cell.backbone, cell.loss) for cell in cells} == expected and len(cells) == 3 * len(expected)
+    for cell in cells:
+        assert (cell.backbone_config.weights, cell.recipe.iterations, cell.recipe.batch_size) == ("imagenet", 5000, 120)
+        assert cell.recipe.lr_steps == ([3000] if cell.backbone == "googlenet" else [1200])
+
+
+PRESETS_WITHOUT_LABELS = [
+    ("unsupervised", set()),
+    ("unsupervised_controls", {"cbml_log"}),
+    ("cub200_unsupervised", set()),
+]
+
+
+@pytest.mark.parametrize(("preset", "labelled"), PRESETS_WITHOUT_LABELS)
+def test_the_presets_without_labels_use_none(preset, labelled, tmp_path):
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper={preset}"])
+    params = load_params(tmp_path / "params.yaml", ROOT / "conf")
+    cells = params.cells(*params.dataset)
+    assert {cell.seed for cell in cells} == {0, 1, 2}
+    batches = {cell.loss: cell.loss_config.batches for cell in cells}
+    assert {loss for loss, each in batches.items() if each is None or each.needs_labels} == labelled
+    assert batches["cbml_clusters_permuted"].permuted
+
+
+def test_a_selection_by_labels_is_refused_where_none_are_used(project):
+    loss = {"loss": {"isif": {"type": "isif", "batches": {"type": "instances"}}}}
+    with pytest.raises(UserError, match="select_by map_at_r needs labels, loss.isif is trained without; allowed: null"):
+        cell_of(**with_recipe(select_by="map_at_r"), **loss)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"type": "isif", "teacher": 1.0}, "loss.x.teacher: Input should be less than 1, got 1.0"),
+        (
+            {"type": "proxynca", "batches": {"type": "clusters", "warm": False}},
+            "proxynca has parameters of its own for each class, and the labels of these batches change their meaning",
+        ),
+        (
+            {"type": "sum", "terms": {"a": {"type": "center"}}, "batches": {"type": "clusters", "warm": False}},
+            "center has parameters of its own for each class",
+        ),
+    ],
+)
+def test_a_bad_method_is_one_line(config, message, project):
+    with pytest.raises(UserError, match=re.escape(message)):
+        cell_of(loss={"x": config})
+
+
+@pytest.mark.parametrize(("dataset", "instances"), [("cars196", 8), ("sop", 4), ("inshop", 4)])
+def test_the_presets_of_other_datasets_are_the_papers_recipe(dataset, instances, tmp_path):
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper={dataset}"])
+    cells = load_params(tmp_path / "params.yaml", ROOT / "conf").cells(dataset)
+    assert len(cells) == 9 and {cell.recipe.instances for cell in cells} == {instances}
+    assert {(cell.recipe_name, cell.recipe.iterations, cell.recipe.batch_size) for cell in cells} == {
+        ("paper", 5000, 120)
+    }
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"seed": [0, 0]}, r"seed: \[0, 0\] holds a value twice"),
+        ({"seed": [True]}, r"seed is \[true\], but is not a switch"),
+        (
+            {"recipe": {"tiny": TINY_RECIPE | {"iterations": True}}},
+            r"recipe\.tiny: iterations is true, but is not a switch",
+        ),
+        ({"loss": {}}, "loss: .*at least 1 item"),
+        (
+            {"recipe": {"tiny": TINY_RECIPE | {"schedule": "cosine", "lr_steps": [3]}}},
+            r"recipe\.tiny: lr_steps \[3\] are for schedule steps, not for cosine",
+        ),
+        ({"validation_classes": 0.2}, "unknown parameter validation_classes; allowed: .*"),
+        ({"seed": [2**32]}, "seed.0: .*less than 4294967296"),
+        ({"seed": [2**64]}, "seed.0: .*less than 4294967296"),
+        ({"embedding_dim": [10**9]}, "embedding_dim.0: .*less than or equal to 65536"),
+        ({"loss": {"a/b": {"type": "cbml"}}}, r"loss\.a/b: .*match pattern"),
+        ({"loss": {"..": {"type": "cbml"}}}, r"loss\.\.\.: .*match pattern"),
+        ({"recipe": {"x" * 101: TINY_RECIPE}}, "recipe.x*: .*at most 100 characters"),
+        (
+            {"recipe": {"tiny": TINY_RECIPE | {"select_by": {"metric": "nmi"}}}},
+            r"recipe\.tiny\.select_by\.metric: .*'recall_at_1' or 'map_at_r'",
+        ),
+        (
+            {"recipe": {"tiny": TINY_RECIPE | {"select_by": {"metric": "map_at_r", "validation_classes": 1}}}},
+            r"recipe\.tiny\.select_by\.validation_classes: .*less than 1",
+        ),
+    ],
+)
+def test_a_bad_axis(bad, message, tmp_path):
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(**bad)))
+    with pytest.raises(UserError, match=message):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_queued_experiment_names_the_files_that_its_copy_lacks(tmp_path):
+    workspace = Workspace(tmp_path / "copy", tmp_path)
+    for file in ("conf/loss/cbml_log.yaml", "conf/loss/mine.yaml", "src/cbml/losses/mine.py", "copy/params.yaml"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(yaml.safe_dump(tiny_params(loss={"mine": {"type": "mine"}})))
+    shutil.copytree(tmp_path / "conf", workspace.conf, ignore=shutil.ignore_patterns("mine.yaml"))
+    with pytest.raises(UserError, match=r"'mine' .*`git add conf/loss/mine.yaml src/cbml/losses/mine.py`") as caught:
+        workspace.params()
+    with pytest.raises(UserError) as elsewhere:
+        Workspace(workspace.tree, workspace.tree).params()
+    assert "git add" not in str(elsewhere.value) and str(elsewhere.value) in str(caught.value)
+
+
+def test_flat_names_do_not_depend_on_the_option(project):
+    flat = load_params(Path("params.yaml")).cell("glyphs", "resnet18", "cbml_log", 16, 0).flat()
+    assert (flat["loss"], flat["loss.margin"], flat["recipe.lr"], flat["seed"]) == ("cbml_log", 0.1, 1e-3, 0)
+    assert flat["backbone.input.channels"] == "RGB"
+
+
+@pytest.mark.parametrize(
+    "stage, message",
+    [
+        ("download birds", "params.yaml: dataset 'birds' is not there; allowed: glyphs"),
+        ("build_lists birds", "params.yaml: dataset 'birds' is not there; allowed: glyphs"),
+        ("evaluate runs/glyphs/none", "runs/glyphs/none/cell.yaml: no such file; the stage train writes it"),
+        ("draw evaluations/glyphs/none", "none/cell.yaml: no such file"),
+        ("tabulate glyphs", "run.json: no such file; the stage train writes it"),
+    ],
+)
+def test_a_stage_without_its_input_ends_with_one_line(project, capsys, stage, message):
+    text = ended(*f"pipeline.{stage}".split())
+    assert message in text and "\n" not in text and not capsys.readouterr().err
+
+
+def test_a_recipe_says_what_backbones_start_from_that_do_not_say_themselves(tmp_path):
+    def weights(entry, recipe):
+        content = tiny_params()
+        content["backbone"]["resnet18"]["weights"] = entry
+        content["recipe"]["tiny"] = content["recipe"]["tiny"] | {"weights": recipe}
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+        return load_params(tmp_path / "params.yaml").cell("glyphs", "resnet18", "cbml_log", 16, 0)
+
+    assert weights(None, None).backbone_config.weights is None
+    assert weights(None, "imagenet").backbone_config.weights == "imagenet"
+    assert weights("a.pth", "imagenet").backbone_config.weights == "a.pth"

@@ -1,0 +1,133 @@
+"""MLflow's UI: links that open on a dataset's cells, and a server that ends with its script."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+from helpers import environment, tiny_params
+
+from cbml.config import Params
+from cbml.errors import UserError
+from cbml.tracking import store as tracking
+from cbml.tracking import ui
+from cbml.workspace import Workspace
+
+LOSSES = {"cbml_log": {"type": "cbml"}, "cbml_sqrt": {"type": "cbml", "form": "sqrt"}}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Two cells in a store, a table set, and somebody else's experiment."""
+    root = tmp_path_factory.mktemp("root")
+    workspace = Workspace(root, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        cells = Params.model_validate(tiny_params(loss=LOSSES)).cells("glyphs")
+        for i, cell in enumerate(cells):
+            with tracking.open_cell(workspace, cell, f"{cell.name}-0", "0123") as run:
+                run.log([{"iteration": step, "recall_at_1": 40.0 + step + i, "loss": 1.0} for step in (0, 5, 10)])
+                run.log([{"iteration": k, "recall_at_k": 50.0 + k + i} for k in (1, 2, 4, 8)])
+        with (
+            tracking.open_tables(workspace, "glyphs", cells),
+            tracking.open_run(workspace, "other", "x", config={}, params={}, tags={}),
+        ):
+            pass
+        yield workspace
+
+
+def test_each_dataset_has_links_and_its_experiment_the_views_that_they_open(workspace):
+    store = tracking.Store(workspace)
+    (dataset,) = (found := ui.links(store, "http://here/")).keys()
+    assert dataset == "glyphs" and list(found[dataset]) == [name for name, _, _ in ui.VIEWS.values()]
+    experiment = store.client.get_experiment_by_name("glyphs")
+    for (key, (name, mode, charts)), link in zip(ui.VIEWS.items(), found[dataset].values(), strict=True):
+        assert link.startswith(f"http://here/#/experiments/{experiment.experiment_id}/runs?")
+        assert f"viewStateShareKey={key}" in link and f"compareRunsMode={mode}" in link
+        value = experiment.tags[f"mlflow.sharedViewState.{key}"]
+        assert len(value) < 5000  # what MLflow takes
+        view = json.loads(value)
+        state = json.loads(view["state"])
+        assert view["name"] == name and state["orderByKey"] == "metrics.`recall_at_1`"
+        assert "attributes.`Dataset`" in state["selectedColumns"]
+        assert [chart["metricKey"] for chart in state["compareRunCharts"]] == list(charts)
+    for name in ("tables", "other"):
+        assert not any("View" in tag for tag in store.client.get_experiment_by_name(name).tags)
+    assert ui.links(store, "http://here/") == found
+
+
+def test_a_store_without_cells_says_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert ui.listed(tracking.Store(Workspace(tmp_path, tmp_path)), "http://here").startswith("no cells yet in sqlite:")
+
+
+def test_a_port_in_use_is_one_line(workspace):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} is in use; .*--port {port + 1}"):
+            ui.serve(workspace, port)
+
+
+def script(root, *options, **variables):
+    command = [sys.executable, "-m", "pipeline.ui", *map(str, options)]
+    return subprocess.Popen(command, cwd=root, env=environment() | variables, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def served(workspace):
+    """The script with its server, and the addresses that it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process, lines = script(workspace.root, "--port", port), []
+    while process.poll() is None and "Ctrl-C ends it.\n" not in lines:
+        lines.append(process.stdout.readline())
+    yield process, re.findall("http://.*", "".join(lines))
+    process.kill()
+
+
+def test_a_store_that_is_a_server_gets_its_links_alone(workspace, served):
+    server = served[1][0].partition("/#/")[0]
+    process = script(workspace.root, MLFLOW_TRACKING_URI=server)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and re.findall("http://.*", output) == served[1]
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_the_links_open_on_the_cells_and_their_curves(served):
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install 'cbml[browser]')")
+    with api.sync_playwright() as playwright:
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # its sandbox does not run as root
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = browser.new_page(viewport={"width": 1900, "height": 900})
+        cells, by_k, _ = served[1]
+        page.goto(cells)
+        page.get_by_text("2 matching runs").wait_for(timeout=120_000)
+        names = page.locator(".ag-row a[href*='/runs/']")
+        assert [text for text in names.all_inner_texts() if text] == [
+            f"resnet18-{loss}-16-0" for loss in ("cbml_sqrt", "cbml_log")
+        ]
+        page.get_by_text("recall_at_1", exact=True).first.wait_for()
+        page.goto(by_k)
+        for loss in LOSSES:
+            page.get_by_text(f"resnet18-{loss}-16-0 (recall_at_k)").first.wait_for(timeout=120_000)
+        browser.close()
+
+
+def test_ctrl_c_ends_the_server_too(served):
+    process, (address, *_) = served
+    health = address.partition("#")[0] + "health"
+    assert urllib.request.urlopen(health).status == 200
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    with pytest.raises(OSError):
+        urllib.request.urlopen(health)
