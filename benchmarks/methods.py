@@ -16,9 +16,10 @@ import torch
 from losses import load
 from throughput import option, random_images
 
-from cbml.config import Cell, Params
 from cbml.network import build
 from cbml.samplers import ClassesConfig
+from cbml.spec.cell import Cell
+from cbml.spec.params import Params
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import numerics
 from cbml.training.loop import train

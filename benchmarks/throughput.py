@@ -21,11 +21,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from cbml.config import Cell, Params
 from cbml.data.crops import center_boxes, random_boxes
 from cbml.data.images import PackedImages
 from cbml.network import build
 from cbml.samplers import ClassesConfig
+from cbml.spec.cell import Cell
+from cbml.spec.params import Params
 from cbml.training import loop
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import numerics

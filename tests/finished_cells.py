@@ -8,7 +8,6 @@ import yaml
 from helpers import TINY_GLYPHS, tiny_params
 from PIL import Image
 
-from cbml.config import Params
 from cbml.data.lists import read_list
 from cbml.data.sources import GlyphsConfig
 from cbml.provenance import training_code
@@ -16,6 +15,7 @@ from cbml.report.cell.page import CHARTS, cell_page
 from cbml.report.common.pictures import Pictures
 from cbml.report.common.style import chart, to_svg
 from cbml.report.tables.rows import Evaluated
+from cbml.spec.params import Params
 
 TEST = {"images": 1140, "classes": 20}
 CLASSES, PER_CLASS = 10, 4  # of the images that there are

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any, cast
 
-from cbml.config import Cell
 from cbml.errors import UserError
 from cbml.files import read_tensors
 from cbml.losses import Loss, build_loss, needs
 from cbml.models import EmbeddingModel, create_model
 from cbml.models.weights import Unavailable, read_state
+from cbml.spec.cell import Cell
 
 
 def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, Loss]:

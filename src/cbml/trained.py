@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cbml import network
-from cbml.config import Cell, load_cell
 from cbml.data.crops import center_boxes
 from cbml.data.images import load_image
 from cbml.data.loading import WORKERS, prefetch
@@ -20,6 +19,8 @@ from cbml.evaluation.embedding import batch_size
 from cbml.files import atomic_write
 from cbml.models import EmbeddingModel
 from cbml.progress import message, progress
+from cbml.spec.cell import Cell
+from cbml.spec.params import load_cell
 
 WEIGHTS = ("model.safetensors", "final.pt")  # of an exported cell, and of a run
 

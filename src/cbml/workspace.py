@@ -4,9 +4,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbml.config import Cell, Params, load_params
 from cbml.data.sources import Dataset
 from cbml.errors import UserError
+from cbml.spec.cell import Cell
+from cbml.spec.params import Params, load_params
 
 
 @dataclass(frozen=True)

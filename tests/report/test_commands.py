@@ -12,8 +12,8 @@ from dvc.utils.cli_parse import to_path_overrides
 from dvc.utils.hydra import compose_and_dump, get_hydra_sweeps
 from helpers import ROOT
 
-from cbml.config import Params, load_params
 from cbml.report.tables.commands import command
+from cbml.spec.params import Params, load_params
 
 
 @pytest.fixture

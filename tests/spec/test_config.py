@@ -9,9 +9,9 @@ import yaml
 from dvc.utils.hydra import compose_and_dump
 from helpers import ROOT, TINY_RECIPE, ended, tiny_params
 
-from cbml.config import load_cell, load_params
 from cbml.errors import UserError
 from cbml.report.tables.rows import published
+from cbml.spec.params import load_cell, load_params
 from cbml.workspace import Workspace
 
 

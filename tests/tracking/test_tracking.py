@@ -20,11 +20,11 @@ import torch
 from helpers import ending, environment, forked, run, train_command
 
 from cbml import network
-from cbml.config import load_cell
 from cbml.data.lists import read_list
 from cbml.data.packing import pack_images
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
+from cbml.spec.params import load_cell
 from cbml.stages.draw import draw_cell
 from cbml.stages.embed import load_model
 from cbml.stages.evaluate import evaluate_cell

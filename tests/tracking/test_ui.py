@@ -13,8 +13,8 @@ import urllib.request
 import pytest
 from helpers import environment, tiny_params
 
-from cbml.config import Params
 from cbml.errors import UserError
+from cbml.spec.params import Params
 from cbml.tracking import store as tracking
 from cbml.tracking import ui
 from cbml.workspace import Workspace

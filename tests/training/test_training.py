@@ -33,7 +33,6 @@ from helpers import (
 )
 
 from cbml import network
-from cbml.config import load_cell
 from cbml.data.images import EncodedImages, PackedImages
 from cbml.data.loading import prefetch
 from cbml.errors import UserError
@@ -41,6 +40,7 @@ from cbml.files import read_tensors
 from cbml.losses import Loss
 from cbml.models import EmbeddingModel
 from cbml.samplers import clusters
+from cbml.spec.params import load_cell
 from cbml.stages import train as stages_train
 from cbml.stages.evaluate import evaluate_cell
 from cbml.stages.train import weights_sha256

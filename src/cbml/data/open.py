@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cbml.config import Cell
 from cbml.data.images import Images
 from cbml.data.lists import ImageList, fingerprint_of, read_list
 from cbml.data.packing import Packing, pack_images
@@ -16,6 +15,7 @@ from cbml.data.sources import Dataset
 from cbml.errors import UserError
 from cbml.evaluation.scoring import Scoring
 from cbml.files import damaged, locked, read_arrays, read_csv, read_json
+from cbml.spec.cell import Cell
 from cbml.workspace import Workspace
 
 # What stages take from a run.json.

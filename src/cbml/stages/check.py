@@ -1,7 +1,7 @@
 """Whether every cell of a dataset can be computed, before the long work begins."""
 
 from cbml import network
-from cbml.config import Params
+from cbml.spec.params import Params
 from cbml.workspace import Workspace
 
 

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from cbml.config import load_cell
 from cbml.data.open import bring, curves_of, dataset_of, indexed, neighbours_of, record_of, test_list
 from cbml.files import atomic_write, read_csv, read_json
 from cbml.report.cell.embedding_map import map_chart
 from cbml.report.cell.page import cell_page
 from cbml.report.common import charts
 from cbml.report.common.pictures import Pictures
+from cbml.spec.params import load_cell
 from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
 

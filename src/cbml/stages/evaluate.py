@@ -10,7 +10,6 @@ import pandas as pd
 from torch import Tensor
 
 from cbml import network
-from cbml.config import load_cell
 from cbml.data.images import Images
 from cbml.data.open import curves_of, images_of, record_of, test_list, training_list
 from cbml.evaluation import queries
@@ -20,6 +19,7 @@ from cbml.evaluation.pseudo_labels import pseudo_label_table
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
 from cbml.files import atomic_write, read_arrays
+from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
 from cbml.training import checkpoint
 from cbml.training.device import numerics, set_up

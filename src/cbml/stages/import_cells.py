@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from cbml.config import load_cell
 from cbml.data.open import record_of
 from cbml.errors import UserError
 from cbml.files import read_json
 from cbml.progress import message
+from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
 from cbml.tracking.store import Store
 from cbml.workspace import Workspace

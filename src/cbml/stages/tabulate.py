@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cbml.config import load_cell
 from cbml.data.open import dataset_of, fingerprint, neighbours_of, record_of, test_list
 from cbml.errors import UserError
 from cbml.files import read_json, write_text
@@ -17,6 +16,7 @@ from cbml.report.tables.comparisons import curves_chart
 from cbml.report.tables.latex import to_latex
 from cbml.report.tables.page import SHOWN, index_page, tables_page
 from cbml.report.tables.rows import Evaluated
+from cbml.spec.params import load_cell
 from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cbml import network, provenance
-from cbml.config import Cell
 from cbml.data.lists import ImageList, check_disjoint, hold_out
 from cbml.data.open import fingerprint, images_of, test_list, training_list
 from cbml.evaluation.scoring import Scoring
@@ -23,6 +22,7 @@ from cbml.files import atomic_write, write_tensors
 from cbml.models import weights_content
 from cbml.progress import message
 from cbml.samplers import ClassesConfig
+from cbml.spec.cell import Cell
 from cbml.tracking import store as tracking
 from cbml.training.checkpoint import hold
 from cbml.training.device import facts, numerics

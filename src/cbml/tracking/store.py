@@ -26,10 +26,11 @@ import yaml
 from PIL import Image
 
 from cbml import provenance
-from cbml.config import Cell, load_cell
 from cbml.errors import UserError
 from cbml.files import atomic_write, locked, share, write_text
 from cbml.progress import message
+from cbml.spec.cell import Cell
+from cbml.spec.params import load_cell
 from cbml.workspace import Workspace
 
 # A store that cannot be reached is to say so within a minute; no bars for copying files between folders, and no word

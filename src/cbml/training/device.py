@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from cbml.config import Recipe
 from cbml.data.images import Images, PackedImages
 from cbml.models import EmbeddingModel
 from cbml.progress import message
+from cbml.spec.recipe import Recipe
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}
 

@@ -15,7 +15,6 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from cbml.config import Recipe
 from cbml.data.crops import color_jitter, random_boxes
 from cbml.data.images import Images
 from cbml.data.loading import load_batches
@@ -28,6 +27,7 @@ from cbml.models import EmbeddingModel, Outputs
 from cbml.models.teacher import follow, teacher_of
 from cbml.progress import message, progress
 from cbml.samplers import Batches, Drawn, Look
+from cbml.spec.recipe import Recipe
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import compile_trunk, make_optimizer, place, set_up
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cbml.config import Cell
 from cbml.evaluation import queries
 from cbml.files import read_csv, read_json
 from cbml.report.common.html import figure, render
 from cbml.report.common.pictures import Found, Pictures
 from cbml.report.tables.rows import NO_NMI, NO_NMI_IN_GALLERY, metrics, number
+from cbml.spec.cell import Cell
 
 LABELS = {"r_precision": "R-Precision", "map_at_r": "MAP@R", "nmi": "NMI"}
 ROWS = 8  # of a gallery

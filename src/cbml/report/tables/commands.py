@@ -9,7 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cbml.config import Cell, Params, Recipe, flatten, option_file
+from cbml.spec.cell import Cell, flatten
+from cbml.spec.params import Params, option_file
+from cbml.spec.recipe import Recipe
 
 PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z/][\w./+-]*", re.ASCII | re.IGNORECASE)  # a string to Hydra
 ABSENT = object()

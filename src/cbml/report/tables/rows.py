@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cbml.config import Cell
 from cbml.files import read_csv, read_json
 from cbml.provenance import changed
 from cbml.report.tables.commands import command
+from cbml.spec.cell import Cell
 
 NO_NMI = "NMI is left out: on so many images and classes, k-means takes far longer than retrieval."
 NO_NMI_IN_GALLERY = "NMI is left out: queries are searched for in a gallery."

@@ -1,0 +1,109 @@
+"""How a cell is trained. Knows nothing of datasets, backbones or losses."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from cbml.schema import Count, NonNegative, Positive, PositiveShare, Schema, Share
+
+Whole = Annotated[int, Field(ge=0)]
+
+
+class Selection(Schema):
+    """How the protocol `validated` finds its iteration.
+
+    Attributes:
+        metric: what is to be highest on the validation classes.
+        validation_classes: share of the training classes, the last ones, that are held out for it.
+    """
+
+    metric: Literal["recall_at_1", "map_at_r"]
+    validation_classes: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
+class Recipe(Schema):
+    """How a cell is trained.
+
+    Attributes:
+        weights: what a backbone starts from if its entry does not say: "imagenet" or None, from scratch.
+        iterations: number of batches; 0 evaluates the untrained network.
+        batch_size, instances: images per batch, and of each class in it; classes per batch = batch_size / instances.
+        optimizer: "adam", "adamw" (its weight decay is no part of the gradient), or "sgd" with `momentum`.
+        lr, weight_decay, momentum: of the optimizer.
+        head_lr_factor: multiplies the learning rate of the head.
+        warmup: iterations over which the learning rate rises linearly to its value.
+        schedule: what it does then: "steps", or "cosine" down to zero at the end.
+        lr_steps, lr_gamma: from each of these iterations on, the learning rate is multiplied by `lr_gamma` once more;
+            of schedule "steps".
+        clip_norm: gradients of network and loss are scaled down to this norm; 0 leaves them as they are.
+        freeze_bn: the trunk's batch normalisation uses its stored statistics; its affine parameters are trained all
+            the same.
+        resize: images are resized to this short side, in pixels, before any crop.
+        crop: side of the network's input, in pixels.
+        interpolation: of every resize.
+        scale, ratio: of the random crop: share of the image's area, aspect ratio.
+        flip: mirror half of the training images.
+        color_jitter: brightness, contrast, saturation and hue of each crop are changed by up to these shares, the
+            factors drawn as by torchvision's `ColorJitter`; None leaves them.
+        validate_every: iterations between evaluations on the test list; 0: only before the first and after the last.
+        select_by: also report the protocol `validated`: train without the validation classes first, find the validated
+            iteration where a metric is highest on them, and score that iteration of the run on all training classes.
+            A metric's name alone stands for a `Selection` with its default share.
+        checkpoint_every: iterations between checkpoints, at least.
+        precision: of the backbone, in Lightning Fabric's words; embeddings and loss are float32 always.
+        channels_last: keep the backbone's weights and feature maps in that memory format.
+        compile: run the trunk through `torch.compile`, where a compiler is at hand.
+        deterministic: the same bits on every run of the same machine. On a CPU that is always so; on a GPU it costs
+            speed.
+
+    `resize`, `crop` and `interpolation` of a backbone's own input win over the recipe's file, but not over what is set
+    for a run; so does what a backbone's entry says for this recipe, and what that of a loss says wins over both.
+    """
+
+    weights: Literal["imagenet"] | None = None
+    iterations: Whole
+    batch_size: Count
+    instances: Annotated[int, Field(ge=2)]
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: NonNegative
+    weight_decay: NonNegative
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    head_lr_factor: Positive = 1.0
+    warmup: Whole = 0
+    schedule: Literal["steps", "cosine"] = "steps"
+    lr_steps: list[Count] = []
+    lr_gamma: PositiveShare = 0.1
+    clip_norm: NonNegative = 0.0
+    freeze_bn: bool = True
+    resize: Count
+    crop: Count
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    scale: tuple[PositiveShare, PositiveShare] = (0.16, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    flip: bool = True
+    color_jitter: tuple[Share, Share, Share, Annotated[float, Field(ge=0, le=0.5)]] | None = None
+    validate_every: Whole = 0
+    select_by: Annotated[
+        Selection | None, BeforeValidator(lambda value: {"metric": value} if isinstance(value, str) else value)
+    ] = None
+    checkpoint_every: Count = 100
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.instances:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of instances {self.instances}")
+        if self.crop > self.resize:
+            raise ValueError(f"crop {self.crop} is larger than resize {self.resize}")
+        if self.schedule == "cosine" and self.lr_steps:
+            raise ValueError(
+                f"lr_steps {self.lr_steps} are for schedule steps, not for cosine: lr_steps=[] leaves them out"
+            )
+        if self.select_by and not (self.validate_every and self.iterations):
+            raise ValueError(f"select_by {self.select_by.metric} needs iterations and validate_every of at least 1")
+        if self.scale[0] > self.scale[1] or self.ratio[0] > self.ratio[1]:
+            raise ValueError(f"scale {self.scale} and ratio {self.ratio} must each be (smallest, largest)")
+        return self
