@@ -17,11 +17,11 @@ from losses import load
 from throughput import option, random_images
 
 from cbml.network import build
-from cbml.samplers import ClassesConfig
+from cbml.samplers.classes import ClassesConfig
 from cbml.spec.cell import Cell
 from cbml.spec.params import Params
 from cbml.training.checkpoint import Checkpoint
-from cbml.training.device import numerics
+from cbml.training.device import device_context
 from cbml.training.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def make_cell(loss: str, backbone: str, iterations: int) -> Cell:
 def measure(cell: Cell) -> None:
     """Print images in a step, its milliseconds, those of a look at the images, and the peak in MiB."""
     recipe, rows = cell.recipe, []
-    with tempfile.TemporaryDirectory() as folder, numerics(recipe) as fabric:
+    with tempfile.TemporaryDirectory() as folder, device_context(recipe) as fabric:
         images = random_images(IMAGES, recipe.resize, Path(folder, "images.bin"))
         numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
         batches = (cell.loss_config.batches or ClassesConfig()).build(images.labels.numpy(), seed=0, **numbers)

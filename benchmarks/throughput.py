@@ -24,12 +24,12 @@ from torchvision import transforms
 from cbml.data.crops import center_boxes, random_boxes
 from cbml.data.images import PackedImages
 from cbml.network import build
-from cbml.samplers import ClassesConfig
+from cbml.samplers.classes import ClassesConfig
 from cbml.spec.cell import Cell
 from cbml.spec.params import Params
 from cbml.training import loop
 from cbml.training.checkpoint import Checkpoint
-from cbml.training.device import numerics
+from cbml.training.device import device_context
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
@@ -81,7 +81,7 @@ def training_speed(cell: Cell, images: PackedImages, *, resident: bool) -> tuple
     first = images.subset(torch.arange(recipe.batch_size), images.labels[: recipe.batch_size])
     with (
         tempfile.TemporaryDirectory() as folder,
-        numerics(recipe) as fabric,
+        device_context(recipe) as fabric,
         patch.object(loop, "place", lambda lists, device: [each.to(device) if resident else each for each in lists]),
     ):
         options = {"fabric": fabric, "label": cell.name, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}

@@ -78,7 +78,7 @@ def step(workspace):
         pictures = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)
         images = PackedImages.of(list(pictures)).to(torch.device(where))
         labels = (torch.arange(12) // 2).to(where)
-        with device.numerics(recipe):
+        with device.device_context(recipe):
             for iteration in range(1, steps + 1):
                 if watch and iteration == steps:
                     torch.cuda.set_sync_debug_mode(watch)

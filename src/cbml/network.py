@@ -5,8 +5,8 @@ from typing import Any, cast
 
 from cbml.errors import UserError
 from cbml.files import read_tensors
-from cbml.losses import Loss, build_loss, needs
-from cbml.models import EmbeddingModel, create_model
+from cbml.losses.base import Loss, build_loss, needs
+from cbml.models.embedding_model import EmbeddingModel, create_model
 from cbml.models.weights import Unavailable, read_state
 from cbml.spec.cell import Cell
 

@@ -13,10 +13,10 @@ import yaml
 from finished_cells import TEST, cells, finish, pictures, write_cell_page, write_images
 from helpers import ROOT, tiny_params
 
-from cbml.data.open import neighbours_of
 from cbml.report.cell import page as cell_page
 from cbml.report.tables import rows as tables
 from cbml.report.tables.page import index_page, tables_page
+from cbml.stages.records import neighbours_of
 from cbml.workspace import Workspace
 
 DEVICE = "a <CPU> & \"co\" 'x'"

@@ -9,9 +9,9 @@ from pydantic import TypeAdapter
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers import AnyBatches
 from cbml.samplers import kmeans as kmeans_module
 from cbml.samplers.classes import class_balanced_batches
+from cbml.samplers.config import AnyBatchSampler
 from cbml.samplers.kmeans import kmeans
 from cbml.samplers.neighbours import nearest
 from cbml.samplers.subspaces import renamed
@@ -108,7 +108,7 @@ PLACES = np.argsort(np.argsort(np.where(CLASSES == 5, 1, np.arange(48) % 2), kin
 def subspaces(**changes):
     config = {"type": "subspaces", "clusters": 2, "refresh": 1.0, "whole": 0.25} | changes
     numbers = {"batch_size": 8, "instances": 2, "iterations": 16, "seed": 0}
-    return TypeAdapter(AnyBatches).validate_python(config).build(CLASSES, **numbers)
+    return TypeAdapter(AnyBatchSampler).validate_python(config).build(CLASSES, **numbers)
 
 
 def test_a_batch_is_of_one_cluster_and_the_last_ones_are_of_all():
@@ -140,7 +140,7 @@ def test_a_cluster_of_few_classes_draws_some_twice_and_single_images_are_left_ou
 def two_tasks(**changes):
     config = {"type": "two_tasks", "clusters": 4, "refresh": 1.0} | changes
     numbers = {"batch_size": 8, "instances": 2, "iterations": 16, "seed": 0}
-    return TypeAdapter(AnyBatches).validate_python(config).build(CLASSES, **numbers)
+    return TypeAdapter(AnyBatchSampler).validate_python(config).build(CLASSES, **numbers)
 
 
 def test_batches_of_classes_and_of_clusters_across_them():
@@ -201,7 +201,7 @@ def test_numbers_that_do_not_fit_together_are_one_line(make, changes, message):
 def clusters(**changes):
     config = {"type": "clusters", "k": 4, "refresh": 1.0, "keep": 1.0} | changes
     numbers = {"batch_size": 8, "instances": 2, "iterations": 16, "seed": 0}
-    return TypeAdapter(AnyBatches).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
+    return TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
 
 
 def test_clusters_stand_for_classes_and_keep_their_numbers():
@@ -245,7 +245,7 @@ def test_neighbours_come_with_an_image_in_as_many_crops():
     points, _ = blobs([24, 24])
     config = {"type": "neighbours", "count": 3, "views": 2}
     numbers = {"batch_size": 12, "instances": 2, "iterations": 9, "seed": 0}
-    batches = TypeAdapter(AnyBatches).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
+    batches = TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
     assert batches.period == 48 // 6 and batches.num_classes == 48
     batches.refresh(look_at(projection=points), 0)
     distances = torch.cdist(points, points)
@@ -264,7 +264,7 @@ def test_the_second_of_an_instance_is_its_crop_or_its_neighbours():
     seconds = {}
     for share in (0.0, 0.5, 1.0):
         config = {"type": "instances", "neighbour_share": share}
-        batches = TypeAdapter(AnyBatches).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
+        batches = TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
         batches.refresh(look_at(features=points), 0)
         drawn = next(batches.segment(0))
         assert np.array_equal(drawn.labels, np.tile(drawn.indices[:6], 2))
@@ -285,4 +285,4 @@ def test_the_second_of_an_instance_is_its_crop_or_its_neighbours():
 def test_pseudo_labels_that_cannot_be_are_one_line(config, message):
     numbers = {"batch_size": 8, "instances": 2, "iterations": 9, "seed": 0}
     with pytest.raises(UserError, match=message):
-        TypeAdapter(AnyBatches).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
+        TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)

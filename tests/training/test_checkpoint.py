@@ -23,7 +23,7 @@ from cbml import provenance
 from cbml.stages import evaluate
 from cbml.stages.evaluate import evaluate_cell
 from cbml.training import checkpoint, loop
-from cbml.training.checkpoint import Checkpoint, hold
+from cbml.training.checkpoint import Checkpoint, acquire
 
 OFTEN = {"recipe": {"tiny": TINY_RECIPE | {"checkpoint_every": 1}}}
 
@@ -158,7 +158,7 @@ from pathlib import Path
 from cbml.training import checkpoint
 checkpoint.remove(Path({str(folder)!r}))
 """
-    with hold(folder, "cell", {"torch": "1"}) as held:
+    with acquire(folder, "cell", {"torch": "1"}) as held:
         held.write({"iteration": 1})
         process = subprocess.Popen(["python", "-c", code], env=environment(), stderr=subprocess.PIPE, text=True)
         assert "waiting" in process.stderr.readline()

@@ -82,10 +82,10 @@ def test_switches_are_set_for_the_run_alone(workspace, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.use_deterministic_algorithms(False)
     (cell,) = workspace.params().cells("glyphs")
-    with device.numerics(cell.recipe):
+    with device.device_context(cell.recipe):
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.allow_tf32
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.allow_tf32
-    with pytest.raises(KeyboardInterrupt), device.numerics(cell.recipe):
+    with pytest.raises(KeyboardInterrupt), device.device_context(cell.recipe):
         raise KeyboardInterrupt
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.allow_tf32
 
@@ -516,16 +516,16 @@ def test_a_run_in_bf16_stays_near_that_in_float32(workspace):
 @pytest.mark.parametrize("loss", ["cbml_log", "hdc"])
 def test_fresh_memory_that_is_not_filled_changes_no_bit(workspace, monkeypatch, loss):
     changes = method(loss) if loss in METHODS else {}
-    expected, numerics = from_the_beginning(workspace, **changes), device.numerics
+    expected, device_context = from_the_beginning(workspace, **changes), device.device_context
 
     @contextmanager
     def filling(recipe):
-        with numerics(recipe) as fabric:
+        with device_context(recipe) as fabric:
             assert not torch.utils.deterministic.fill_uninitialized_memory
             torch.utils.deterministic.fill_uninitialized_memory = True
             yield fabric
 
-    monkeypatch.setattr(stages_train, "numerics", filling)
+    monkeypatch.setattr(stages_train, "device_context", filling)
     assert from_the_beginning(workspace, **changes) == expected
     assert torch.utils.deterministic.fill_uninitialized_memory  # as it was
 

@@ -18,7 +18,9 @@ class Scoring:
     ks: Sequence[int] = (1, 2, 4, 8)
     queries: int | None = None
 
-    def sides(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def split_query_gallery(
+        self, embeddings: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Embeddings and labels of the queries, and of the gallery, as `evaluate` takes them.
 
         Args:

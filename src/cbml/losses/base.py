@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cbml.errors import UserError
 from cbml.models.heads import Head
-from cbml.samplers import AnyBatches
+from cbml.samplers.config import AnyBatchSampler
 from cbml.schema import NonNegative, Positive, Schema
 
 REGISTRY: dict[str, tuple[type["Loss"], type["LossConfig"]]] = {}
@@ -164,7 +164,7 @@ class LossConfig(Schema):
     weight: NonNegative = 1.0
     lr_factor: Positive = 1.0
     head: Head | None = None
-    batches: AnyBatches | None = None
+    batches: AnyBatchSampler | None = None
     teacher: Annotated[float, Field(ge=0, lt=1)] | None = None
     recipe: dict[str, dict[str, Any]] = {}
 

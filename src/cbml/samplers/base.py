@@ -10,10 +10,10 @@ from cbml.schema import Schema
 
 # Of all training images, in eval mode and on their centre crops: `embeddings` (N, D), `features` (N, C), or what a head
 # of the loss's, by its name, makes of the features.
-Look = Callable[[str], Tensor]
+EmbedTrainSet = Callable[[str], Tensor]
 
 
-class Drawn(NamedTuple):
+class SampledBatch(NamedTuple):
     """One batch.
 
     Attributes:
@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
     task: int = -1
 
 
-class Batches:
+class BatchSampler:
     """The batches of a training run, in segments of `period` iterations; before each, `refresh` looks at the images.
 
     What `segment` yields is a function of the constructor's arguments, its number, and what `refresh` found, which is
@@ -41,10 +41,10 @@ class Batches:
     num_classes: int
     period: int | None = None
 
-    def refresh(self, look: Look, number: int) -> None:
+    def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
         """Look at the images before segment `number`, counted from 0."""
 
-    def segment(self, number: int) -> Iterator[Drawn]:
+    def segment(self, number: int) -> Iterator[SampledBatch]:
         """The batches of segment `number`, of which at most `period` are taken."""
         raise NotImplementedError
 
@@ -56,7 +56,7 @@ class Batches:
         """Go on from a `state_dict`."""
 
 
-class BatchesConfig(Schema):
+class BatchSamplerConfig(Schema):
     """What all kinds of batches have in common.
 
     Attributes:
@@ -70,7 +70,7 @@ class BatchesConfig(Schema):
     def labels_persist(self) -> bool:
         return True
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
+    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
         """The batches of a training list.
 
         Args:

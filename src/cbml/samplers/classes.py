@@ -8,19 +8,19 @@ from typing import Literal
 import numpy as np
 
 from cbml.errors import UserError
-from cbml.samplers.base import Batches, BatchesConfig, Drawn
+from cbml.samplers.base import BatchSampler, BatchSamplerConfig, SampledBatch
 
 
-class ClassesConfig(BatchesConfig):
+class ClassesConfig(BatchSamplerConfig):
     """Some images of each of some classes: what every loss gets unless it says otherwise."""
 
     type: Literal["classes"] = "classes"
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
+    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
         return Classes(labels, batch_size, instances, seed)
 
 
-class Classes(Batches):
+class Classes(BatchSampler):
     """See `ClassesConfig` and `class_balanced_batches`."""
 
     def __init__(self, labels: np.ndarray, batch_size: int, instances: int, seed: int):
@@ -28,8 +28,8 @@ class Classes(Batches):
         self.draw = partial(class_balanced_batches, labels, batch_size, instances, seed)
         self.draw()  # raises where they do not fit together
 
-    def segment(self, number: int) -> Iterator[Drawn]:
-        return (Drawn(indices, self.labels[indices]) for indices in self.draw())
+    def segment(self, number: int) -> Iterator[SampledBatch]:
+        return (SampledBatch(indices, self.labels[indices]) for indices in self.draw())
 
 
 def class_balanced_batches(labels: np.ndarray, batch_size: int, instances: int, seed: int) -> Iterator[np.ndarray]:

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers.base import Batches, BatchesConfig, Drawn, Look, epochs, seed_of
+from cbml.samplers.base import BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch, epochs, seed_of
 from cbml.samplers.classes import class_balanced_batches
 from cbml.samplers.kmeans import kmeans
 from cbml.schema import Positive, PositiveShare
 
 
-class ClustersConfig(BatchesConfig):
+class ClustersConfig(BatchSamplerConfig):
     """Some images of each of some clusters, which stand for classes. Labels are not looked at.
 
     The first clusters are of the pooled features, by k-means++, the best of ten, or above 1,000 clusters, where that
@@ -45,11 +45,11 @@ class ClustersConfig(BatchesConfig):
     def labels_persist(self) -> bool:
         return self.warm
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
+    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
         return Clusters(self, len(labels), batch_size, instances, seed)
 
 
-class Clusters(Batches):
+class Clusters(BatchSampler):
     """See `ClustersConfig`."""
 
     def __init__(self, config: ClustersConfig, images: int, batch_size: int, instances: int, seed: int):
@@ -66,8 +66,8 @@ class Clusters(Batches):
         # By refresh: each image's cluster, or -1 - cluster if it is left out.
         self.history = torch.empty(0, images, dtype=torch.int32)
 
-    def refresh(self, look: Look, number: int) -> None:
-        points = normalize(look("embeddings" if number else "features"), dim=1)
+    def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
+        points = normalize(embed_train_set("embeddings" if number else "features"), dim=1)
         seed = seed_of(self.seed, number)
         warm = self.config.warm and number > 1  # before, they were centres of features
         starts = 1 if number or self.config.k > 1000 else 10
@@ -84,7 +84,7 @@ class Clusters(Batches):
         found[left_out] = -1 - found[left_out]
         self.history = torch.cat([self.history, found[None]])
 
-    def segment(self, number: int) -> Iterator[Drawn]:
+    def segment(self, number: int) -> Iterator[SampledBatch]:
         labels = self.history[number].numpy()
         kept = np.flatnonzero(labels >= 0)
         if (found := len(np.unique(labels[kept]))) < self.batch_size // self.instances:
@@ -93,7 +93,7 @@ class Clusters(Batches):
                 f"{self.batch_size // self.instances}; take a larger keep, or fewer clusters in a batch"
             )
         batches = class_balanced_batches(labels[kept], self.batch_size, self.instances, seed_of(self.seed, number))
-        return (Drawn(kept[rows], labels[kept[rows]].astype(np.int64)) for rows in batches)
+        return (SampledBatch(kept[rows], labels[kept[rows]].astype(np.int64)) for rows in batches)
 
     def state_dict(self) -> dict[str, Any]:
         found = {} if self.centres is None else {"centres": self.centres}

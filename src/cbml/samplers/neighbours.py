@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers.base import Batches, BatchesConfig, Drawn, Look, epochs
+from cbml.samplers.base import BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch, epochs
 from cbml.schema import Positive, Share
 
 BLOCK = 2**25  # distances held at once
 
 
-class NeighboursConfig(BatchesConfig):
+class NeighboursConfig(BatchSamplerConfig):
     """Images with their nearest neighbours, each in several crops (Kim et al., STML, CVPR 2022).
 
     Neighbours are by Euclidean distance of what the loss's head `projection` makes of the features.
@@ -34,11 +34,11 @@ class NeighboursConfig(BatchesConfig):
     views: Annotated[int, Field(ge=1)] = 2
     refresh: Positive = 1.0
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
+    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
         return Neighbours(self, len(labels), batch_size, seed)
 
 
-class Neighbours(Batches):
+class Neighbours(BatchSampler):
     """See `NeighboursConfig`."""
 
     def __init__(self, config: NeighboursConfig, images: int, batch_size: int, seed: int):
@@ -53,10 +53,10 @@ class Neighbours(Batches):
         self.period = epochs(config.refresh, images, batch_size // config.views)
         self.neighbours: np.ndarray | None = None
 
-    def refresh(self, look: Look, number: int) -> None:
-        self.neighbours = nearest(look("projection"), self.config.count).cpu().numpy()
+    def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
+        self.neighbours = nearest(embed_train_set("projection"), self.config.count).cpu().numpy()
 
-    def segment(self, number: int) -> Iterator[Drawn]:
+    def segment(self, number: int) -> Iterator[SampledBatch]:
         assert self.neighbours is not None
         rng = np.random.default_rng([self.seed, number])
         while True:
@@ -64,7 +64,7 @@ class Neighbours(Batches):
             for start in range(0, len(order) - self.queries + 1, self.queries):
                 chosen = self.neighbours[order[start : start + self.queries]].ravel()
                 indices = np.tile(chosen, self.config.views)
-                yield Drawn(indices, indices)
+                yield SampledBatch(indices, indices)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.neighbours is None else {"neighbours": torch.from_numpy(self.neighbours)}
@@ -74,7 +74,7 @@ class Neighbours(Batches):
             self.neighbours = state["neighbours"].numpy()
 
 
-class InstancesConfig(BatchesConfig):
+class InstancesConfig(BatchSamplerConfig):
     """Images twice: two crops, or a crop and one of the nearest neighbour (Ye et al., ISIF, CVPR 2019).
 
     Neighbours are by cosine similarity of the pooled features.
@@ -90,11 +90,11 @@ class InstancesConfig(BatchesConfig):
     neighbour_share: Share = 0.5
     refresh: Positive = 1.0
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
+    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
         return Instances(self, len(labels), batch_size, seed)
 
 
-class Instances(Batches):
+class Instances(BatchSampler):
     """See `InstancesConfig`. The second half of a batch are the seconds of the first half, under its labels."""
 
     def __init__(self, config: InstancesConfig, images: int, batch_size: int, seed: int):
@@ -107,11 +107,11 @@ class Instances(Batches):
         self.period = epochs(config.refresh, images, self.chosen)
         self.neighbours = np.arange(images)
 
-    def refresh(self, look: Look, number: int) -> None:
+    def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
         if self.config.neighbour_share:
-            self.neighbours = nearest(normalize(look("features"), dim=1), 2)[:, 1].cpu().numpy()
+            self.neighbours = nearest(normalize(embed_train_set("features"), dim=1), 2)[:, 1].cpu().numpy()
 
-    def segment(self, number: int) -> Iterator[Drawn]:
+    def segment(self, number: int) -> Iterator[SampledBatch]:
         rng = np.random.default_rng([self.seed, number])
         while True:
             order = rng.permutation(self.num_classes)
@@ -119,7 +119,7 @@ class Instances(Batches):
                 first = order[start : start + self.chosen]
                 other = rng.random(self.chosen) < self.config.neighbour_share
                 second = np.where(other, self.neighbours[first], first)
-                yield Drawn(np.concatenate([first, second]), np.tile(first, 2))
+                yield SampledBatch(np.concatenate([first, second]), np.tile(first, 2))
 
     def state_dict(self) -> dict[str, Any]:
         return {"neighbours": torch.from_numpy(self.neighbours)}

@@ -11,13 +11,13 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers.base import Batches, BatchesConfig, Drawn, Look, epochs, seed_of
+from cbml.samplers.base import BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch, epochs, seed_of
 from cbml.samplers.classes import class_balanced_batches
 from cbml.samplers.kmeans import kmeans
 from cbml.schema import Positive, Share
 
 
-class SubspacesConfig(BatchesConfig):
+class SubspacesConfig(BatchSamplerConfig):
     """Batches of one cluster after the other; a batch's task is the number of its cluster.
 
     The images are clustered by their pooled features. A class that has a single image in a cluster loses it until the
@@ -34,11 +34,11 @@ class SubspacesConfig(BatchesConfig):
     refresh: Positive = 2.0
     whole: Share = 0.05
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
+    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
         return Subspaces(self, labels, batch_size, instances, iterations, seed)
 
 
-class Subspaces(Batches):
+class Subspaces(BatchSampler):
     """See `SubspacesConfig`."""
 
     period: int
@@ -55,13 +55,13 @@ class Subspaces(Batches):
         self.clusters: np.ndarray | None = None
         class_balanced_batches(labels, batch_size, instances, seed)  # raises where they do not fit together
 
-    def refresh(self, look: Look, number: int) -> None:
-        features = normalize(look("features"), dim=1)
+    def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
+        features = normalize(embed_train_set("features"), dim=1)
         found, _ = kmeans(features, self.config.clusters, seed=seed_of(self.seed, number), starts=5)
         new = found.cpu().numpy()
         self.clusters = new if self.clusters is None else renamed(new, self.clusters, self.config.clusters)
 
-    def segment(self, number: int) -> Iterator[Drawn]:
+    def segment(self, number: int) -> Iterator[SampledBatch]:
         assert self.clusters is not None
         found = {cluster: self._of(cluster, number) for cluster in range(self.config.clusters)}
         streams = {task: stream for task, stream in found.items() if stream}
@@ -74,7 +74,7 @@ class Subspaces(Batches):
         for done in count(number * self.period):
             task = -1 if done >= self.all_from else tasks[done % len(tasks)]
             indices = next(everything if task < 0 else streams[task])
-            yield Drawn(indices, self.labels[indices], task)
+            yield SampledBatch(indices, self.labels[indices], task)
 
     def _of(self, cluster: int, number: int) -> Iterator[np.ndarray] | None:
         """Batches of a cluster; None if it has none."""

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers.base import Batches, BatchesConfig, Drawn, Look, epochs, seed_of
+from cbml.samplers.base import BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch, epochs, seed_of
 from cbml.samplers.classes import class_balanced_batches
 from cbml.samplers.kmeans import kmeans
 from cbml.schema import Positive, Share
 
 
-class TwoTasksConfig(BatchesConfig):
+class TwoTasksConfig(BatchSamplerConfig):
     """Batches of classes, task 0, and of clusters across the classes, task 1, whose labels are the clusters' numbers.
 
     The first clusters are of the pooled features, of unit length, less the mean of their class; later ones of the
@@ -35,11 +35,11 @@ class TwoTasksConfig(BatchesConfig):
     probability: Share = 0.8
     foreign: Share = 0.2
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> Batches:
+    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
         return TwoTasks(self, labels, batch_size, instances, seed)
 
 
-class TwoTasks(Batches):
+class TwoTasks(BatchSampler):
     """See `TwoTasksConfig`."""
 
     def __init__(self, config: TwoTasksConfig, labels: np.ndarray, batch_size: int, instances: int, seed: int):
@@ -55,8 +55,12 @@ class TwoTasks(Batches):
         self.clusters: np.ndarray | None = None
         class_balanced_batches(labels, batch_size, instances, seed)  # raises where they do not fit together
 
-    def refresh(self, look: Look, number: int) -> None:
-        points = normalize(look("shared"), dim=1) if number else self._without_class(normalize(look("features"), dim=1))
+    def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
+        points = (
+            normalize(embed_train_set("shared"), dim=1)
+            if number
+            else self._without_class(normalize(embed_train_set("features"), dim=1))
+        )
         found, _ = kmeans(points, self.config.clusters, seed=seed_of(self.seed, number), iterations=20)
         self.clusters = found.cpu().numpy()
 
@@ -65,7 +69,7 @@ class TwoTasks(Batches):
         sums = torch.zeros(int(labels.max()) + 1, points.shape[1], device=points.device).index_add_(0, labels, points)
         return points - (sums / labels.bincount()[:, None])[labels]
 
-    def segment(self, number: int) -> Iterator[Drawn]:
+    def segment(self, number: int) -> Iterator[SampledBatch]:
         assert self.clusters is not None
         rng = np.random.default_rng([self.seed, number])
         of_classes, of_clusters = (
@@ -74,14 +78,14 @@ class TwoTasks(Batches):
         )
         while True:
             indices = next(of_classes)
-            yield Drawn(indices, self.labels[indices], 0)
+            yield SampledBatch(indices, self.labels[indices], 0)
             if rng.random() < self.config.probability:
                 indices = next(of_clusters)
                 labels = self.clusters[indices]
                 strangers = rng.random(len(indices)) < self.config.foreign
                 for place in np.flatnonzero(strangers):
                     indices[place] = rng.choice(np.flatnonzero(self.clusters != labels[place]))
-                yield Drawn(indices, labels, 1)
+                yield SampledBatch(indices, labels, 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.clusters is None else {"clusters": torch.from_numpy(self.clusters)}

@@ -3,12 +3,12 @@
 import numpy as np
 
 from cbml.data.lists import ImageList, fingerprint_of, in_lists, write_lists
-from cbml.data.open import bring
 from cbml.data.packing import Packing, inspect, of_two_classes, unreadable_error
 from cbml.data.sources.base import check_catalogue
 from cbml.files import read_csv
 from cbml.progress import message
 from cbml.stages.check import check_cells
+from cbml.stages.inputs import ensure_images
 from cbml.workspace import Workspace
 
 
@@ -29,7 +29,7 @@ def build_lists(workspace: Workspace, dataset: str) -> dict:
     text = {"path": str, "name": str, "split": str}
     table = read_csv(workspace.catalogue(dataset), "download", (*text, "label"), dtype=text, keep_default_na=False)
     table = in_lists(table)
-    root, cache = bring(workspace, config), workspace.cache
+    root, cache = ensure_images(workspace, config), workspace.cache
     cells = params.cells(dataset)
     sizes = list(dict.fromkeys((cell.recipe.resize, cell.recipe.interpolation) for cell in cells))
 

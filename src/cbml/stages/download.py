@@ -4,10 +4,10 @@ import os
 
 import pandas as pd
 
-from cbml.data.open import bring
 from cbml.data.sources.base import check_catalogue
 from cbml.files import atomic_write
 from cbml.stages.check import check_cells
+from cbml.stages.inputs import ensure_images
 from cbml.workspace import Workspace
 
 
@@ -25,7 +25,7 @@ def download(workspace: Workspace, dataset: str) -> pd.DataFrame:
     config = params.option("dataset", dataset)
     if not workspace.images(config).is_dir():
         check_cells(params, dataset, workspace)
-    folder = bring(workspace, config)
+    folder = ensure_images(workspace, config)
     table = config.catalogue(folder)
     check_catalogue(table, folder)
     facts = [os.stat(folder / path) for path in table.path]

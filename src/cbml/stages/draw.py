@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from cbml.data.open import bring, curves_of, dataset_of, indexed, neighbours_of, record_of, test_list
 from cbml.files import atomic_write, read_csv, read_json
 from cbml.report.cell.embedding_map import map_chart
 from cbml.report.cell.page import cell_page
 from cbml.report.common import charts
 from cbml.report.common.pictures import Pictures
 from cbml.spec.params import load_cell
+from cbml.stages.inputs import dataset_of, ensure_images, test_list
+from cbml.stages.records import curves_of, indexed, neighbours_of, record_of
 from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
 
@@ -68,7 +69,7 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
         cell,
         evaluation,
         svgs,
-        Pictures(tested, bring(workspace, dataset_of(workspace, cell)), SIDE),
+        Pictures(tested, ensure_images(workspace, dataset_of(workspace, cell)), SIDE),
         found,
         folder=out,
         report=workspace.report(cell.dataset) / "index.html",

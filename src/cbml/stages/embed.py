@@ -10,7 +10,7 @@ from cbml.data.sources.folder import PICTURES
 from cbml.errors import UserError
 from cbml.evaluation.retrieval import retrieve
 from cbml.files import atomic_write
-from cbml.training.device import numerics, set_up
+from cbml.training.device import device_context, set_up
 from cbml.workspace import Workspace
 
 
@@ -40,7 +40,7 @@ def embed_images(model: trained.Trained, images: list[Path], out: Path) -> tuple
         UserError: a folder has no images, or one cannot be read.
     """
     files = [file for path in images for file in (_pictures(path) if path.is_dir() else [path])]
-    with numerics(model.cell.recipe) as fabric:
+    with device_context(model.cell.recipe) as fabric:
         set_up(model.network, fabric, model.cell.recipe)
         embeddings = model.embed(files)
     with atomic_write(out) as temporary, temporary.open("wb") as file:

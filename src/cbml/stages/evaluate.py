@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cbml import network
 from cbml.data.images import Images
-from cbml.data.open import curves_of, images_of, record_of, test_list, training_list
 from cbml.evaluation import queries
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import affords_nmi, evaluate
@@ -21,8 +20,10 @@ from cbml.evaluation.similarities import pair_similarities
 from cbml.files import atomic_write, read_arrays
 from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
+from cbml.stages.inputs import images_of, test_list, training_list
+from cbml.stages.records import curves_of, record_of
 from cbml.training import checkpoint
-from cbml.training.device import numerics, set_up
+from cbml.training.device import device_context, set_up
 from cbml.workspace import Workspace
 
 CURVE = tuple(2**power for power in range(10))  # the K of recall_at_k.csv
@@ -68,7 +69,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     train_images = images_of(workspace, cell, sample)
     _, validations = curves_of(run_folder, cell)
 
-    with numerics(cell.recipe) as fabric:
+    with device_context(cell.recipe) as fabric:
         where: dict[str, Any] = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation}
 
         def embeddings_of(file: Path, *lists: Images) -> list[Tensor]:
@@ -76,7 +77,10 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
             return [embed(model, each, **where, device=fabric.device) for each in lists]
 
         test, train = embeddings_of(run_folder / "final.pt", images, train_images)
-        sides, nmi = scoring.sides(test, images.labels), scoring.queries is None and affords_nmi(images.labels)
+        sides, nmi = (
+            scoring.split_query_gallery(test, images.labels),
+            scoring.queries is None and affords_nmi(images.labels),
+        )
         first = scoring.queries or 0  # of the gallery
         curve = [k for k in CURVE if k == 1 or k < len(test) - first]
         scores = evaluate(*sides, ks=sorted({*ks, *curve}), nmi=nmi)
@@ -86,7 +90,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         for protocol, iteration in record["iterations"].items():
             if protocol != "final" and (file := run_folder / f"{protocol}.pt").is_file():  # else it is the final model
                 (embeddings,) = embeddings_of(file, images)
-                metrics[protocol] = evaluate(*scoring.sides(embeddings, images.labels), ks=ks, nmi=nmi)
+                metrics[protocol] = evaluate(*scoring.split_query_gallery(embeddings, images.labels), ks=ks, nmi=nmi)
             metrics[protocol] = {**metrics.get(protocol, metrics["final"]), "iteration": iteration}
         metrics["untrained"] = validations.iloc[0].to_dict()
 

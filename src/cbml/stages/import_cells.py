@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from cbml.data.open import record_of
 from cbml.errors import UserError
 from cbml.files import read_json
 from cbml.progress import message
 from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
+from cbml.stages.records import record_of
 from cbml.tracking.store import Store
 from cbml.workspace import Workspace
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cbml.data.open import dataset_of, fingerprint, neighbours_of, record_of, test_list
 from cbml.errors import UserError
 from cbml.files import read_json, write_text
 from cbml.progress import message
@@ -17,6 +16,8 @@ from cbml.report.tables.latex import to_latex
 from cbml.report.tables.page import SHOWN, index_page, tables_page
 from cbml.report.tables.rows import Evaluated
 from cbml.spec.params import load_cell
+from cbml.stages.inputs import dataset_of, fingerprint, test_list
+from cbml.stages.records import neighbours_of, record_of
 from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
 

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from cbml import network, provenance
 from cbml.data.lists import ImageList, check_disjoint, hold_out
-from cbml.data.open import fingerprint, images_of, test_list, training_list
 from cbml.evaluation.scoring import Scoring
 from cbml.files import atomic_write, write_tensors
-from cbml.models import weights_content
+from cbml.models.trunks import weights_content
 from cbml.progress import message
-from cbml.samplers import ClassesConfig
+from cbml.samplers.classes import ClassesConfig
 from cbml.spec.cell import Cell
+from cbml.stages.inputs import fingerprint, images_of, test_list, training_list
 from cbml.tracking import store as tracking
-from cbml.training.checkpoint import hold
-from cbml.training.device import facts, numerics
+from cbml.training.checkpoint import acquire
+from cbml.training.device import device_context, facts
 from cbml.training.loop import train
 from cbml.workspace import Workspace
 
@@ -58,11 +58,11 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
 
     data = fingerprint(workspace, cell.dataset)
     key = cell.key(data, weights_content(cell.backbone_config, workspace.root))
-    with hold(workspace.checkpoint(key), key, code | provenance.packages()) as checkpoint:
+    with acquire(workspace.checkpoint(key), key, code | provenance.packages()) as checkpoint:
         id_file = checkpoint.folder / "run_id"
         run_id = id_file.read_text(encoding="utf-8") if id_file.is_file() else None
         opened = tracking.open_cell(workspace, cell, key, data, run_id=run_id, remember=id_file)
-        with opened as run, numerics(cell.recipe) as fabric:
+        with opened as run, device_context(cell.recipe) as fabric:
             states: list[dict[str, Any]] = []
             if selection:
                 # Its checkpoint stays with the other: a run that continues finds there what was selected.

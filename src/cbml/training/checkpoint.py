@@ -65,7 +65,7 @@ class Checkpoint:
 
 
 @contextmanager
-def hold(folder: Path, label: str, made_with: dict[str, str]) -> Iterator[Checkpoint]:
+def acquire(folder: Path, label: str, made_with: dict[str, str]) -> Iterator[Checkpoint]:
     """The checkpoint of a run, for the time of the block this process's alone; says from where it goes on, and why.
 
     Each code has a checkpoint of its own, so a run does not go on with other code or packages than it began with,

@@ -9,7 +9,7 @@ import torch
 from lightning_fabric import Fabric
 
 from cbml.data.images import Images, PackedImages
-from cbml.models import EmbeddingModel
+from cbml.models.embedding_model import EmbeddingModel
 from cbml.progress import message
 from cbml.spec.recipe import Recipe
 
@@ -17,7 +17,7 @@ AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
 @contextmanager
-def numerics(recipe: Recipe) -> Iterator[Fabric]:
+def device_context(recipe: Recipe) -> Iterator[Fabric]:
     """Yield the device, with PyTorch's switches set for the block."""
     fabric = Fabric(accelerator="auto", devices=1)
     # On a CPU determinism costs next to nothing.
@@ -50,7 +50,7 @@ def set_up(network: EmbeddingModel, fabric: Fabric, recipe: Recipe) -> Embedding
 
 
 def facts(fabric: Fabric, recipe: Recipe) -> dict[str, str | bool]:
-    """What `numerics` set and found, for the record; call it in the block."""
+    """What `device_context` set and found, for the record; call it in the block."""
     found = {
         "type": fabric.device.type,
         "precision": recipe.precision,

@@ -22,11 +22,11 @@ from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.scoring import Scoring
-from cbml.losses import Loss, needs
-from cbml.models import EmbeddingModel, Outputs
+from cbml.losses.base import Loss, needs
+from cbml.models.embedding_model import EmbeddingModel, Outputs
 from cbml.models.teacher import follow, teacher_of
 from cbml.progress import message, progress
-from cbml.samplers import Batches, Drawn, Look
+from cbml.samplers.base import BatchSampler, EmbedTrainSet, SampledBatch
 from cbml.spec.recipe import Recipe
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import compile_trunk, make_optimizer, place, set_up
@@ -41,7 +41,7 @@ def train(
     seed: int,
     network: EmbeddingModel,
     criterion: Loss,
-    batches: Batches,
+    batches: BatchSampler,
     images: Images,
     scored: Images,
     scoring: Scoring = Scoring(),  # noqa: B008 (it is frozen)
@@ -61,7 +61,7 @@ def train(
         batches: of `images`.
         images: their labels are not looked at.
         scored, scoring: what every evaluation on the way is on, and how.
-        fabric: the device, inside `numerics`.
+        fabric: the device, inside `device_context`.
         label: of the run, for messages.
         log: called with new rows of losses and evaluations, and with `train_images_per_second` and
             `train_data_percent`, how much of that time went into getting batches. With a GPU that is the host's time:
@@ -122,7 +122,7 @@ def train(
         state["seconds"]["validation"] += time.monotonic() - began
         log(state["validations"])
 
-    def look(what: str) -> Tensor:
+    def embed_train_set(what: str) -> Tensor:
         model.eval()
 
         def see(crops: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def train(
 
         return embed(see, images, crop=recipe.crop, interpolation=recipe.interpolation, device=fabric.device)
 
-    def make(item: tuple[int, Drawn]) -> tuple[Tensor, Tensor, Tensor, int]:
+    def make(item: tuple[int, SampledBatch]) -> tuple[Tensor, Tensor, Tensor, int]:
         iteration, drawn = item
         crops = random_crops(images, recipe, seed, iteration, drawn.indices)
         return crops, torch.from_numpy(drawn.labels), torch.from_numpy(drawn.indices), drawn.task
@@ -141,7 +141,7 @@ def train(
     # Segment by segment: what is made ahead must not be of one whose labels are not known yet.
     loaded = chain.from_iterable(
         load_batches(make, segment, images, fabric.device)
-        for segment in segments(batches, look, start, recipe.iterations, seconds)
+        for segment in segments(batches, embed_train_set, start, recipe.iterations, seconds)
     )
     pending: list[dict[str, Any]] = []  # rows whose values are still on the device
     unlogged: list[Row] = []
@@ -233,8 +233,8 @@ def lr_scale(recipe: Recipe, iteration: int) -> float:
 
 
 def segments(
-    batches: Batches, look: Look, start: int, stop: int, seconds: dict[str, float]
-) -> Iterator[Iterator[tuple[int, Drawn]]]:
+    batches: BatchSampler, embed_train_set: EmbedTrainSet, start: int, stop: int, seconds: dict[str, float]
+) -> Iterator[Iterator[tuple[int, SampledBatch]]]:
     """For each segment after `start` up to `stop` iterations, its batches with the numbers of their iterations.
 
     The images are looked at when a segment is asked for; the time for that is no part of the iterations'.
@@ -244,7 +244,7 @@ def segments(
         number, done = divmod(start, period)
         if not done:
             began = time.monotonic()
-            batches.refresh(look, number)
+            batches.refresh(embed_train_set, number)
             took = time.monotonic() - began
             for name, share in (("refresh", took), ("data", -took), ("train", -took)):
                 seconds[name] += share
@@ -278,7 +278,7 @@ def score(
     model.eval()
     embeddings = embed(model, images, crop=recipe.crop, interpolation=recipe.interpolation, device=device)
     try:
-        metrics = evaluate(*scoring.sides(embeddings, images.labels), ks=scoring.ks)
+        metrics = evaluate(*scoring.split_query_gallery(embeddings, images.labels), ks=scoring.ks)
     except UserError as error:
         raise UserError(f"{label}: iteration {iteration}: {error}") from None
     message(f"{label}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1f} %")

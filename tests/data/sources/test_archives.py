@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cbml.data.open import bring
 from cbml.data.sources import Cub200Config, archives
 from cbml.errors import UserError
+from cbml.stages.inputs import ensure_images
 from cbml.workspace import Workspace
 
 FILES = {
@@ -399,7 +399,7 @@ def test_an_archive_that_the_user_has(tmp_path, top, mode):
 
 def place(tmp_path, source):
     """Bring the dataset of a source as a stage does; the folder of its images."""
-    return bring(Workspace(tmp_path, tmp_path), config(source=source))
+    return ensure_images(Workspace(tmp_path, tmp_path), config(source=source))
 
 
 @pytest.mark.parametrize("inside", ["", "CUB_200_2011"])
