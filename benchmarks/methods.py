@@ -44,8 +44,7 @@ def measure(cell: Cell) -> None:
     recipe, rows = cell.recipe, []
     with tempfile.TemporaryDirectory() as folder, device_context(recipe) as fabric:
         images = random_images(IMAGES, recipe.resize, Path(folder, "images.bin"))
-        numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
-        batches = (cell.loss_config.batches or ClassesConfig()).build(images.labels.numpy(), seed=0, **numbers)
+        batches = (cell.loss_config.batches or ClassesConfig()).build(images.labels.numpy(), recipe, 0)
         network, criterion = build(cell, num_classes=batches.num_classes, root=ROOT)
         few = images.subset(torch.arange(40), images.labels[:40])
         options = {"fabric": fabric, "label": cell.loss, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}

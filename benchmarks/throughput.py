@@ -76,8 +76,7 @@ def training_speed(cell: Cell, images: PackedImages, *, resident: bool) -> tuple
     recipe, rows = cell.recipe, []
     torch.compiler.reset()  # the compiler keeps only so many versions of the same code
     network, criterion = build(cell, num_classes=int(images.labels.max()) + 1, root=ROOT)
-    numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
-    batches = ClassesConfig().build(images.labels.numpy(), seed=cell.seed, **numbers)
+    batches = ClassesConfig().build(images.labels.numpy(), recipe, cell.seed)
     first = images.subset(torch.arange(recipe.batch_size), images.labels[: recipe.batch_size])
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -1,6 +1,7 @@
 """Which images make a batch: P distinct classes × K images, pass by pass; and batches that look at the images."""
 
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,12 @@ from cbml.samplers.classes import class_balanced_batches
 from cbml.samplers.config import AnyBatchSampler
 from cbml.samplers.kmeans import kmeans
 from cbml.samplers.neighbours import nearest
-from cbml.samplers.subspaces import renamed
+from cbml.samplers.subspaces import match_clusters
+
+
+def recipe(batch_size, instances, iterations):
+    return SimpleNamespace(batch_size=batch_size, instances=instances, iterations=iterations)
+
 
 LABELS = np.repeat(np.arange(6), [8, 9, 11, 3, 4, 12])
 
@@ -94,9 +100,9 @@ def test_kmeans_in_blocks_is_kmeans(monkeypatch):
 
 
 def test_clusters_keep_the_numbers_that_they_overlap_most():
-    old, new = np.array([0, 0, 1, 1, 2, 2, 2]), np.array([2, 2, 0, 0, 0, 1, 1])
-    assert renamed(new, old, 3).tolist() == [0, 0, 1, 1, 1, 2, 2]
-    assert renamed(renamed(new, old, 3), old, 3).tolist() == [0, 0, 1, 1, 1, 2, 2]
+    old, new = torch.tensor([0, 0, 1, 1, 2, 2, 2]), torch.tensor([2, 2, 0, 0, 0, 1, 1])
+    assert match_clusters(new, old, 3).tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert match_clusters(match_clusters(new, old, 3), old, 3).tolist() == [0, 0, 1, 1, 1, 2, 2]
 
 
 # Six classes of eight images, half of each class at either of two corners, the last class at the second alone.
@@ -107,8 +113,8 @@ PLACES = np.argsort(np.argsort(np.where(CLASSES == 5, 1, np.arange(48) % 2), kin
 
 def subspaces(**changes):
     config = {"type": "subspaces", "clusters": 2, "refresh": 1.0, "whole": 0.25} | changes
-    numbers = {"batch_size": 8, "instances": 2, "iterations": 16, "seed": 0}
-    return TypeAdapter(AnyBatchSampler).validate_python(config).build(CLASSES, **numbers)
+    numbers = recipe(8, 2, 16), 0
+    return TypeAdapter(AnyBatchSampler).validate_python(config).build(CLASSES, *numbers)
 
 
 def test_a_batch_is_of_one_cluster_and_the_last_ones_are_of_all():
@@ -124,23 +130,23 @@ def test_a_batch_is_of_one_cluster_and_the_last_ones_are_of_all():
         assert each.indices.shape == (8,) and (each.labels == CLASSES[each.indices]).all()
         assert (np.bincount(each.labels) % 2 == 0).all()
         if each.task >= 0:
-            assert (batches.clusters[each.indices] == each.task).all()
+            assert (batches.clusters.numpy()[each.indices] == each.task).all()
 
 
 def test_a_cluster_of_few_classes_draws_some_twice_and_single_images_are_left_out():
     batches = subspaces()
-    batches.clusters = np.where(CLASSES < 2, 0, 1)
+    batches.clusters = torch.from_numpy(np.where(CLASSES < 2, 0, 1))
     batches.clusters[47] = 0  # alone of its class there
     of_first = [each for each in islice(batches.segment(0), 6) if each.task == 0]
     assert of_first and all(len(each.indices) == 8 and set(each.labels) <= {0, 1} for each in of_first)
-    batches.clusters = np.zeros(48, dtype=np.int64)
+    batches.clusters = torch.zeros(48, dtype=torch.int64)
     assert {each.task for each in islice(batches.segment(0), 6)} == {0}  # the other has no images
 
 
 def two_tasks(**changes):
     config = {"type": "two_tasks", "clusters": 4, "refresh": 1.0} | changes
-    numbers = {"batch_size": 8, "instances": 2, "iterations": 16, "seed": 0}
-    return TypeAdapter(AnyBatchSampler).validate_python(config).build(CLASSES, **numbers)
+    numbers = recipe(8, 2, 16), 0
+    return TypeAdapter(AnyBatchSampler).validate_python(config).build(CLASSES, *numbers)
 
 
 def test_batches_of_classes_and_of_clusters_across_them():
@@ -150,11 +156,11 @@ def test_batches_of_classes_and_of_clusters_across_them():
     drawn = list(islice(batches.segment(0), 8))
     assert [each.task for each in drawn] == [0, 1] * 4
     for each in drawn:
-        expected = (CLASSES, batches.clusters)[each.task]
+        expected = (CLASSES, batches.clusters.numpy())[each.task]
         assert (each.labels == expected[each.indices]).all()
     assert {each.task for each in islice(two_tasks_with(batches, probability=0.0), 8)} == {0}
     foreign = [each for each in islice(two_tasks_with(batches, foreign=1.0), 8) if each.task == 1]
-    assert foreign and all((batches.clusters[each.indices] != each.labels).all() for each in foreign)
+    assert foreign and all((batches.clusters.numpy()[each.indices] != each.labels).all() for each in foreign)
 
 
 def two_tasks_with(others, **changes):
@@ -200,8 +206,8 @@ def test_numbers_that_do_not_fit_together_are_one_line(make, changes, message):
 
 def clusters(**changes):
     config = {"type": "clusters", "k": 4, "refresh": 1.0, "keep": 1.0} | changes
-    numbers = {"batch_size": 8, "instances": 2, "iterations": 16, "seed": 0}
-    return TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
+    numbers = recipe(8, 2, 16), 0
+    return TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), *numbers)
 
 
 def test_clusters_stand_for_classes_and_keep_their_numbers():
@@ -244,8 +250,8 @@ def test_permuted_clusters_say_nothing_and_warm_ones_go_on():
 def test_neighbours_come_with_an_image_in_as_many_crops():
     points, _ = blobs([24, 24])
     config = {"type": "neighbours", "count": 3, "views": 2}
-    numbers = {"batch_size": 12, "instances": 2, "iterations": 9, "seed": 0}
-    batches = TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
+    numbers = recipe(12, 2, 9), 0
+    batches = TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), *numbers)
     assert batches.period == 48 // 6 and batches.num_classes == 48
     batches.refresh(look_at(projection=points), 0)
     distances = torch.cdist(points, points)
@@ -260,11 +266,11 @@ def test_neighbours_come_with_an_image_in_as_many_crops():
 
 def test_the_second_of_an_instance_is_its_crop_or_its_neighbours():
     points, _ = blobs([24, 24])
-    numbers = {"batch_size": 12, "instances": 2, "iterations": 9, "seed": 0}
+    numbers = recipe(12, 2, 9), 0
     seconds = {}
     for share in (0.0, 0.5, 1.0):
         config = {"type": "instances", "neighbour_share": share}
-        batches = TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
+        batches = TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), *numbers)
         batches.refresh(look_at(features=points), 0)
         drawn = next(batches.segment(0))
         assert np.array_equal(drawn.labels, np.tile(drawn.indices[:6], 2))
@@ -283,6 +289,6 @@ def test_the_second_of_an_instance_is_its_crop_or_its_neighbours():
     ],
 )
 def test_pseudo_labels_that_cannot_be_are_one_line(config, message):
-    numbers = {"batch_size": 8, "instances": 2, "iterations": 9, "seed": 0}
+    numbers = recipe(8, 2, 9), 0
     with pytest.raises(UserError, match=message):
-        TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), **numbers)
+        TypeAdapter(AnyBatchSampler).validate_python(config).build(np.zeros(48, dtype=np.int64), *numbers)

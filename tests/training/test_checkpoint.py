@@ -96,15 +96,20 @@ def test_a_run_starts_again_by_choice(workspace, interrupted, monkeypatch):
     assert result(run(workspace, **OFTEN)) == interrupted and len(calls) == 4
 
 
-def test_after_a_crash_of_evaluate_training_trains(workspace, monkeypatch):
+def test_evaluation_takes_the_checkpoint_when_it_has_done_its_work(workspace, monkeypatch):
+    """Training need not begin again after a crash of evaluate, and does when it is wanted after an evaluation."""
     folder = run(workspace)
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "embed", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("crash")))
-        with pytest.raises(RuntimeError, match="crash"):
-            evaluate_cell(folder, workspace)
-    calls = break_at(monkeypatch)
-    run(workspace)
-    assert len(calls) == 4
+    expected, calls = result(folder), break_at(monkeypatch)
+    for function in ("embed", "hand_over"):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, function, lambda *_, **__: (_ for _ in ()).throw(RuntimeError("crash")))
+            with pytest.raises(RuntimeError, match="crash"):
+                evaluate_cell(folder, workspace)
+        shutil.rmtree(folder)
+        assert result(run(workspace)) == expected and not calls
+    evaluate_cell(folder, workspace)
+    assert not checkpoints()
+    assert result(run(workspace)) == expected and len(calls) == 4
 
 
 def test_checkpoints_take_a_bounded_share_of_the_time(workspace, monkeypatch):

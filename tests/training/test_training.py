@@ -458,7 +458,7 @@ def types_in_the_trunk(workspace, monkeypatch, **recipe):
     found, where, compute, criterion = set(), [], EmbeddingModel.outputs, Watching()
 
     def outputs(self, images, wanted=()):
-        who = "evaluation" if where else "student" if self.training else "teacher" if wanted else "validation"
+        who = "evaluation" if where else "student" if self.training else "teacher" if "raw" in wanted else "validation"
         hook = self.trunk.layer1.register_forward_hook(lambda _, __, value: found.add((who, value.dtype)))
         try:
             return compute(self, images, wanted)

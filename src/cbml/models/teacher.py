@@ -1,12 +1,44 @@
 """A teacher: the exponential moving average of what is trained (Tarvainen and Valpola, NeurIPS 2017)."""
 
 import copy
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from cbml.models.embedding_model import EmbeddingModel, Outputs
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class Teacher:
+    """The moving average of a network that is trained.
+
+    Args:
+        student: the network, on its device, with its starting weights.
+        momentum: m of `follow`.
+    """
+
+    def __init__(self, student: EmbeddingModel, momentum: float):
+        self.student, self.network, self.momentum = student, teacher_of(student), momentum
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor, wanted: Iterable[str]) -> Outputs:
+        """As `EmbeddingModel.outputs`, without gradients."""
+        return self.network.outputs(images, wanted)
+
+    def follow(self) -> None:
+        """Take a step towards the student. STML calls it before the optimizer's step, as it was published."""
+        follow(self.network, self.student, self.momentum)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of its network."""
+        return self.network.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.network.load_state_dict(state)
 
 
 def teacher_of(student: M) -> M:

@@ -1,7 +1,7 @@
-"""Which images make a batch, and what they are called in it."""
+"""What a batch sampler is: which images make a batch, and what they are called in it."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -13,12 +13,20 @@ from cbml.schema import Schema
 EmbedTrainSet = Callable[[str], Tensor]
 
 
+class BatchRecipe(Protocol):
+    """What of a `Recipe` decides on batches."""
+
+    batch_size: int
+    instances: int
+    iterations: int
+
+
 class SampledBatch(NamedTuple):
     """One batch.
 
     Attributes:
         indices: (B,) int64, rows of the training list.
-        labels: (B,) int64, below the batches' `num_classes`.
+        labels: (B,) int64, below the sampler's `num_classes`.
         task: see `Batch` of the losses.
     """
 
@@ -33,13 +41,21 @@ class BatchSampler:
     What `segment` yields is a function of the constructor's arguments, its number, and what `refresh` found, which is
     the state; so a run goes on in the middle of a segment.
 
+    Args:
+        labels: see `BatchSamplerConfig.build`.
+
     Attributes:
-        num_classes: of the labels.
+        num_classes: of the labels of the batches; those of the list unless a subclass has others.
         period: iterations of a segment; None: the first one has no end, and nothing is looked at.
+        state: names of the attributes that `refresh` sets: tensors on the CPU, or None before the first one.
     """
 
-    num_classes: int
     period: int | None = None
+    state: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, labels: np.ndarray, recipe: BatchRecipe, seed: int):
+        self.labels, self.num_classes, self.seed = labels, len(np.unique(labels)), seed
+        self.batch_size, self.instances = recipe.batch_size, recipe.instances
 
     def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
         """Look at the images before segment `number`, counted from 0."""
@@ -49,15 +65,18 @@ class BatchSampler:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What the last refresh left: tensors and plain values."""
-        return {}
+        """What the last refresh left."""
+        return {name: value for name in self.state if (value := getattr(self, name)) is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
+        for name in self.state:
+            if name in state:  # what is None is not
+                setattr(self, name, state[name])
 
 
 class BatchSamplerConfig(Schema):
-    """What all kinds of batches have in common.
+    """What all kinds of batch samplers have in common.
 
     Attributes:
         needs_labels: whether the classes of the training list are looked at.
@@ -70,15 +89,14 @@ class BatchSamplerConfig(Schema):
     def labels_persist(self) -> bool:
         return True
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
+    def build(self, labels: np.ndarray, recipe: BatchRecipe, seed: int) -> BatchSampler:
         """The batches of a training list.
 
         Args:
             labels: (N,) int64, from 0 to the number of classes - 1; zeros if they are not to be known.
-            batch_size, instances, iterations: of the recipe.
 
         Raises:
-            UserError: the list and these numbers do not fit together.
+            UserError: the list and the recipe do not fit together.
         """
         raise NotImplementedError
 
@@ -88,6 +106,6 @@ def epochs(count: float, images: int, batch_size: int) -> int:
     return max(1, round(count * (images // batch_size)))
 
 
-def seed_of(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """A seed of its own for each of a run's parts."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

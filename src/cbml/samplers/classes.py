@@ -2,13 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
-from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from cbml.errors import UserError
-from cbml.samplers.base import BatchSampler, BatchSamplerConfig, SampledBatch
+from cbml.samplers.base import BatchRecipe, BatchSampler, BatchSamplerConfig, SampledBatch
 
 
 class ClassesConfig(BatchSamplerConfig):
@@ -16,20 +15,20 @@ class ClassesConfig(BatchSamplerConfig):
 
     type: Literal["classes"] = "classes"
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
-        return Classes(labels, batch_size, instances, seed)
+    def build(self, labels: np.ndarray, recipe: BatchRecipe, seed: int) -> BatchSampler:
+        return Classes(labels, recipe, seed)
 
 
 class Classes(BatchSampler):
     """See `ClassesConfig` and `class_balanced_batches`."""
 
-    def __init__(self, labels: np.ndarray, batch_size: int, instances: int, seed: int):
-        self.labels, self.num_classes = labels, len(np.unique(labels))
-        self.draw = partial(class_balanced_batches, labels, batch_size, instances, seed)
-        self.draw()  # raises where they do not fit together
+    def __init__(self, labels: np.ndarray, recipe: BatchRecipe, seed: int):
+        super().__init__(labels, recipe, seed)
+        self.segment(0)  # raises where they do not fit together
 
     def segment(self, number: int) -> Iterator[SampledBatch]:
-        return (SampledBatch(indices, self.labels[indices]) for indices in self.draw())
+        batches = class_balanced_batches(self.labels, self.batch_size, self.instances, self.seed)
+        return (SampledBatch(indices, self.labels[indices]) for indices in batches)
 
 
 def class_balanced_batches(labels: np.ndarray, batch_size: int, instances: int, seed: int) -> Iterator[np.ndarray]:

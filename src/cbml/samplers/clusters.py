@@ -1,7 +1,7 @@
 """Pseudo-labels: batches of clusters of the images, without labels."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers.base import BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch, epochs, seed_of
+from cbml.samplers.base import (
+    BatchRecipe,
+    BatchSampler,
+    BatchSamplerConfig,
+    EmbedTrainSet,
+    SampledBatch,
+    derive_seed,
+    epochs,
+)
 from cbml.samplers.classes import class_balanced_batches
 from cbml.samplers.kmeans import kmeans
 from cbml.schema import Positive, PositiveShare
@@ -29,7 +37,8 @@ class ClustersConfig(BatchSamplerConfig):
         keep: share of the images, those whose cluster is clearest, that batches are made of: with the largest
             difference between the cosine similarities to the nearest centre and to the next.
         warm: go on from the centres before; else start anew, and numbers change their meaning.
-        permuted: hand the clusters' numbers out to images by chance: a control, from which nothing can be learned.
+        permuted: hand the clusters' numbers out to images by chance: a control. A loss can gain from that,
+            too; only what clusters gain beyond it is due to them.
     """
 
     needs_labels: ClassVar[bool] = False
@@ -45,30 +54,32 @@ class ClustersConfig(BatchSamplerConfig):
     def labels_persist(self) -> bool:
         return self.warm
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
-        return Clusters(self, len(labels), batch_size, instances, seed)
+    def build(self, labels: np.ndarray, recipe: BatchRecipe, seed: int) -> BatchSampler:
+        return Clusters(self, labels, recipe, seed)
 
 
 class Clusters(BatchSampler):
     """See `ClustersConfig`."""
 
-    def __init__(self, config: ClustersConfig, images: int, batch_size: int, instances: int, seed: int):
-        classes = batch_size // instances
+    state = ("centres", "history")
+    centres: Tensor | None = None
+
+    def __init__(self, config: ClustersConfig, labels: np.ndarray, recipe: BatchRecipe, seed: int):
+        super().__init__(labels, recipe, seed)
+        images, classes = len(labels), recipe.batch_size // recipe.instances
         if not classes <= config.k <= images:
             raise UserError(
                 f"batches clusters: k {config.k}; allowed: from the {classes} clusters of a batch to the {images} "
                 "images"
             )
         self.config, self.num_classes = config, config.k
-        self.batch_size, self.instances, self.seed = batch_size, instances, seed
-        self.period = epochs(config.refresh, images, batch_size)
-        self.centres: Tensor | None = None
+        self.period = epochs(config.refresh, images, recipe.batch_size)
         # By refresh: each image's cluster, or -1 - cluster if it is left out.
         self.history = torch.empty(0, images, dtype=torch.int32)
 
     def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
         points = normalize(embed_train_set("embeddings" if number else "features"), dim=1)
-        seed = seed_of(self.seed, number)
+        seed = derive_seed(self.seed, number)
         warm = self.config.warm and number > 1  # before, they were centres of features
         starts = 1 if number or self.config.k > 1000 else 10
         clusters, centres = kmeans(
@@ -92,12 +103,5 @@ class Clusters(BatchSampler):
                 f"batches clusters: {found} clusters have images that are kept, a batch needs "
                 f"{self.batch_size // self.instances}; take a larger keep, or fewer clusters in a batch"
             )
-        batches = class_balanced_batches(labels[kept], self.batch_size, self.instances, seed_of(self.seed, number))
+        batches = class_balanced_batches(labels[kept], self.batch_size, self.instances, derive_seed(self.seed, number))
         return (SampledBatch(kept[rows], labels[kept[rows]].astype(np.int64)) for rows in batches)
-
-    def state_dict(self) -> dict[str, Any]:
-        found = {} if self.centres is None else {"centres": self.centres}
-        return found | {"history": self.history, "period": self.period}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history, self.centres = state["history"], state.get("centres")

@@ -18,7 +18,7 @@ def kmeans(
         points: (N, D), of which at least `k` differ.
         starts: k-means++ that many times, and keep the best by its sum of squared distances.
         iterations: at most, of each start; it ends before if no point changes its cluster.
-        centres: (k, D), to go on from instead, so that the numbers of the clusters persist.
+        centres: (k, D), on any device, to go on from instead, so that the numbers of the clusters persist.
 
     Returns:
         The number of each point's cluster, (N,) int64, and the centres, (k, D).
@@ -26,7 +26,7 @@ def kmeans(
     generator = torch.Generator().manual_seed(seed)
     best, best_cost = None, float("inf")
     for _ in range(1 if centres is not None else starts):
-        means = (_plus_plus(points, k, generator) if centres is None else centres).clone()
+        means = _plus_plus(points, k, generator) if centres is None else centres.to(points)
         clusters = torch.full((len(points),), -1, device=points.device)
         for _ in progress(range(iterations), "k-means", "steps"):
             distances, found = _nearest(points, means)

@@ -1,7 +1,7 @@
 """Batches of single images and of their neighbours, without labels: an image's label is its row of the list."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers.base import BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch, epochs
+from cbml.samplers.base import BatchRecipe, BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch, epochs
 from cbml.schema import Positive, Share
 
 BLOCK = 2**25  # distances held at once
@@ -34,44 +34,40 @@ class NeighboursConfig(BatchSamplerConfig):
     views: Annotated[int, Field(ge=1)] = 2
     refresh: Positive = 1.0
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
-        return Neighbours(self, len(labels), batch_size, seed)
+    def build(self, labels: np.ndarray, recipe: BatchRecipe, seed: int) -> BatchSampler:
+        return Neighbours(self, labels, recipe, seed)
 
 
 class Neighbours(BatchSampler):
     """See `NeighboursConfig`."""
 
-    def __init__(self, config: NeighboursConfig, images: int, batch_size: int, seed: int):
-        group = config.count * config.views
+    state = ("neighbours",)
+    neighbours: Tensor | None = None
+
+    def __init__(self, config: NeighboursConfig, labels: np.ndarray, recipe: BatchRecipe, seed: int):
+        super().__init__(labels, recipe, seed)
+        images, batch_size, group = len(labels), recipe.batch_size, config.count * config.views
         if batch_size % group or config.count * (batch_size // group) > images:
             raise UserError(
                 f"batches neighbours: batch_size {batch_size}; allowed: multiples of count {config.count} × views "
                 f"{config.views}, with no more than the {images} images in them"
             )
-        self.config, self.num_classes, self.seed = config, images, seed
+        self.config, self.num_classes = config, images
         self.queries = batch_size // group
         self.period = epochs(config.refresh, images, batch_size // config.views)
-        self.neighbours: np.ndarray | None = None
 
     def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
-        self.neighbours = nearest(embed_train_set("projection"), self.config.count).cpu().numpy()
+        self.neighbours = nearest(embed_train_set("projection"), self.config.count).cpu()
 
     def segment(self, number: int) -> Iterator[SampledBatch]:
         assert self.neighbours is not None
-        rng = np.random.default_rng([self.seed, number])
+        rng, neighbours = np.random.default_rng([self.seed, number]), self.neighbours.numpy()
         while True:
             order = rng.permutation(self.num_classes)
             for start in range(0, len(order) - self.queries + 1, self.queries):
-                chosen = self.neighbours[order[start : start + self.queries]].ravel()
+                chosen = neighbours[order[start : start + self.queries]].ravel()
                 indices = np.tile(chosen, self.config.views)
                 yield SampledBatch(indices, indices)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.neighbours is None else {"neighbours": torch.from_numpy(self.neighbours)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            self.neighbours = state["neighbours"].numpy()
 
 
 class InstancesConfig(BatchSamplerConfig):
@@ -90,42 +86,40 @@ class InstancesConfig(BatchSamplerConfig):
     neighbour_share: Share = 0.5
     refresh: Positive = 1.0
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
-        return Instances(self, len(labels), batch_size, seed)
+    def build(self, labels: np.ndarray, recipe: BatchRecipe, seed: int) -> BatchSampler:
+        return Instances(self, labels, recipe, seed)
 
 
 class Instances(BatchSampler):
     """See `InstancesConfig`. The second half of a batch are the seconds of the first half, under its labels."""
 
-    def __init__(self, config: InstancesConfig, images: int, batch_size: int, seed: int):
+    state = ("neighbours",)
+
+    def __init__(self, config: InstancesConfig, labels: np.ndarray, recipe: BatchRecipe, seed: int):
+        super().__init__(labels, recipe, seed)
+        images, batch_size = len(labels), recipe.batch_size
         if batch_size % 2 or batch_size // 2 > images:
             raise UserError(
                 f"batches instances: batch_size {batch_size}; allowed: even, up to twice the {images} images"
             )
-        self.config, self.num_classes, self.seed = config, images, seed
+        self.config, self.num_classes = config, images
         self.chosen = batch_size // 2
         self.period = epochs(config.refresh, images, self.chosen)
-        self.neighbours = np.arange(images)
+        self.neighbours = torch.arange(images)
 
     def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
         if self.config.neighbour_share:
-            self.neighbours = nearest(normalize(embed_train_set("features"), dim=1), 2)[:, 1].cpu().numpy()
+            self.neighbours = nearest(normalize(embed_train_set("features"), dim=1), 2)[:, 1].cpu()
 
     def segment(self, number: int) -> Iterator[SampledBatch]:
-        rng = np.random.default_rng([self.seed, number])
+        rng, neighbours = np.random.default_rng([self.seed, number]), self.neighbours.numpy()
         while True:
             order = rng.permutation(self.num_classes)
             for start in range(0, len(order) - self.chosen + 1, self.chosen):
                 first = order[start : start + self.chosen]
                 other = rng.random(self.chosen) < self.config.neighbour_share
-                second = np.where(other, self.neighbours[first], first)
+                second = np.where(other, neighbours[first], first)
                 yield SampledBatch(np.concatenate([first, second]), np.tile(first, 2))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"neighbours": torch.from_numpy(self.neighbours)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.neighbours = state["neighbours"].numpy()
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Mining interclass characteristics (Roth et al., MIC, ICCV 2019): batches of classes, and of what classes share."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers.base import BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch, epochs, seed_of
+from cbml.samplers.base import (
+    BatchRecipe,
+    BatchSampler,
+    BatchSamplerConfig,
+    EmbedTrainSet,
+    SampledBatch,
+    derive_seed,
+    epochs,
+)
 from cbml.samplers.classes import class_balanced_batches
 from cbml.samplers.kmeans import kmeans
 from cbml.schema import Positive, Share
@@ -35,34 +43,34 @@ class TwoTasksConfig(BatchSamplerConfig):
     probability: Share = 0.8
     foreign: Share = 0.2
 
-    def build(self, labels: np.ndarray, *, batch_size: int, instances: int, iterations: int, seed: int) -> BatchSampler:
-        return TwoTasks(self, labels, batch_size, instances, seed)
+    def build(self, labels: np.ndarray, recipe: BatchRecipe, seed: int) -> BatchSampler:
+        return TwoTasks(self, labels, recipe, seed)
 
 
 class TwoTasks(BatchSampler):
     """See `TwoTasksConfig`."""
 
-    def __init__(self, config: TwoTasksConfig, labels: np.ndarray, batch_size: int, instances: int, seed: int):
-        if not batch_size // instances <= config.clusters <= len(labels):
+    state = ("clusters",)
+    clusters: Tensor | None = None
+
+    def __init__(self, config: TwoTasksConfig, labels: np.ndarray, recipe: BatchRecipe, seed: int):
+        super().__init__(labels, recipe, seed)
+        classes = recipe.batch_size // recipe.instances
+        if not classes <= config.clusters <= len(labels):
             raise UserError(
-                f"batches two_tasks: {config.clusters} clusters; allowed: from the {batch_size // instances} of a "
-                f"batch to the {len(labels)} images"
+                f"batches two_tasks: {config.clusters} clusters; allowed: from the {classes} of a batch to the "
+                f"{len(labels)} images"
             )
-        self.config, self.labels, self.seed = config, labels, seed
-        self.num_classes = max(config.clusters, len(np.unique(labels)))
-        self.batch_size, self.instances = batch_size, instances
-        self.period = epochs(config.refresh, len(labels), batch_size)
-        self.clusters: np.ndarray | None = None
-        class_balanced_batches(labels, batch_size, instances, seed)  # raises where they do not fit together
+        self.config, self.num_classes = config, max(config.clusters, self.num_classes)
+        self.period = epochs(config.refresh, len(labels), recipe.batch_size)
+        class_balanced_batches(labels, recipe.batch_size, recipe.instances, seed)  # raises where they do not fit
 
     def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
-        points = (
-            normalize(embed_train_set("shared"), dim=1)
-            if number
-            else self._without_class(normalize(embed_train_set("features"), dim=1))
-        )
-        found, _ = kmeans(points, self.config.clusters, seed=seed_of(self.seed, number), iterations=20)
-        self.clusters = found.cpu().numpy()
+        points = normalize(embed_train_set("shared" if number else "features"), dim=1)
+        if not number:
+            points = self._without_class(points)
+        found, _ = kmeans(points, self.config.clusters, seed=derive_seed(self.seed, number), iterations=20)
+        self.clusters = found.cpu()
 
     def _without_class(self, points: Tensor) -> Tensor:
         labels = torch.from_numpy(self.labels).to(points.device)
@@ -71,25 +79,18 @@ class TwoTasks(BatchSampler):
 
     def segment(self, number: int) -> Iterator[SampledBatch]:
         assert self.clusters is not None
-        rng = np.random.default_rng([self.seed, number])
+        rng, clusters = np.random.default_rng([self.seed, number]), self.clusters.numpy()
         of_classes, of_clusters = (
-            class_balanced_batches(labels, self.batch_size, self.instances, seed_of(self.seed, number, task))
-            for task, labels in enumerate((self.labels, self.clusters))
+            class_balanced_batches(labels, self.batch_size, self.instances, derive_seed(self.seed, number, task))
+            for task, labels in enumerate((self.labels, clusters))
         )
         while True:
             indices = next(of_classes)
             yield SampledBatch(indices, self.labels[indices], 0)
             if rng.random() < self.config.probability:
                 indices = next(of_clusters)
-                labels = self.clusters[indices]
+                labels = clusters[indices]
                 strangers = rng.random(len(indices)) < self.config.foreign
                 for place in np.flatnonzero(strangers):
-                    indices[place] = rng.choice(np.flatnonzero(self.clusters != labels[place]))
+                    indices[place] = rng.choice(np.flatnonzero(clusters != labels[place]))
                 yield SampledBatch(indices, labels, 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.clusters is None else {"clusters": torch.from_numpy(self.clusters)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            self.clusters = state["clusters"].numpy()

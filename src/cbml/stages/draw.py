@@ -8,7 +8,7 @@ from cbml.report.cell.page import cell_page
 from cbml.report.common import charts
 from cbml.report.common.pictures import Pictures
 from cbml.spec.params import load_cell
-from cbml.stages.inputs import dataset_of, ensure_images, test_list
+from cbml.stages.inputs import open_data
 from cbml.stages.records import curves_of, indexed, neighbours_of, record_of
 from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
@@ -40,11 +40,11 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     """
     cell = load_cell(evaluation / "cell.yaml")
     record = record_of(evaluation)
-    tested, scoring = test_list(workspace, cell)
-    labels = tested.labels
+    data = open_data(workspace, cell)
+    tested, labels = data.test, data.test.labels
     title = f"{cell.name} on {cell.dataset}"
 
-    found = neighbours_of(evaluation, scoring.queries or len(labels), len(labels))
+    found = neighbours_of(evaluation, data.scoring.queries or len(labels), len(labels))
     mapped = indexed(evaluation / "map.npz", ("indices", "embeddings"), len(labels))
     losses, validations = curves_of(evaluation, cell)
     best = record["iterations"]["best_on_test"]
@@ -69,7 +69,7 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
         cell,
         evaluation,
         svgs,
-        Pictures(tested, ensure_images(workspace, dataset_of(workspace, cell)), SIDE),
+        Pictures(tested, data.ensure_images(), SIDE),
         found,
         folder=out,
         report=workspace.report(cell.dataset) / "index.html",

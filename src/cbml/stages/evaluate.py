@@ -20,7 +20,7 @@ from cbml.evaluation.similarities import pair_similarities
 from cbml.files import atomic_write, read_arrays
 from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
-from cbml.stages.inputs import images_of, test_list, training_list
+from cbml.stages.inputs import open_data
 from cbml.stages.records import curves_of, record_of
 from cbml.training import checkpoint
 from cbml.training.device import device_context, set_up
@@ -61,12 +61,10 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     """
     cell = load_cell(run_folder / "cell.yaml")
     record = record_of(run_folder)
-    checkpoint.remove(workspace.checkpoint(record["key"]))  # DVC has recorded the training, or it would not be here
-    train_list, (tested, scoring) = training_list(workspace, cell), test_list(workspace, cell)
-    ks = scoring.ks
-    images = images_of(workspace, cell, tested)
-    sample = train_list.subset(queries.choose(train_list.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
-    train_images = images_of(workspace, cell, sample)
+    data = open_data(workspace, cell)
+    tested, scoring, ks = data.test, data.scoring, data.ks
+    sample = data.train.subset(queries.choose(data.train.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
+    images, train_images = data.images(tested), data.images(sample)
     _, validations = curves_of(run_folder, cell)
 
     with device_context(cell.recipe) as fabric:
@@ -77,13 +75,10 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
             return [embed(model, each, **where, device=fabric.device) for each in lists]
 
         test, train = embeddings_of(run_folder / "final.pt", images, train_images)
-        sides, nmi = (
-            scoring.split_query_gallery(test, images.labels),
-            scoring.queries is None and affords_nmi(images.labels),
-        )
-        first = scoring.queries or 0  # of the gallery
+        queried, labels, gallery, gallery_labels = scoring.split_query_gallery(test, images.labels)
+        nmi, first = gallery is None and affords_nmi(images.labels), scoring.queries or 0  # of the gallery
         curve = [k for k in CURVE if k == 1 or k < len(test) - first]
-        scores = evaluate(*sides, ks=sorted({*ks, *curve}), nmi=nmi)
+        scores = evaluate(queried, labels, gallery, gallery_labels, ks=sorted({*ks, *curve}), nmi=nmi)
         recalls = pd.DataFrame({"k": curve, "recall": [scores[f"recall_at_{k}"] for k in curve]})
         beyond = {f"recall_at_{k}" for k in set(curve) - set(ks)}
         metrics = {"final": {name: value for name, value in scores.items() if name not in beyond}}
@@ -94,7 +89,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
             metrics[protocol] = {**metrics.get(protocol, metrics["final"]), "iteration": iteration}
         metrics["untrained"] = validations.iloc[0].to_dict()
 
-        found = retrieve(*sides[:2], NEIGHBOURS, *sides[2:])
+        found = retrieve(queried, labels, NEIGHBOURS, gallery, gallery_labels)
         indices, similarities = found[0].cpu().numpy() + first, found[1].cpu().numpy()
         distributions = {
             "train": pair_similarities(train, train_images.labels),
@@ -122,8 +117,9 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         np.savez(folder / "map.npz", indices=mapped, embeddings=test[mapped].cpu().numpy())
         if (file := run_folder / "pseudo_labels.npz").is_file():
             arrays = read_arrays(file, "train", ("history", "iterations"))
-            table = pseudo_label_table(arrays["history"], train_list.labels)
+            table = pseudo_label_table(arrays["history"], data.train.labels)
             table.assign(iteration=arrays["iterations"]).to_csv(folder / "pseudo_labels.csv", index=False)
         shutil.copyfile(workspace.lists(cell.dataset) / "summary.json", folder / "summary.json")
     hand_over(workspace, cell, out, run_folder, register=register)
+    checkpoint.remove(workspace.checkpoint(record["key"]))  # last: until here training might be wanted again
     return metrics

@@ -1,23 +1,26 @@
-"""What stages read of a dataset: its lists, and their images as a recipe wants them."""
+"""What stages read of a cell's dataset."""
 
 from pathlib import Path
 
-import torch
-
-from cbml.data.images import Images
-from cbml.data.lists import ImageList, fingerprint_of, read_list
-from cbml.data.packing import Packing, pack_images
+from cbml.data.open import Data
 from cbml.data.sources import Dataset
 from cbml.errors import UserError
-from cbml.evaluation.scoring import Scoring
-from cbml.files import locked, read_json
+from cbml.files import locked
 from cbml.spec.cell import Cell
 from cbml.workspace import Workspace
 
 
-def fingerprint(workspace: Workspace, dataset: str) -> str:
-    """What `build_lists` found the content of a dataset's images and lists to be."""
-    return read_json(workspace.lists(dataset) / "summary.json", "build_lists", ("fingerprint",))["fingerprint"]
+def open_data(workspace: Workspace, cell: Cell) -> Data:
+    """The lists of a cell's dataset, and their images as its recipe wants them."""
+    dataset, recipe = dataset_of(workspace, cell), cell.recipe
+    return Data(
+        workspace.lists(cell.dataset),
+        workspace.images(dataset),
+        workspace.cache,
+        ks=dataset.ks,
+        size=(recipe.resize, recipe.interpolation),
+        ensure_images=lambda: ensure_images(workspace, dataset),
+    )
 
 
 def dataset_of(workspace: Workspace, cell: Cell) -> Dataset:
@@ -37,51 +40,3 @@ def ensure_images(workspace: Workspace, dataset: Dataset) -> Path:
             if not folder.is_dir():
                 dataset.download(folder, workspace.root)
     return folder
-
-
-def training_list(workspace: Workspace, cell: Cell) -> ImageList:
-    """The training images of a cell's dataset; see `read_list`."""
-    return read_list(workspace.lists(cell.dataset) / "train.txt")
-
-
-def test_list(workspace: Workspace, cell: Cell) -> tuple[ImageList, Scoring]:
-    """The test images of a cell's dataset, queries before their gallery, and how they are scored; see `read_list`."""
-    ks, folder = dataset_of(workspace, cell).ks, workspace.lists(cell.dataset)
-    if not (folder / "query.txt").is_file():
-        return read_list(folder / "test.txt"), Scoring(ks)
-    queries, gallery = (read_list(folder / f"{name}.txt") for name in ("query", "gallery"))
-    return queries + gallery, Scoring(ks, len(queries.paths))
-
-
-def images_of(workspace: Workspace, cell: Cell, images: ImageList) -> Images:
-    """The images of a list as the cell's recipe wants them: a part of those of the whole dataset; see `pack_images`.
-
-    Raises:
-        UserError: an image cannot be read, or the images are not those of the lists.
-    """
-    train, (test, scoring) = training_list(workspace, cell), test_list(workspace, cell)
-    every = train + test
-    print_of_lists = fingerprint(workspace, cell.dataset)
-    size = cell.recipe.resize, cell.recipe.interpolation
-    dataset = dataset_of(workspace, cell)
-    root = workspace.images(dataset)
-    if not (Packing(every, root, workspace.cache, print_of_lists).folder(size) / "images.bin").exists():
-        ensure_images(workspace, dataset)
-
-    def check(digests: list[str]) -> None:
-        queries = scoring.queries or 0
-        splits = ["train"] * len(train.paths) + ["query"] * queries
-        splits += ["gallery" if queries else "test"] * (len(test.paths) - queries)
-        if fingerprint_of(splits, every.paths, every.labels.tolist(), digests) != print_of_lists:
-            stages = f"download@{cell.dataset} build_lists@{cell.dataset}"
-            raise UserError(
-                f"{root}: the images or the lists have changed since the lists were made; again: "
-                f"`dvc repro -f -s {stages}`, then `dvc repro`"
-            )
-
-    packed = pack_images(
-        every, root, workspace.cache, resize=size[0], interpolation=size[1], fingerprint=print_of_lists, check=check
-    )
-    position = {path: i for i, path in enumerate(every.paths)}
-    indices = torch.tensor([position[path] for path in images.paths])
-    return packed.subset(indices, torch.from_numpy(images.labels))

@@ -16,7 +16,7 @@ from cbml.report.tables.latex import to_latex
 from cbml.report.tables.page import SHOWN, index_page, tables_page
 from cbml.report.tables.rows import Evaluated
 from cbml.spec.params import load_cell
-from cbml.stages.inputs import dataset_of, fingerprint, test_list
+from cbml.stages.inputs import open_data
 from cbml.stages.records import neighbours_of, record_of
 from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
@@ -74,17 +74,17 @@ def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable
     """The test list, and what reads the neighbours that a cell like `one` finds; nothing if the images are not here."""
     dataset = one.cell.dataset
     try:
-        if fingerprint(workspace, dataset) != one.record["fingerprint"]:
+        data = open_data(workspace, one.cell)
+        if data.fingerprint != one.record["fingerprint"]:
             raise UserError(f"lists/{dataset} is of other images than the cells")
-        images, scoring = test_list(workspace, one.cell)
-        root = workspace.images(dataset_of(workspace, one.cell))
-        if not root.is_dir():
-            raise UserError(f"{root} is not there")
+        images, queries = data.test, data.scoring.queries
+        if not data.root.is_dir():
+            raise UserError(f"{data.root} is not there")
     except UserError as error:
         message(f"{dataset}: a page without pictures, {error}")
         return ()
     count = len(images.labels)
-    return Pictures(images, root, SIDE), partial(neighbours_of, queries=scoring.queries or count, images=count)
+    return Pictures(images, data.root, SIDE), partial(neighbours_of, queries=queries or count, images=count)
 
 
 def _here(workspace: Workspace, dataset: str) -> list[Evaluated]:

@@ -4,29 +4,35 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from cbml import network, provenance
 from cbml.data.lists import ImageList, check_disjoint, hold_out
-from cbml.evaluation.scoring import Scoring
-from cbml.files import atomic_write, write_tensors
+from cbml.data.open import Data
+from cbml.data.scoring import Scoring
+from cbml.files import atomic_write, write_tensors, write_text
+from cbml.losses.base import Loss
+from cbml.models.embedding_model import EmbeddingModel
 from cbml.models.trunks import weights_content
 from cbml.progress import message
+from cbml.samplers.base import BatchSampler
 from cbml.samplers.classes import ClassesConfig
 from cbml.spec.cell import Cell
-from cbml.stages.inputs import fingerprint, images_of, test_list, training_list
+from cbml.stages.inputs import open_data
 from cbml.tracking import store as tracking
-from cbml.training.checkpoint import acquire
+from cbml.training.checkpoint import Checkpoint, acquire
 from cbml.training.device import device_context, facts
-from cbml.training.loop import train
+from cbml.training.history import Row
+from cbml.training.loop import Learner, Trained, train
 from cbml.workspace import Workspace
 
 
@@ -49,46 +55,36 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
         message(
             f"{cell.name}: {recipe} is {used} by {owner}, not {value} (to keep that: -S '++{owner}.{recipe}={value}')"
         )
-    selection = cell.recipe.select_by
-    train_list, (scored, scoring) = training_list(workspace, cell), test_list(workspace, cell)
-    train_on_all, code = _prepare(cell, workspace, train_list, scored, scoring)
-    if selection:
-        held_out = hold_out(train_list, selection.validation_classes)
-        select, _ = _prepare(cell, workspace, *held_out, Scoring(scoring.ks))
+    data = open_data(workspace, cell)
+    job, selection_job = _prepare(cell, workspace, data.train, data.test, data.scoring), None
+    if selection := cell.recipe.select_by:
+        remaining, held_out = hold_out(data.train, selection.validation_classes)
+        selection_job = _prepare(cell, workspace, remaining, held_out, Scoring(data.ks), selection.metric)
+    key = cell.key(data.fingerprint, weights_content(cell.backbone_config, workspace.root))
+    code = provenance.training_code(job.network, job.criterion, job.sampler)
 
-    data = fingerprint(workspace, cell.dataset)
-    key = cell.key(data, weights_content(cell.backbone_config, workspace.root))
     with acquire(workspace.checkpoint(key), key, code | provenance.packages()) as checkpoint:
         id_file = checkpoint.folder / "run_id"
         run_id = id_file.read_text(encoding="utf-8") if id_file.is_file() else None
-        opened = tracking.open_cell(workspace, cell, key, data, run_id=run_id, remember=id_file)
+        opened = tracking.open_cell(workspace, cell, key, data.fingerprint, run_id=run_id, remember=id_file)
         with opened as run, device_context(cell.recipe) as fabric:
-            states: list[dict[str, Any]] = []
-            if selection:
+            selected = None
+            if selection_job:
                 # Its checkpoint stays with the other: a run that continues finds there what was selected.
-                selected = select(
-                    fabric=fabric,
-                    label=f"{key} without the validation classes",
-                    checkpoint=checkpoint.part("selection"),
-                    log=lambda rows: run.log([_prefixed(row, "selection_") for row in rows]),
-                    select_by=selection.metric,
-                )
-                states.append(selected)
-            keep = selected["best"]["iteration"] if selection else None
-            trained = train_on_all(fabric=fabric, label=key, checkpoint=checkpoint, log=run.log, keep=keep)
-            states.append(trained)
-
-            iterations = {"final": cell.recipe.iterations, "best_on_test": trained["best"]["iteration"]}
-            if selection:
-                iterations["validated"] = keep
+                part, label = checkpoint.part("selection"), f"{key} without the validation classes"
+                selected = selection_job.train(data, fabric, label, part, lambda rows: run.log(_of_selection(rows)))
+            keep = selected.best if selected else None
+            trained = job.train(data, fabric, key, checkpoint, run.log, keep)
             run.send()  # so that its id is known, if the store was away
+            validated = {} if keep is None else {"validated": keep}
+            seconds = [each.seconds for each in (trained, selected) if each]
             record = {
                 "key": key,
                 "run_id": run.id,
-                "fingerprint": data,
-                "iterations": iterations,
-                "final_weights_sha256": weights_sha256(trained["network"]),
-                **{f"{name}_seconds": round(sum(s["seconds"][name] for s in states), 2) for name in trained["seconds"]},
+                "fingerprint": data.fingerprint,
+                "iterations": {"final": cell.recipe.iterations, "best_on_test": trained.best, **validated},
+                "final_weights_sha256": weights_sha256(trained.network),
+                **{f"{kind}_seconds": round(sum(each[kind] for each in seconds), 2) for kind in trained.seconds},
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                 "device": provenance.device_name(),
                 "numerics": facts(fabric, cell.recipe),
@@ -96,57 +92,103 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
                 "versions": provenance.versions(),
                 "unit": "percent",  # of all metrics; a run without it is of an earlier version, which wrote shares
             }
-            out = workspace.run(cell)
-            with atomic_write(out) as folder:
-                folder.mkdir()
-                write_tensors(folder / "final.pt", trained["network"])
-                for protocol, kind in (("best_on_test", "best"), ("validated", "kept")):
-                    if iterations.get(protocol, cell.recipe.iterations) not in (0, cell.recipe.iterations):
-                        shutil.copy(checkpoint.weights(f"{kind}-{iterations[protocol]}"), folder / f"{protocol}.pt")
-                pd.DataFrame(trained["losses"]).to_csv(folder / "losses.csv", index=False)
-                pd.DataFrame(trained["validations"]).to_csv(folder / "validations.csv", index=False)
-                if selection:
-                    pd.DataFrame(selected["validations"]).to_csv(folder / "selection.csv", index=False)
-                if "history" in (seen := trained.get("batches", {})):  # none after no iteration
-                    iterations_of = np.arange(len(seen["history"])) * seen["period"]
-                    np.savez_compressed(
-                        folder / "pseudo_labels.npz", history=seen["history"].numpy(), iterations=iterations_of
-                    )
-                (folder / "cell.yaml").write_text(cell.to_yaml(), encoding="utf-8")
-                (folder / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    # The checkpoint stays until `evaluate` begins: by then DVC has recorded this stage.
-    return out
+            with atomic_write(workspace.run(cell)) as folder:
+                _write_run(folder, cell, record, job.sampler, trained, selected, checkpoint)
+    # The checkpoint stays until the cell is evaluated: by then DVC has recorded this stage.
+    return workspace.run(cell)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Training on one list and scoring on another: all that it needs, checked, and no image decoded yet."""
+
+    cell: Cell
+    train_list: ImageList
+    scored: ImageList
+    scoring: Scoring
+    select_by: str
+    network: EmbeddingModel
+    criterion: Loss
+    sampler: BatchSampler
+
+    def train(
+        self,
+        data: Data,
+        fabric: Fabric,
+        label: str,
+        checkpoint: Checkpoint,
+        log: Callable[[list[Row]], None],
+        keep: int | None = None,
+    ) -> Trained:
+        """See `train` of the loop."""
+        cell = self.cell
+        return train(
+            cell.recipe,
+            cell.seed,
+            Learner(self.network, self.criterion, cell.recipe, fabric, cell.loss_config.teacher),
+            self.sampler,
+            data.images(self.train_list),
+            data.images(self.scored),
+            self.scoring,
+            label=label,
+            checkpoint=checkpoint,
+            log=log,
+            select_by=self.select_by,
+            keep=keep,
+        )
 
 
 def _prepare(
-    cell: Cell, workspace: Workspace, train_list: ImageList, scored: ImageList, scoring: Scoring
-) -> tuple[Callable[..., dict[str, Any]], dict[str, str]]:
-    """Check all that training on one list and scoring on another needs; return `train` with that filled in.
-
-    Beside it: the hashes of the code that takes part.
-    """
+    cell: Cell,
+    workspace: Workspace,
+    train_list: ImageList,
+    scored: ImageList,
+    scoring: Scoring,
+    select_by: str = "recall_at_1",
+) -> _Job:
+    """Check all that training on one list and scoring on another needs, and build it."""
     check_disjoint(train_list, scored)
-    recipe, method = cell.recipe, cell.loss_config
-    config = method.batches or ClassesConfig()
+    config = cell.loss_config.batches or ClassesConfig()
     labels = np.unique(train_list.labels, return_inverse=True)[1]
     if not config.needs_labels:
         labels = np.zeros_like(labels)  # what is not there cannot be looked at
-    numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
-    batches = config.build(labels, seed=cell.seed, **numbers)
+    sampler = config.build(labels, cell.recipe, cell.seed)
     torch.manual_seed(cell.seed)
-    model, criterion = network.build(cell, num_classes=batches.num_classes, root=workspace.root)
-
-    def train_on(**options: Any) -> dict[str, Any]:
-        images = replace(images_of(workspace, cell, train_list), labels=torch.from_numpy(labels))
-        on = images, images_of(workspace, cell, scored)
-        options |= {"scoring": scoring, "teacher_momentum": method.teacher}
-        return train(recipe, cell.seed, model, criterion, batches, *on, **options)
-
-    return train_on, provenance.training_code(model, criterion, batches)
+    model, criterion = network.build(cell, num_classes=sampler.num_classes, root=workspace.root)
+    train_list = replace(train_list, labels=labels)
+    return _Job(cell, train_list, scored, scoring, select_by, model, criterion, sampler)
 
 
-def _prefixed(row: dict[str, float], prefix: str) -> dict[str, float]:
-    return {name if name == "iteration" else prefix + name: value for name, value in row.items()}
+def _write_run(
+    folder: Path,
+    cell: Cell,
+    record: dict[str, Any],
+    sampler: BatchSampler,
+    trained: Trained,
+    selected: Trained | None,
+    checkpoint: Checkpoint,
+) -> None:
+    """The files of a run folder; see `train_cell`."""
+    folder.mkdir()
+    write_tensors(folder / "final.pt", trained.network)
+    for protocol, kind in (("best_on_test", "best"), ("validated", "kept")):
+        iteration = record["iterations"].get(protocol)
+        if iteration not in (None, 0, cell.recipe.iterations):
+            shutil.copy(checkpoint.weights(f"{kind}-{iteration}"), folder / f"{protocol}.pt")
+    pd.DataFrame(trained.losses).to_csv(folder / "losses.csv", index=False)
+    pd.DataFrame(trained.validations).to_csv(folder / "validations.csv", index=False)
+    if selected:
+        pd.DataFrame(selected.validations).to_csv(folder / "selection.csv", index=False)
+    if len(history := sampler.state_dict().get("history", ())):  # none after no iteration
+        iterations = np.arange(len(history)) * cast(int, sampler.period)
+        np.savez_compressed(folder / "pseudo_labels.npz", history=history.numpy(), iterations=iterations)
+    write_text(folder / "cell.yaml", cell.to_yaml())
+    write_text(folder / "run.json", json.dumps(record, indent=2))
+
+
+def _of_selection(rows: list[Row]) -> list[Row]:
+    """The rows with names of their own."""
+    return [{name if name == "iteration" else f"selection_{name}": row[name] for name in row} for row in rows]
 
 
 def weights_sha256(state: dict[str, Tensor]) -> str:

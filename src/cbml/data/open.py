@@ -1,0 +1,101 @@
+"""A dataset, opened once: its lists, and their images as a recipe wants them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from cbml.data.images import Images
+from cbml.data.lists import ImageList, fingerprint_of, read_list
+from cbml.data.packing import Packing, Size, pack_images
+from cbml.data.scoring import Scoring
+from cbml.errors import UserError
+from cbml.files import read_json
+
+
+@dataclass(frozen=True)
+class Data:
+    """Lists and images of a dataset. Each file is read when it is asked for, and once.
+
+    Attributes:
+        lists: the folder that `build_lists` wrote.
+        root: the folder of the images.
+        cache: see `Packing`.
+        ks: the K of Recall@K.
+        size: what the images are resized to.
+        ensure_images: brings the images if they are not there; returns `root`.
+    """
+
+    lists: Path
+    root: Path
+    cache: Path
+    ks: list[int]
+    size: Size
+    ensure_images: Callable[[], Path]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What `build_lists` found the content of images and lists to be."""
+        return read_json(self.lists / "summary.json", "build_lists", ("fingerprint",))["fingerprint"]
+
+    @cached_property
+    def _parts(self) -> dict[str, ImageList]:
+        tested = ("query", "gallery") if (self.lists / "query.txt").is_file() else ("test",)
+        return {name: read_list(self.lists / f"{name}.txt") for name in ("train", *tested)}
+
+    @property
+    def train(self) -> ImageList:
+        """The images to train on; see `read_list`."""
+        return self._parts["train"]
+
+    @cached_property
+    def test(self) -> ImageList:
+        """The images to test on, queries before their gallery, if the dataset has these; see `read_list`."""
+        if "test" in self._parts:
+            return self._parts["test"]
+        return self._parts["query"] + self._parts["gallery"]
+
+    @property
+    def scoring(self) -> Scoring:
+        """How `test` is scored."""
+        return Scoring(self.ks, len(self._parts["query"].paths) if "query" in self._parts else None)
+
+    def images(self, listed: ImageList) -> Images:
+        """The images of a list that is a part of `train` or `test`; see `pack_images`.
+
+        Raises:
+            UserError: an image cannot be read, or the images are not those of the lists.
+        """
+        every, rows = self._every
+        indices = torch.tensor([rows[path] for path in listed.paths])
+        return every.subset(indices, torch.from_numpy(listed.labels))
+
+    @cached_property
+    def _every(self) -> tuple[Images, dict[str, int]]:
+        """All images of the dataset, decoded by this or an earlier call, and the row of each path."""
+        every, (resize, interpolation), fingerprint = self.train + self.test, self.size, self.fingerprint
+        if not (Packing(every, self.root, self.cache, fingerprint).folder(self.size) / "images.bin").exists():
+            self.ensure_images()
+        packed = pack_images(
+            every,
+            self.root,
+            self.cache,
+            resize=resize,
+            interpolation=interpolation,
+            fingerprint=fingerprint,
+            check=self._check,
+        )
+        return packed, {path: row for row, path in enumerate(every.paths)}
+
+    def _check(self, digests: list[str]) -> None:
+        """Raises a UserError if images of these hashes are not those that the lists were made of."""
+        every = self.train + self.test
+        splits = [name for name, part in self._parts.items() for _ in part.paths]
+        if fingerprint_of(splits, every.paths, every.labels.tolist(), digests) != self.fingerprint:
+            stages = f"download@{self.lists.name} build_lists@{self.lists.name}"
+            raise UserError(
+                f"{self.root}: the images or the lists have changed since the lists were made; again: "
+                f"`dvc repro -f -s {stages}`, then `dvc repro`"
+            )

@@ -1,0 +1,67 @@
+"""A dataset, opened once: what a cell needs of it is read when it is asked for, and no file twice."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import VALIDATING, run
+
+import cbml.data.open as opening
+from cbml import workspace as workspaces
+from cbml.errors import UserError
+from cbml.stages.evaluate import evaluate_cell
+from cbml.stages.inputs import open_data
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How often each file was read, by name; the pack of decoded images counts as one."""
+    counts = Counter()
+
+    def count(owner, function):
+        original = getattr(owner, function)
+
+        def counted(first, *args, **kwargs):
+            counts["images" if function == "pack_images" else first.name] += 1
+            return original(first, *args, **kwargs)
+
+        monkeypatch.setattr(owner, function, counted)
+
+    count(opening, "read_list")
+    count(opening, "read_json")
+    count(opening, "pack_images")
+    count(workspaces, "load_params")
+    return counts
+
+
+ONCE = {"train.txt": 1, "test.txt": 1, "summary.json": 1, "images": 1, "params.yaml": 1}
+
+
+def test_training_and_evaluation_read_each_file_once(workspace, read):
+    read["params.yaml"] -= 1  # `run` reads it, too, for the cell
+    folder = run(workspace, recipe={"tiny": VALIDATING})
+    assert read == ONCE
+    read.clear()
+    evaluate_cell(folder, workspace)
+    assert {name: read[name] for name in ONCE} == ONCE | {"summary.json": 1}
+
+
+def test_the_images_of_a_part_are_those_of_the_list(workspace):
+    (cell,) = workspace.params().cells("glyphs")
+    data = open_data(workspace, cell)
+    rows = np.array([30, 2, 7])
+    every, part = data.images(data.test), data.images(data.test.subset(rows))
+    boxes = torch.tensor([[0, 0, 24, 24]] * 3)
+    assert torch.equal(part.crops(torch.arange(3), boxes, 20), every.crops(torch.from_numpy(rows), boxes, 20))
+    assert part.labels.tolist() == data.test.labels[rows].tolist()
+    assert len(data.images(data.train)) == 36 and not set(data.train.paths) & set(data.test.paths)
+
+
+def test_nothing_is_read_before_it_is_asked_for(workspace):
+    (cell,) = workspace.params().cells("glyphs")
+    data = open_data(workspace, cell.__class__(**vars(cell) | {"dataset": "absent"}))
+    with pytest.raises(UserError, match="absent/summary.json: no such file"):
+        _ = data.fingerprint
+    with pytest.raises(UserError, match="absent/train.txt does not exist"):
+        _ = data.train
