@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import yaml
-from pydantic import TypeAdapter
 
 from cbml.errors import UserError
-from cbml.losses import build_loss, config_union, needs
+from cbml.losses import Sizes, build_loss, needs
+from cbml.spec.method import parse_method
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -38,10 +38,10 @@ def batch(size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 def load(name: str) -> torch.nn.Module | None:
     """The loss of an option; None if it is a method that needs more than embeddings and labels."""
     config = yaml.safe_load((ROOT / "conf" / "loss" / f"{name}.yaml").read_text())[name]
-    config = TypeAdapter(config_union()).validate_python(config)
+    config = parse_method(config)
     if config.head or config.batches:
         return None
-    loss = build_loss(config, embedding_dim=DIM, num_classes=CLASSES, feature_dim=DIM)
+    loss = build_loss(config, Sizes(DIM, CLASSES, feature_dim=DIM))
     return None if needs(loss) else loss
 
 

@@ -7,8 +7,9 @@ import yaml
 from pydantic import TypeAdapter
 from torch.nn.functional import normalize
 
-from cbml.losses import build_loss, config_union, needs
+from cbml.losses import AnyLoss, Batch, Loss, Sizes, build_loss, total
 from cbml.models import Outputs
+from cbml.spec.method import AnyMethod
 
 CONF = Path(__file__).parents[1] / "conf" / "loss"
 
@@ -17,42 +18,54 @@ CLASSES, DIM = 6, 8
 
 
 def parse_option(name):
-    """The parameters in `conf/loss/NAME.yaml`."""
+    """The method in `conf/loss/NAME.yaml`."""
     config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert list(config) == [name]
-    return parse(config[name])
+    return TypeAdapter(AnyMethod).validate_python(config[name])
 
 
 OPTIONS = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
 def parse(config):
-    return TypeAdapter(config_union()).validate_python(config)
+    return TypeAdapter(AnyLoss).validate_python(config)
 
 
 def build(type, **parameters):  # noqa: A002
-    return build_loss(parse({"type": type} | parameters), embedding_dim=DIM, num_classes=CLASSES)
+    return build_loss(parse({"type": type} | parameters), Sizes(DIM, CLASSES))
+
+
+def value(loss, embeddings, labels, **more):
+    """The loss of embeddings as they are, as the training loop has it; `loss(embeddings, labels)` normalises them."""
+    return total(loss.terms(Batch(embeddings, labels, **more)))
+
+
+def seen(embeddings):
+    """What a network gives beside embeddings, made from them: for a loss that needs it."""
+    maps = embeddings[:, :, None, None].expand(-1, -1, 2, 2)
+    outputs = {"features": embeddings, "raw": embeddings, "map": maps}
+    outputs["indices"] = torch.arange(len(embeddings), device=embeddings.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = torch.nn.Linear(DIM, DIM).to(embeddings)
+    return outputs | {"head": head, "teacher": Outputs(embeddings, embeddings, embeddings)}
+
+
+def losses_in(loss):
+    """A loss, and those that it is made of."""
+    return [module for module in loss.modules() if isinstance(module, Loss)]
+
+
+def parts_of(name):
+    """Sizes of as many parts of an embedding as the head of `conf/loss/NAME.yaml` has."""
+    head = parse_option(name).head
+    return tuple(len(part) for part in torch.arange(DIM).tensor_split(len(head.parts(48)) if head else 1))
 
 
 def option(name):
-    """The loss that `conf/loss/NAME.yaml` describes; what it looks at beside embeddings is made from them."""
+    """The loss that `conf/loss/NAME.yaml` describes."""
     torch.manual_seed(0)
-    config = parse_option(name)
-    count = len(config.head.parts(48)) if config.head else 1
-    parts = [len(part) for part in torch.arange(DIM).tensor_split(count)]
-    loss = build_loss(config, embedding_dim=DIM, num_classes=CLASSES, feature_dim=DIM, parts=parts)
-    if needs(loss):
-        head = torch.nn.Linear(DIM, DIM)
-
-        def add(module, arguments, more):
-            embeddings = arguments[0]
-            maps = embeddings[:, :, None, None].expand(-1, -1, 2, 2)
-            seen = {"features": embeddings, "raw": embeddings, "indices": torch.arange(len(embeddings)), "map": maps}
-            others = {"head": head.to(embeddings.dtype), "teacher": Outputs(embeddings, embeddings, embeddings)}
-            return arguments, seen | others | more
-
-        loss.register_forward_pre_hook(add, with_kwargs=True)
-    return loss
+    return build_loss(parse_option(name), Sizes(DIM, CLASSES, feature_dim=DIM, parts=parts_of(name)))
 
 
 def sample(labels=(2, 0, 1, 0, 2, 2, 1, 0, 5), dtype=torch.float64):
@@ -64,7 +77,8 @@ def sample(labels=(2, 0, 1, 0, 2, 2, 1, 0, 5), dtype=torch.float64):
 
 
 def value_and_gradient(loss, embeddings, labels):
+    """Of a `Loss`, on embeddings as they are, or of any function of embeddings and labels."""
     embeddings = embeddings.detach().requires_grad_()
-    value = loss(embeddings, labels)
-    (gradient,) = torch.autograd.grad(value, embeddings)
-    return value.detach(), gradient
+    found = value(loss, embeddings, labels, **seen(embeddings)) if isinstance(loss, Loss) else loss(embeddings, labels)
+    (gradient,) = torch.autograd.grad(found, embeddings)
+    return found.detach(), gradient

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from cbml.errors import UserError
 from cbml.files import read_tensors
-from cbml.losses.base import Loss, build_loss, needs
+from cbml.losses.base import Loss, Sizes, build_loss, needs
 from cbml.models.embedding_model import EmbeddingModel, create_model
 from cbml.models.weights import Unavailable, read_state
 from cbml.spec.cell import Cell
@@ -27,13 +27,9 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
         hint = f"a file does without a network: -S backbone.{cell.backbone}.weights=PATH"
         raise UserError(f"{error}; {hint}") from error
     network.freeze_bn = cell.recipe.freeze_bn
-    criterion = build_loss(
-        cell.loss_config,
-        embedding_dim=network.embedding_dim,
-        num_classes=num_classes,
-        feature_dim=cast(int, network.trunk.num_features),
-        parts=network.parts,
-    )
+    features = cast(int, network.trunk.num_features)
+    sizes = Sizes(network.embedding_dim, num_classes, feature_dim=features, parts=tuple(network.parts))
+    criterion = build_loss(cell.loss_config, sizes)
     if "map" in needs(criterion) and network.pooling is None:
         raise UserError(f"loss {cell.loss}: needs the last feature map, which backbone {cell.backbone} does not give")
     if "teacher" in needs(criterion) and cell.loss_config.teacher is None:

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from literal_losses import cbml
+from loss_options import value, value_and_gradient
 from pydantic import TypeAdapter, ValidationError
 
-from cbml.losses import build_loss, config_union
+from cbml.losses import AnyLoss, Batch, Sizes, build_loss
 from cbml.schema import first_error
 
 FORMS = ["log", "sqrt", "const"]
@@ -20,11 +21,11 @@ BATCHES = {
 
 
 def parse(**parameters):
-    return TypeAdapter(config_union()).validate_python({"type": "cbml"} | parameters)
+    return TypeAdapter(AnyLoss).validate_python({"type": "cbml"} | parameters)
 
 
 def build(**parameters):
-    return build_loss(parse(**parameters), embedding_dim=8, num_classes=10)
+    return build_loss(parse(**parameters), Sizes(8, 10))
 
 
 def sample(labels, dtype=torch.float64):
@@ -34,13 +35,6 @@ def sample(labels, dtype=torch.float64):
     centres = torch.randn(int(labels.max()) + 1, 8, generator=generator, dtype=torch.float64) + 1
     embeddings = centres[labels] + torch.randn(len(labels), 8, generator=generator, dtype=torch.float64)
     return torch.nn.functional.normalize(embeddings, dim=1).to(dtype), labels
-
-
-def value_and_gradient(loss, embeddings, labels):
-    embeddings = embeddings.detach().requires_grad_()
-    value = loss(embeddings, labels)
-    (gradient,) = torch.autograd.grad(value, embeddings)
-    return value.detach(), gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -60,12 +54,12 @@ def value_and_gradient(loss, embeddings, labels):
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_loop_over_anchors(form, options, labels, dtype):
     embeddings, labels = sample(labels, dtype)
-    value, gradient = value_and_gradient(build(form=form, **options), embeddings, labels)
+    found, gradient = value_and_gradient(build(form=form, **options), embeddings, labels)
     expected, expected_gradient = value_and_gradient(lambda e, y: cbml(e, y, form=form, **options), embeddings, labels)
-    assert value > 0
+    assert found > 0
     # Exponents of up to 100·s lose two digits of the similarity's seven.
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
-    torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     largest = float(gradient.abs().max())
     torch.testing.assert_close(gradient, expected_gradient, rtol=tolerance, atol=tolerance * largest)
 
@@ -73,7 +67,7 @@ def test_equals_the_loop_over_anchors(form, options, labels, dtype):
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form):
     embeddings, labels = sample(BATCHES["with singletons"])
-    assert torch.autograd.gradcheck(lambda e: build(form=form)(e, labels), embeddings.requires_grad_())
+    assert torch.autograd.gradcheck(lambda e: value(build(form=form), e, labels), embeddings.requires_grad_())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -81,25 +75,25 @@ def test_gradcheck(form):
 @pytest.mark.parametrize("labels", [[0] * 6, [0, 1, 2, 3, 4, 5], [0]], ids=["one class", "all different", "one image"])
 def test_without_positives_or_negatives_is_zero_and_connected(labels, adaptive_neg, form):
     embeddings, labels = sample(labels)
-    value, gradient = value_and_gradient(build(form=form, adaptive_neg=adaptive_neg), embeddings, labels)
-    assert value == 0
+    found, gradient = value_and_gradient(build(form=form, adaptive_neg=adaptive_neg), embeddings, labels)
+    assert found == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_all_mined_away_is_zero_and_connected(form):
     embeddings = torch.eye(2, dtype=torch.float64)[[0, 0, 1, 1]]
-    value, gradient = value_and_gradient(build(form=form), embeddings, torch.tensor([0, 0, 1, 1]))
-    assert value == 0
+    found, gradient = value_and_gradient(build(form=form), embeddings, torch.tensor([0, 0, 1, 1]))
+    assert found == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_identical_embeddings_are_finite(form):
     embeddings = torch.ones(6, 4) / 2
-    value, gradient = value_and_gradient(build(form=form), embeddings, torch.tensor([0, 0, 0, 1, 1, 1]))
-    assert value > 0
-    assert torch.isfinite(value)
+    found, gradient = value_and_gradient(build(form=form), embeddings, torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert found > 0
+    assert torch.isfinite(found)
     assert torch.isfinite(gradient).all()
 
 
@@ -115,26 +109,26 @@ def test_true_duplicates_count_as_positives():
 def test_order_of_the_batch_does_not_matter(form):
     embeddings, labels = sample(BATCHES["unordered"])
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
-    value, gradient = value_and_gradient(build(form=form), embeddings, labels)
+    found, gradient = value_and_gradient(build(form=form), embeddings, labels)
     permuted, permuted_gradient = value_and_gradient(build(form=form), embeddings[order], labels[order])
-    torch.testing.assert_close(value, permuted)
+    torch.testing.assert_close(found, permuted)
     torch.testing.assert_close(gradient[order], permuted_gradient)
 
 
 def test_autocast_around_changes_nothing():
     embeddings, labels = sample(BATCHES["4 classes of 3"], torch.float32)
-    value, gradient = value_and_gradient(build(), embeddings, labels)
+    found, gradient = value_and_gradient(build(), embeddings, labels)
     embeddings.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = build()(embeddings, labels)
-    assert torch.equal(value, inside)
+        inside = value(build(), embeddings, labels)
+    assert torch.equal(found, inside)
     assert torch.equal(gradient, *torch.autograd.grad(inside, embeddings))
 
 
 def test_terms_add_up_to_the_loss():
     embeddings, labels = sample(BATCHES["4 classes of 3"])
     loss = build(weight=0.5)
-    terms = loss.terms(embeddings, labels)
+    terms = loss.terms(Batch(embeddings, labels))
     assert set(terms) == {"positive", "negative", "variance"}
     torch.testing.assert_close(sum(terms.values()), loss(embeddings, labels))
     torch.testing.assert_close(2 * loss(embeddings, labels), build()(embeddings, labels))
@@ -146,7 +140,7 @@ def test_terms_add_up_to_the_loss():
         ({"form": "cube"}, "form: Input should be 'log', 'sqrt' or 'const', got 'cube'"),
         (
             {"margn": 0.1},
-            "unknown parameter margn; allowed: type, weight, lr_factor, head, batches, teacher, recipe, form, ",
+            "unknown parameter margn; allowed: type, weight, lr_factor, form, ",
         ),
         ({"margin": "wide"}, "margin: Input should be a valid number"),
         ({"negative_scale": 0}, "negative_scale: Input should be greater than 0, got 0"),

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from loss_options import build, parse, sample, value_and_gradient
+from loss_options import build, parse, sample, value, value_and_gradient
 from torch import nn
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.losses import build_loss
+from cbml.losses import Batch, Sizes, build_loss
 from cbml.losses.methods.adversarial import adversarial
 from cbml.losses.methods.stml import contextual_similarity
 from cbml.models import Outputs
@@ -29,7 +29,7 @@ def make(type, parts=None, feature_dim=None, embedding_dim=2, **parameters):  # 
     torch.manual_seed(0)
     config = parse({"type": type} | parameters)
     size = sum(parts) if parts else embedding_dim
-    return build_loss(config, embedding_dim=size, num_classes=6, feature_dim=feature_dim, parts=parts).double()
+    return build_loss(config, Sizes(size, 6, feature_dim, tuple(parts or ()))).double()
 
 
 def joined(*parts):
@@ -64,7 +64,7 @@ def literal_variance(e, y, epsilon=0.01):
 
 @pytest.mark.parametrize(("scale", "expected"), [(64.0, 4.513285), (8.0, 0.735479)])
 def test_tml_has_its_known_values(scale, expected):
-    terms = make("tml", scale=scale, variance_weight=1.0).terms(FOUR, LABELS)
+    terms = make("tml", scale=scale, variance_weight=1.0).terms(Batch(FOUR, LABELS))
     assert terms["tuplet"].item() == pytest.approx(expected, abs=1e-6)
     assert terms["variance"].item() == pytest.approx(0.022610 + 0.111933, abs=2e-6)
 
@@ -73,7 +73,7 @@ def test_tml_is_softplus_for_one_negative_and_no_margin():
     embeddings, labels = plane(0, 30, 100), torch.tensor([0, 0, 1])
     s = embeddings @ embeddings.T
     expected = nn.functional.softplus(64 * torch.stack([s[0, 2] - s[0, 1], s[1, 2] - s[0, 1]])).mean()
-    torch.testing.assert_close(make("tml", margin=0.0).terms(embeddings, labels)["tuplet"], expected)
+    torch.testing.assert_close(make("tml", margin=0.0).terms(Batch(embeddings, labels))["tuplet"], expected)
 
 
 # Hard-aware deeply cascaded embedding
@@ -102,7 +102,7 @@ def literal_hdc(parts, y, ratios, nested, margin=1.0, factor=10.0):
 
 
 def test_hdc_has_its_known_value():
-    terms = make("hdc", parts=[2], ratios=[1.0]).terms(FOUR, LABELS)
+    terms = make("hdc", parts=[2], ratios=[1.0]).terms(Batch(FOUR, LABELS))
     assert terms["part_1"].item() == pytest.approx((1 + 0.120615 + 7.320508 + 2.855752) / 4, abs=1e-6)
 
 
@@ -163,7 +163,7 @@ def literal_bier(parts, y, boosting, alpha=2.0, beta=0.5, cost=25.0, shrinkage=0
 )
 def test_bier_has_its_known_values(boosting, expected, weights):
     loss = make("bier", parts=[2, 2], boosting=boosting, decorrelation_weight=0.0)
-    assert loss(joined(FOUR, OTHERS), LABELS).item() == pytest.approx(expected, abs=1e-6)
+    assert value(loss, joined(FOUR, OTHERS), LABELS).item() == pytest.approx(expected, abs=1e-6)
     literal, found = literal_bier([FOUR, OTHERS], LABELS, boosting)
     assert literal.item() == pytest.approx(expected, abs=1e-6)
     second = [found[i, j, 2] for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))]
@@ -203,7 +203,7 @@ def literal_activation(f, w, penalty):
 
 def test_activation_decorrelates_by_the_heads_weights_alone(seen):
     loss = make("bier", parts=[2, 3], decorrelation_weight=0.5, penalty_weight=7.0)
-    term = loss.terms(labels=LABELS, **seen)["decorrelation"]
+    term = loss.terms(Batch(labels=LABELS, **seen))["decorrelation"]
     weights = seen["head"].weight.split([2, 3])
     expected = 0.5 * literal_activation([seen["features"].detach() @ w.T for w in weights], weights, 7.0)
     torch.testing.assert_close(term, expected)
@@ -216,7 +216,7 @@ def test_activation_decorrelates_by_the_heads_weights_alone(seen):
 
 def test_adversaries_predict_and_the_head_hinders(seen):
     loss = make("bier", parts=[2, 3], decorrelation="adversarial", decorrelation_weight=1.0, penalty_weight=0.0)
-    term = loss.terms(labels=LABELS, **seen)["decorrelation"]
+    term = loss.terms(Batch(labels=LABELS, **seen))["decorrelation"]
     small, large = (seen["features"].detach() @ w.T for w in seen["head"].weight.split([2, 3]))
     (regressor,) = loss.regressors
     expected = -(small * regressor(large)).square().mean()
@@ -234,7 +234,7 @@ def test_the_penalty_of_adversaries_is_on_weights_by_inputs_and_on_long_biases(s
     regressor[0].bias.data.fill_(1.0)
     without = make("bier", parts=[2, 3], decorrelation="adversarial", decorrelation_weight=1.0, penalty_weight=0.0)
     without.load_state_dict(loss.state_dict())
-    found = loss(labels=LABELS, **seen) - without(labels=LABELS, **seen)
+    found = value(loss, labels=LABELS, **seen) - value(without, labels=LABELS, **seen)
     matrices = [*seen["head"].weight.split([2, 3]), regressor[0].weight, regressor[2].weight]
     expected = sum(torch.stack([(v @ v - 1) ** 2 for v in matrix.T]).mean() for matrix in matrices)
     expected = expected + sum(max(0.0, layer.bias.square().sum() - 1) for layer in (regressor[0], regressor[2]))
@@ -245,9 +245,9 @@ def test_bier_wants_parts_and_a_linear_head(seen):
     with pytest.raises(UserError, match="bier: an embedding of 1 part"):
         build("bier")
     with pytest.raises(UserError, match="needs the features of its batch"):
-        make("bier", parts=[2, 3]).terms(labels=LABELS, **seen | {"features": None})
+        make("bier", parts=[2, 3]).terms(Batch(labels=LABELS, **seen | {"features": None}))
     with pytest.raises(UserError, match="not one linear layer"):
-        make("bier", parts=[2, 3]).terms(labels=LABELS, **seen | {"head": nn.Identity()})
+        make("bier", parts=[2, 3]).terms(Batch(labels=LABELS, **seen | {"head": nn.Identity()}))
 
 
 # HORDE
@@ -260,7 +260,7 @@ def literal_cosine_contrastive(e, y, margin=0.5):
 
 
 def test_the_contrastive_loss_of_horde_has_its_known_value():
-    assert make("cosine_contrastive")(FOUR, LABELS).item() == pytest.approx(0.190612, abs=1e-6)
+    assert value(make("cosine_contrastive"), FOUR, LABELS).item() == pytest.approx(0.190612, abs=1e-6)
     assert literal_cosine_contrastive(FOUR, LABELS).item() == pytest.approx(0.190612, abs=1e-6)
     embeddings, labels = sample()
     torch.testing.assert_close(
@@ -284,7 +284,7 @@ def test_moments_have_their_known_values(monkeypatch):
         output.register_forward_hook(lambda module, inputs, result: seen.append(inputs[0]))
     feature_map = torch.tensor([[1.0, 2], [0, 1], [3, 0], [1, 1]], dtype=torch.float64).T.reshape(1, 2, 2, 2)
     embedding = plane(0)
-    loss.terms(torch.nn.functional.pad(embedding, (0, 1)), torch.tensor([0]), map=feature_map)
+    loss.terms(Batch(torch.nn.functional.pad(embedding, (0, 1)), torch.tensor([0]), map=feature_map))
     assert [moment.squeeze().tolist() for moment in seen] == [[1.25, -1.25, 1.5], [6, 1.75, 4]]
 
 
@@ -293,7 +293,7 @@ def test_horde_is_the_sum_over_orders_and_does_not_see_positions():
     embeddings = normalize(embeddings[:, :3], dim=1)
     maps = torch.randn(len(labels), 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     loss = horde()
-    terms = loss.terms(embeddings, labels, map=maps)
+    terms = loss.terms(Batch(embeddings, labels, map=maps))
     assert list(terms) == ["order_1", "order_2", "order_3"]
     x, phi = maps.flatten(2).mT, []
     for order, projection in enumerate(loss.projections, 1):
@@ -302,7 +302,7 @@ def test_horde_is_the_sum_over_orders_and_does_not_see_positions():
         expected = literal_cosine_contrastive(normalize(output(phi[order - 1].mean(1)), dim=1), labels)
         torch.testing.assert_close(terms[f"order_{order}"], expected)
     shuffled = maps.flatten(2)[:, :, torch.randperm(16)].view_as(maps)
-    torch.testing.assert_close(loss(embeddings, labels, map=shuffled), sum(terms.values()))
+    torch.testing.assert_close(value(loss, embeddings, labels, map=shuffled), sum(terms.values()))
     alone = horde(orders=1)
     assert list(alone.parameters()) == []
     torch.testing.assert_close(alone(embeddings, labels), make("cosine_contrastive")(embeddings, labels))
@@ -342,7 +342,7 @@ def test_mic_is_a_loss_on_the_head_of_its_task_and_the_adversarial_term(task):
     features = torch.randn(len(labels), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     loss = make("mic", feature_dim=5, embedding_dim=8, loss={"type": "contrastive"})
     embeddings.requires_grad_()
-    terms = loss.terms(embeddings, labels, features=features, task=task)
+    terms = loss.terms(Batch(embeddings, labels, features=features, task=task))
     shared = normalize(loss.shared(features), dim=1)
     torch.testing.assert_close(terms["task"], build("contrastive")((embeddings, shared)[task], labels))
     torch.testing.assert_close(terms["adversarial"], 2500 * adversarial(embeddings, shared, loss.regressor))
@@ -408,14 +408,14 @@ def test_stml_has_its_known_values():
     taught = nn.functional.pad(TAUGHT, (0, 1)).requires_grad_()
     f, g = F.clone().requires_grad_(), G.clone().requires_grad_()
     seen = {"embeddings": normalize(f, dim=1), "labels": TWICE, "indices": TWICE}
-    terms = stml().terms(**seen, raw=f, features=g, teacher=Outputs(taught, features=taught))
+    terms = stml().terms(Batch(**seen, raw=f, features=g, teacher=Outputs(taught, features=taught)))
     assert terms["embedding"].item() == pytest.approx(0.894409 / 2, abs=1e-6)
     assert terms["projection"].item() == pytest.approx(0.895314 / 2, abs=1e-6)
     assert terms["distillation"].item() == pytest.approx(0.004504, abs=1e-6)
     gradients = torch.autograd.grad(terms["distillation"], [f, g, taught], allow_unused=True, retain_graph=True)
     assert [gradient is None for gradient in gradients] == [False, True, True]
     assert torch.autograd.grad(sum(terms.values()), taught, allow_unused=True) == (None,)
-    scaled = stml().terms(**seen, raw=5 * f, features=g, teacher=Outputs(taught, features=taught))
+    scaled = stml().terms(Batch(**seen, raw=5 * f, features=g, teacher=Outputs(taught, features=taught)))
     torch.testing.assert_close(scaled, terms)
 
 
@@ -460,13 +460,13 @@ def test_moco_tells_the_teachers_crop_from_the_queue():
     raw, taught = (torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
     queue = loss.queue.clone()
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    value = loss(normalize(raw, dim=1), labels, raw=raw, teacher=Outputs(taught, raw=taught))
+    found = value(loss, normalize(raw, dim=1), labels, raw=raw, teacher=Outputs(taught, raw=taught))
     queries, keys = normalize(loss.projection(raw[:3]), dim=1), normalize(loss.teacher(taught[3:]), dim=1)
     expected = sum(
         -torch.log_softmax(torch.stack([q @ k, *(q @ other for other in queue)]) / 0.5, 0)[0]
         for q, k in zip(queries, keys, strict=True)
     )
-    torch.testing.assert_close(value, expected / 3)
+    torch.testing.assert_close(found, expected / 3)
     torch.testing.assert_close(loss.queue, torch.cat([keys, queue])[:5])
     resumed = make("moco", embedding_dim=3, projection_dim=2, queue=5)
     resumed.load_state_dict(loss.state_dict())
@@ -479,4 +479,4 @@ def test_moco_tells_the_teachers_crop_from_the_queue():
 @pytest.mark.parametrize("type_", ["tml", "cosine_contrastive"])
 def test_gradcheck(type_):
     embeddings, labels = sample((0, 0, 1, 1, 2))
-    assert torch.autograd.gradcheck(lambda e: make(type_)(normalize(e), labels), embeddings.requires_grad_())
+    assert torch.autograd.gradcheck(lambda e: value(make(type_), normalize(e), labels), embeddings.requires_grad_())

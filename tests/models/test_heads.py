@@ -3,12 +3,12 @@
 import pytest
 import torch
 from helpers import ROOT, config_of
-from loss_options import build, parse, sample
+from loss_options import build, parse, sample, value
 from pydantic import TypeAdapter, ValidationError
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.losses import build_loss
+from cbml.losses import Sizes, build_loss
 from cbml.models import create_model
 from cbml.models.heads import Head
 from cbml.schema import first_error
@@ -86,7 +86,7 @@ def test_a_loss_on_every_part_is_the_sum_of_it_on_the_slices(inner):
     embeddings, labels = sample()
     torch.manual_seed(0)
     config = parse({"type": "per_part", "weight": 2.0, "loss": {"type": inner, "weight": 3.0}})
-    loss = build_loss(config, embedding_dim=8, num_classes=6, parts=[3, 5]).double()
+    loss = build_loss(config, Sizes(8, 6, parts=(3, 5))).double()
     expected = [
         one(normalize(part, dim=1), labels) for one, part in zip(loss.losses, embeddings.split([3, 5], 1), strict=True)
     ]
@@ -99,9 +99,9 @@ def test_a_loss_on_every_part_is_the_sum_of_it_on_the_slices(inner):
 def test_a_task_trains_its_part_alone_and_all_tasks_the_whole():
     embeddings, labels = sample()
     config = parse({"type": "per_part", "select": "task", "loss": {"type": "contrastive"}})
-    loss = build_loss(config, embedding_dim=8, num_classes=6, parts=[3, 5])
+    loss = build_loss(config, Sizes(8, 6, parts=(3, 5)))
     embeddings.requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(embeddings, labels, task=1), embeddings)
+    (gradient,) = torch.autograd.grad(value(loss, embeddings, labels, task=1), embeddings)
     assert gradient[:, :3].abs().max() == 0 and gradient[:, 3:].abs().max() > 0
     torch.testing.assert_close(loss(embeddings, labels), build("contrastive")(embeddings, labels))
 

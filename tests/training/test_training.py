@@ -265,9 +265,9 @@ class Diverging(Loss):
         super().__init__()
         self.at, self.calls = at, 0
 
-    def compute(self, embeddings, labels):
+    def compute(self, batch):
         self.calls += 1
-        return {"loss": embeddings.sum() * (float("nan") if self.calls == self.at else 1.0)}
+        return {"loss": batch.embeddings.sum() * (float("nan") if self.calls == self.at else 1.0)}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_iteration(workspace, monkeypatch):
@@ -446,7 +446,7 @@ class Watching(Loss):
         super().__init__()
         self.seen = set()
 
-    def compute_batch(self, batch):
+    def compute(self, batch):
         for outputs in (batch, batch.teacher):
             for name in ("embeddings", "raw", "features", "map"):
                 self.seen.add((name, getattr(outputs, name).dtype))

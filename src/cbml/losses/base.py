@@ -1,38 +1,59 @@
 """What a loss is here, and the registry that turns its YAML file into one.
 
 A loss is a `Loss` subclass decorated with `@register("name")`. The keyword parameters of its constructor, with their
-annotations and defaults, are the parameters that its YAML file may set; those of `FILLED_IN` are filled in from the
-model and the batches where a constructor asks for them.
-
-A method that is more than a loss says in the same file what else it changes: the head, the batches, the recipe.
+annotations and defaults, are the parameters that its YAML file may set, and what is given in Python is held to the same
+annotations. A constructor that also asks for `sizes` gets the `Sizes` of the model and the batches.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Literal, Self, TypeAlias, Union, cast
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import torch
-from pydantic import Field, create_model, model_serializer, model_validator
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError, create_model, model_validator
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.models.heads import Head
-from cbml.samplers.config import AnyBatchSampler
-from cbml.schema import NonNegative, Positive, Schema
+from cbml.schema import NonNegative, Positive, Schema, first_error
 
-REGISTRY: dict[str, tuple[type["Loss"], type["LossConfig"]]] = {}
-# feature_dim: C of the pooled features; parts: sizes of the embedding's parts; build: `build_loss` for an inner loss,
-# with these sizes filled in.
-FILLED_IN = ("embedding_dim", "num_classes", "feature_dim", "parts", "build")
-METHOD = ("head", "batches", "teacher", "recipe")  # what only the outermost loss may set
+L = TypeVar("L", bound="type[Loss]")
 
-# The annotation of a parameter that is itself a loss; stands for `config_union()`, known once all are registered.
-if TYPE_CHECKING:
-    AnyLoss: TypeAlias = "LossConfig"
-else:
-    AnyLoss = ForwardRef("AnyLoss")
+REGISTRY: dict[str, type["Loss"]] = {}
+METHOD = ("head", "batches", "teacher", "recipe")  # what the file of a method sets beside its loss: see spec/method.py
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a loss with parameters of its own must know of the model and the batches.
+
+    Attributes:
+        embedding_dim: D of the embeddings (B, D).
+        num_classes: the labels are below it.
+        feature_dim: C of the pooled features (B, C).
+        parts: of the embedding, which add up to D; none: it is one.
+    """
+
+    embedding_dim: int
+    num_classes: int
+    feature_dim: int | None = None
+    parts: tuple[int, ...] = ()
+
+    def get(self, name: str) -> int:
+        """A size that must be known.
+
+        Raises:
+            UserError: it is not.
+        """
+        if (value := getattr(self, name)) is None:
+            raise UserError(f"loss: needs the size {name}, which is not there")
+        return int(value)
+
+    def of_parts(self) -> list[int]:
+        """The sizes of the embedding's parts, at least one."""
+        return list(self.parts) or [self.embedding_dim]
 
 
 @dataclass(frozen=True)
@@ -68,57 +89,92 @@ class Batch:
         value = getattr(self, name)
         if value is None:
             raise UserError(f"loss: needs the {name} of its batch, which are not there")
-        return type(value)(*map(_raised, value)) if isinstance(value, tuple) else _raised(value)
+        if name == "teacher":
+            return value._make(raised(each) for each in value)
+        return raised(value)
 
 
-def _raised(value: Any) -> Any:
+def raised(value: Any) -> Any:
+    """A tensor of half precision in float32; anything else as it is."""
     return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
 
 
+def total(terms: dict[str, Tensor]) -> Tensor:
+    """The sum of a loss's terms: a scalar."""
+    return cast(Tensor, sum(terms.values()))
+
+
 class Loss(nn.Module):
-    """Base class: a scalar from a batch, as a sum of named terms."""
+    """Base class: a scalar from a batch, as a sum of named terms.
 
-    weight = 1.0
-    # A subclass sets its own, the default of its option.
+    A subclass defines `compute`. The training loop, and losses that are made of losses, call `terms`; a loop of one's
+    own calls the loss itself: `loss(embeddings, labels)`.
+
+    Class attributes, which a subclass sets where it differs:
+        needs: what `compute` looks at beside embeddings and labels: names of `Outputs`, and `teacher`.
+        per_class: it has parameters for each class, so that a label must mean the same all the time.
+        lr_factor: multiplies the learning rate of its own parameters, the default of its option.
+        ordered: the order of a batch matters, because pairs are drawn at random or by their place.
+        own_batches: it does not learn from batches of labelled images alone, but from those that its option sets.
+        idle_on: batches with nothing to learn, on which it is exactly zero with zero gradients: a `single` image; one
+            class `collapsed` to a point; two such classes `apart`, at opposite points.
+    """
+
+    needs: tuple[str, ...] = ()
+    per_class = False
     lr_factor = 1.0
-    needs: tuple[str, ...] = ()  # of `Outputs`, beside the embeddings; and `teacher`
+    ordered = False
+    own_batches = False
+    idle_on: tuple[str, ...] = ("single", "collapsed", "apart")
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What a subclass defines: its terms before weighting, by name, each a scalar connected to the graph.
+    Config: ClassVar[type["LossConfig"]]
+    weight = 1.0
+    arguments: dict[str, Any] = {}  # what the constructor was given, defaults filled in
 
-        Args:
-            embeddings: (B, D), L2-normalised, float32 or float64.
-            labels: (B,), int64.
-        """
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        """What a subclass defines: its terms before weighting, by name, each a scalar connected to the graph."""
         raise NotImplementedError
 
-    def compute_batch(self, batch: Batch) -> dict[str, Tensor]:
-        """`compute` for a subclass that looks at more of a batch than embeddings and labels."""
-        return self.compute(batch.embeddings, batch.labels)
-
-    def terms(self, embeddings: Tensor, labels: Tensor, **more: Any) -> dict[str, Tensor]:
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms, whose sum is the loss, by name.
 
-        Args:
-            embeddings: (B, D), L2-normalised; half precision is raised to float32, and autocast is off inside.
-            labels: (B,), int64.
-            more: further attributes of `Batch`.
+        Autocast is off inside, and embeddings of half precision are raised to float32.
         """
+        with torch.autocast(batch.embeddings.device.type, enabled=False):
+            batch = replace(batch, embeddings=raised(batch.embeddings))
+            return {name: self.weight * term for name, term in self.compute(batch).items()}
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch: a scalar.
+
+        The embeddings are L2-normalised here, as the pair losses of pytorch-metric-learning do it, so they may be of
+        any length, and gradients have no radial part. (`terms` takes embeddings that are normalised already.)
+
+        Args:
+            embeddings: (B, D), of a floating dtype.
+            labels: (B,), integers.
+
+        Raises:
+            UserError: other shapes or dtypes; a loss that `needs` more of a batch than this, which `terms` can be given.
+        """
+        name = type(self).__name__
+        if embeddings.ndim != 2 or not embeddings.is_floating_point():
+            raise UserError(
+                f"{name}: embeddings have shape {tuple(embeddings.shape)} and dtype {embeddings.dtype}; "
+                "allowed: (B, D), floating"
+            )
+        if labels.shape != embeddings.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise UserError(
+                f"{name}: labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; "
+                f"allowed: ({len(embeddings)},), one whole number for each embedding"
+            )
         with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-            return self.weighted(Batch(embeddings, labels, **more))
+            embeddings = normalize(raised(embeddings), dim=1)
+        return total(self.terms(Batch(embeddings, labels.to(embeddings.device, torch.int64))))
 
-    def weighted(self, batch: Batch) -> dict[str, Tensor]:
-        """`terms` of a batch that is in float32 already."""
-        return {name: self.weight * term for name, term in self.compute_batch(batch).items()}
-
-    def total(self, batch: Batch) -> Tensor:
-        """The sum of `weighted`: for a loss made of losses."""
-        return cast(Tensor, sum(self.weighted(batch).values()))
-
-    def forward(self, embeddings: Tensor, labels: Tensor, **more: Any) -> Tensor:
-        """The loss of a batch: the sum of `terms`."""
-        return cast(Tensor, sum(self.terms(embeddings, labels, **more).values()))
+    def extra_repr(self) -> str:
+        shown = {name: value for name, value in self.arguments.items() if not isinstance(value, LossConfig | dict)}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def follow(self, momentum: float) -> None:
         """Let the teachers of the loss's own heads follow them; called before each step of the optimiser."""
@@ -150,56 +206,47 @@ def _nearest(module: nn.Module) -> Iterator[Loss]:
 
 
 class LossConfig(Schema):
-    """The parameters of one loss; subclasses are made by `register` from constructor signatures.
+    """The parameters of one loss; `register` makes a subclass of each constructor's signature.
 
     Every loss has a `weight` that multiplies it, and an `lr_factor` that multiplies the learning rate of its own
     parameters (proxies, centres, classifier).
-
-    The outermost one may say what else its method changes: the `head` of the network, the `batches`, the momentum of a
-    `teacher`, the moving average of the network, and parameters of a `recipe` by its name, which win over what the
-    backbone's entry says, and not over what is set for a run.
     """
 
     type: str
     weight: NonNegative = 1.0
     lr_factor: Positive = 1.0
-    head: Head | None = None
-    batches: AnyBatchSampler | None = None
-    teacher: Annotated[float, Field(ge=0, lt=1)] | None = None
-    recipe: dict[str, dict[str, Any]] = {}
 
-    def inner(self) -> Iterator["LossConfig"]:
-        """The losses that this one is made of."""
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            values = value.values() if isinstance(value, dict) else [value]
-            yield from (each for each in values if isinstance(each, LossConfig))
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_are_outermost(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (given := [name for name in METHOD if name in data.keys() - cls.model_fields]):
+            raise ValueError(f"{', '.join(given)}: for the outermost loss only, not for {data.get('type')} inside it")
+        return data
 
-    @model_validator(mode="after")
-    def _methods_are_outermost(self) -> Self:
-        for loss in self.inner():
-            if given := [name for name in METHOD if getattr(loss, name) not in (None, {})]:
-                raise ValueError(f"{', '.join(given)}: for the outermost loss only, not for {loss.type} in {self.type}")
-        return self
 
-    @model_validator(mode="after")
-    def _labels_mean_the_same_all_the_time(self) -> Self:
-        if self.batches and not self.batches.labels_persist and (of_classes := self.with_classes()):
-            raise ValueError(
-                f"{of_classes} has parameters of its own for each class, and the labels of these batches change their "
-                "meaning; allowed: batches whose labels persist (clusters: warm: true), or a loss of pairs"
-            )
-        return self
+def parse(data: Any) -> LossConfig:
+    """The parameters of the loss that `data`, a mapping, names by its `type`.
 
-    def with_classes(self) -> str | None:
-        """The type of a loss, this one or one inside, that has parameters for each class."""
-        if "num_classes" in inspect.signature(REGISTRY[self.type][0]).parameters:
-            return self.type
-        return next(filter(None, (loss.with_classes() for loss in self.inner())), None)
+    Raises:
+        ValueError: there is no such loss, or a parameter is not one of its own or not allowed.
+    """
+    return data if isinstance(data, LossConfig) else loss_type(data).Config.model_validate(data)
 
-    @model_serializer(mode="wrap")
-    def _what_is_used(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {name: value for name, value in serialize(self).items() if name not in METHOD or value not in (None, {})}
+
+def loss_type(data: Any) -> type[Loss]:
+    """The class of the loss that `data`, a mapping, names by its `type`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    name = data.get("type") if isinstance(data, dict) else None
+    if name not in REGISTRY:
+        raise ValueError(f"type {name!r} is no loss; allowed: {', '.join(sorted(REGISTRY))}")
+    return REGISTRY[name]
+
+
+# The annotation of a parameter that is itself a loss: a mapping with its `type` and parameters.
+AnyLoss = Annotated[SerializeAsAny[LossConfig], BeforeValidator(parse)]
 
 
 def pair_masks(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,55 +260,56 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def register(name: str) -> Callable[[type[Loss]], type[Loss]]:
-    """Class decorator: make a loss available as `type: name`."""
+def register(name: str) -> Callable[[L], L]:
+    """Class decorator: make a loss available as `type: name`, and its constructor refuse what the file may not say."""
 
-    def add(cls: type[Loss]) -> type[Loss]:
-        parameters = inspect.signature(cls).parameters.values()
+    def add(cls: L) -> L:
         fields: dict[str, Any] = {
             p.name: (p.annotation, ... if p.default is p.empty else p.default)
-            for p in parameters
-            if p.name not in FILLED_IN
+            for p in inspect.signature(cls).parameters.values()
+            if p.name != "sizes"
         }
         common: dict[str, Any] = {"type": (Literal[name], ...), "lr_factor": (Positive, cls.lr_factor)}
-        REGISTRY[name] = cls, create_model(cls.__name__, __base__=LossConfig, **common, **fields)
+        cls.Config = create_model(cls.__name__, __base__=LossConfig, **common, **fields)
+        cls.__init__ = _strict(cls.__init__, name, cls.Config)  # type: ignore[method-assign, misc]
+        REGISTRY[name] = cls
         return cls
 
     return add
 
 
-def config_union() -> Any:
-    """The type of any registered loss's parameters, told apart by `type`."""
-    return Annotated[Union[tuple(config for _, config in REGISTRY.values())], Field(discriminator="type")]  # noqa: UP007
+def _strict(init: Callable[..., None], name: str, config: type[LossConfig]) -> Callable[..., None]:
+    """A constructor whose arguments are those of `config`, and `sizes` if `init` takes them."""
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def strict(self: Loss, *args: Any, **kwargs: Any) -> None:
+        given = dict(list(signature.bind_partial(self, *args).arguments.items())[1:]) | kwargs
+        sizes = {"sizes": given.pop("sizes")} if "sizes" in given and "sizes" in signature.parameters else {}
+        if not all(isinstance(value, Sizes) for value in sizes.values()):
+            raise UserError(f"loss {name}: sizes: allowed is Sizes(embedding_dim, num_classes), got {sizes['sizes']!r}")
+        try:
+            checked = config.model_validate({"type": name} | given)
+        except ValidationError as error:
+            raise UserError(f"loss {name}: {first_error(error, given)}") from None
+        own = {key: getattr(checked, key) for key in config.model_fields if key not in LossConfig.model_fields}
+        init(self, **sizes, **own)
+        self.weight, self.lr_factor = checked.weight, checked.lr_factor
+        common = {key: config.model_fields[key].default for key in ("weight", "lr_factor")}
+        self.arguments = own | {key: getattr(self, key) for key in common if getattr(self, key) != common[key]}
+
+    return strict
 
 
-def build_loss(
-    config: LossConfig,
-    *,
-    embedding_dim: int,
-    num_classes: int,
-    feature_dim: int | None = None,
-    parts: list[int] | None = None,
-) -> Loss:
-    """The loss that `config` describes, for embeddings (B, `embedding_dim`) and labels below `num_classes`.
-
-    Args:
-        feature_dim: C of the pooled features (B, C).
-        parts: sizes of the embedding's parts, if it has several.
+def build_loss(config: LossConfig, sizes: Sizes) -> Loss:
+    """The loss that `config` describes.
 
     Raises:
         UserError: as the constructor of the loss.
     """
-    cls, _ = REGISTRY[config.type]
-    known: dict[str, Any] = {"embedding_dim": embedding_dim, "num_classes": num_classes, "feature_dim": feature_dim}
-    known["parts"] = parts or [embedding_dim]
-    known["build"] = partial(build_loss, **known)
-    own = type(config).model_fields.keys() - LossConfig.model_fields.keys()
-    arguments = {name: getattr(config, name) for name in own}
-    arguments |= {name: known[name] for name in FILLED_IN if name in inspect.signature(cls).parameters}
-    loss = cls(**arguments)
-    loss.weight, loss.lr_factor = config.weight, config.lr_factor
-    return loss
+    cls = REGISTRY[config.type]
+    arguments = {name: getattr(config, name) for name in cls.Config.model_fields if name != "type"}
+    return cls(**arguments, **({"sizes": sizes} if "sizes" in inspect.signature(cls).parameters else {}))
 
 
 def needs(loss: nn.Module) -> tuple[str, ...]:

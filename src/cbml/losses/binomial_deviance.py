@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from cbml.losses.base import Loss, masked_mean, pair_masks, register
+from cbml.losses.base import Batch, Loss, masked_mean, pair_masks, register
 from cbml.schema import Positive
 
 
@@ -17,11 +17,14 @@ class BinomialDeviance(Loss):
         cost: C, of negative pairs.
     """
 
+    idle_on = ("single",)  # any pair has a cost
+
     def __init__(self, alpha: Positive = 2.0, beta: float = 0.5, cost: Positive = 25.0):
         super().__init__()
         self.alpha, self.beta, self.cost = alpha, beta, cost
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         logits = self.alpha * (embeddings @ embeddings.T - self.beta)
         is_positive, is_negative = pair_masks(labels)
         return {

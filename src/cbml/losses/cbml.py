@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cbml.losses.base import Loss, pair_masks, register
+from cbml.losses.base import Batch, Loss, pair_masks, register
 from cbml.schema import NonNegative, Positive, Share
 
 # So low an exponent vanishes beside the 1 of F, in float64 too; exp of lower ones is subnormal and 100 times slower.
@@ -59,18 +59,32 @@ class CBML(Loss):
         self.negative = (negative_offset, negative_scale, negative_weight if form == "const" else 1.0)
         self.variance_weight, self.gamma, self.variance_reduction = variance_weight, gamma, variance_reduction
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
         """`positive`, `negative` and `variance`: each a scalar, zero and connected where nothing is to learn."""
-        similarity = embeddings @ embeddings.T
-        is_positive, is_negative = pair_masks(labels)
+        similarity = batch.embeddings @ batch.embeddings.T
+        positive, negative, variance = self.by_anchor(similarity, *pair_masks(batch.labels))
+        return {
+            "positive": positive.mean(),
+            "negative": negative.mean(),
+            "variance": self.variance_weight * variance.mean(),
+        }
 
+    def by_anchor(self, similarity: Tensor, is_positive: Tensor, is_negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What each anchor costs, (B,) each: its positives, its negatives, and the constraint before λ.
+
+        Args:
+            similarity: (B, M), cosines of the anchors to whatever they are compared with.
+            is_positive, is_negative: (B, M), bool: an anchor's pairs of either kind.
+        """
         hardest_negative = similarity.masked_fill(~is_negative, -torch.inf).amax(1, keepdim=True)
         hardest_positive = similarity.masked_fill(~is_positive, torch.inf).amin(1, keepdim=True)
         mined_positive = is_positive & (similarity - self.margin < hardest_negative)
         if self.adaptive_neg:
             mined_negative = is_negative & (similarity + self.margin > hardest_positive)
         else:
-            ranked = similarity.masked_fill(~is_negative, -torch.inf).topk(min(self.top_negatives, len(labels)), dim=1)
+            ranked = similarity.masked_fill(~is_negative, -torch.inf).topk(
+                min(self.top_negatives, similarity.shape[1]), dim=1
+            )
             mined_negative = torch.zeros_like(is_negative).scatter_(1, ranked.indices, True) & is_negative
         # Without positives or negatives one of the two sets is empty as well.
         counts = (mined_positive.any(1) & mined_negative.any(1)).to(similarity.dtype)
@@ -89,11 +103,7 @@ class CBML(Loss):
         if self.variance_reduction == "mean":
             variance = variance / negatives
 
-        return {
-            "positive": (positive * counts).mean(),
-            "negative": (negative * counts).mean(),
-            "variance": self.variance_weight * (variance * counts).mean(),
-        }
+        return positive * counts, negative * counts, variance * counts
 
     def _shape(self, exponents: Tensor, mined: Tensor) -> Tensor:
         """(B,): ln F, √F or F of F = 1 + Σ exp(exponents) over the mined entries of each row."""

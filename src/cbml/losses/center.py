@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cbml.losses.base import Loss, register
+from cbml.losses.base import Batch, Loss, Sizes, register
 
 
 @register("center")
@@ -13,11 +13,14 @@ class Center(Loss):
     The centres follow the optimiser, at `lr_factor`, in place of the paper's own update rule.
     """
 
+    per_class = True
     lr_factor = 50.0
+    idle_on = ()
 
-    def __init__(self, embedding_dim: int, num_classes: int):
+    def __init__(self, sizes: Sizes):
         super().__init__()
-        self.centers = nn.Parameter(torch.randn(num_classes, embedding_dim))
+        self.centers = nn.Parameter(torch.randn(sizes.num_classes, sizes.embedding_dim))
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         return {"loss": (embeddings - self.centers[labels]).square().sum(1).mean() / 2}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cbml.losses.base import Loss, register
+from cbml.losses.base import Batch, Loss, register
 from cbml.schema import Positive
 
 
@@ -21,7 +21,8 @@ class Cluster(Loss):
         super().__init__()
         self.margin = margin
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         classes, index = labels.unique(return_inverse=True)
         if len(classes) == 1:
             return {"loss": 0 * embeddings.sum()}

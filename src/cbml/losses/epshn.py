@@ -5,7 +5,7 @@ from pytorch_metric_learning.miners import BatchEasyHardMiner
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from cbml.losses.base import Loss, register
+from cbml.losses.base import Batch, Loss, register
 from cbml.schema import Positive
 
 
@@ -20,12 +20,15 @@ class EPSHN(Loss):
         temperature: divides the cosines.
     """
 
+    idle_on = ("single", "collapsed")  # a negative always has a cost
+
     def __init__(self, temperature: Positive = 0.1):
         super().__init__()
         self.temperature = temperature
         self.miner = BatchEasyHardMiner("easy", "semihard", distance=DotProductSimilarity(normalize_embeddings=False))
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         anchors, positives, _, negatives = self.miner(embeddings, labels)
         similarity = embeddings @ embeddings.T
         gap = similarity[anchors, negatives] - similarity[anchors, positives]

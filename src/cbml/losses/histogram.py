@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cbml.losses.base import Loss, register
+from cbml.losses.base import Batch, Loss, register
 
 
 @register("histogram")
@@ -22,7 +22,8 @@ class Histogram(Loss):
         super().__init__()
         self.bins = bins
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         similarity = (embeddings @ embeddings.T).clamp(-1, 1)
         same = labels[:, None] == labels
         positive, negative = (self._histogram(similarity[mask.triu(1)]) for mask in (same, ~same))

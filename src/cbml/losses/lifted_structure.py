@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cbml.losses.base import Loss, masked_mean, pair_masks, register
+from cbml.losses.base import Batch, Loss, masked_mean, pair_masks, register
 from cbml.schema import Positive
 
 
@@ -17,11 +17,14 @@ class LiftedStructure(Loss):
         margin: α, a Euclidean distance.
     """
 
+    idle_on = ("single", "collapsed")  # a negative always has a cost
+
     def __init__(self, margin: Positive = 1.0):
         super().__init__()
         self.margin = margin
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         distance = torch.cdist(embeddings, embeddings)
         is_positive, is_negative = pair_masks(labels)
         counts = is_positive & is_negative.any(1)

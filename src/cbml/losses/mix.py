@@ -1,6 +1,5 @@
 """Losses made of losses: weighted sums, one loss on each part, and the cross-batch memory round one of them."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal, cast
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.losses.base import AnyLoss, Batch, Loss, Losses, register
+from cbml.losses.base import AnyLoss, Batch, Loss, Losses, Sizes, build_loss, register, total
 
 PAIR_LOSSES = ("angular", "contrastive", "margin", "multi_similarity", "triplet")
 Name = Annotated[str, Field(pattern=r"^\w+$")]
@@ -24,13 +23,13 @@ class Sum(Loss):
         terms: the losses by name, each with its `type` and parameters.
     """
 
-    def __init__(self, build: Callable[..., Loss], terms: Annotated[dict[Name, AnyLoss], Field(min_length=1)]):
+    def __init__(self, sizes: Sizes, terms: Annotated[dict[Name, AnyLoss], Field(min_length=1)]):
         super().__init__()
         self.names = list(terms)
-        self.losses = Losses(map(build, terms.values()))
+        self.losses = Losses(build_loss(loss, sizes) for loss in terms.values())
 
-    def compute_batch(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: loss.total(batch) for name, loss in zip(self.names, self.losses, strict=True)}
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: total(loss.terms(batch)) for name, loss in zip(self.names, self.losses, strict=True)}
 
 
 @register("per_part")
@@ -43,22 +42,21 @@ class PerPart(Loss):
             of all tasks.
     """
 
-    def __init__(
-        self, build: Callable[..., Loss], parts: list[int], loss: AnyLoss, select: Literal["all", "task"] = "all"
-    ):
+    def __init__(self, sizes: Sizes, loss: AnyLoss, select: Literal["all", "task"] = "all"):
         super().__init__()
-        self.parts, self.select = parts, select
-        self.losses = Losses(build(loss, embedding_dim=size, parts=[size]) for size in parts)
+        self.parts, self.select = sizes.of_parts(), select
+        of_parts = [replace(sizes, embedding_dim=size, parts=()) for size in self.parts]
+        self.losses = Losses(build_loss(loss, each) for each in of_parts)
         if select == "task":
-            self.whole = build(loss)
+            self.whole = build_loss(loss, sizes)
 
-    def compute_batch(self, batch: Batch) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
         if self.select == "task" and batch.task < 0:
-            return {"loss": self.whole.total(batch)}
+            return {"loss": total(self.whole.terms(batch))}
         slices = [normalize(part, dim=1) for part in batch.embeddings.split(self.parts, 1)]
         chosen = range(len(self.parts)) if self.select == "all" else [batch.task]
-        totals = [self.losses[number].total(replace(batch, embeddings=slices[number])) for number in chosen]
-        return {"loss": cast(Tensor, sum(totals))}
+        of_parts = (self.losses[number].terms(replace(batch, embeddings=slices[number])) for number in chosen)
+        return {"loss": cast(Tensor, sum(total(terms) for terms in of_parts))}
 
 
 @register("xbm")
@@ -77,8 +75,7 @@ class XBM(Loss):
 
     def __init__(
         self,
-        build: Callable[..., Loss],
-        embedding_dim: int,
+        sizes: Sizes,
         loss: AnyLoss,
         memory_size: Annotated[int, Field(gt=0)] = 1024,
     ):
@@ -87,10 +84,11 @@ class XBM(Loss):
             raise UserError(f"loss xbm: cannot hold {loss.type}; allowed: {', '.join(PAIR_LOSSES)}")
         if getattr(loss, "one_sided", False):
             raise UserError("loss xbm: a triplet inside has no order of images in a batch; allowed: one_sided: false")
-        self.loss = build(loss)
-        self.memory = CrossBatchMemory(self.loss.loss, embedding_dim, memory_size, self.loss.miner)
+        self.loss = build_loss(loss, sizes)
+        self.memory = CrossBatchMemory(self.loss.loss, sizes.embedding_dim, memory_size, self.loss.miner)
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         if len(labels) > self.memory.memory_size:
             raise UserError(f"loss xbm: memory_size {self.memory.memory_size} is below the batch of {len(labels)}")
         return {"loss": self.loss.weight * self.memory(embeddings, labels)}

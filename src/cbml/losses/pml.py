@@ -1,6 +1,7 @@
 """The losses taken from pytorch-metric-learning, each with the miner of its paper."""
 
 import math
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -8,7 +9,7 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices
 from torch import Tensor, nn
 
-from cbml.losses.base import Loss, register
+from cbml.losses.base import Batch, Loss, Sizes, register
 from cbml.schema import NonNegative, Positive, Share
 
 # Embeddings have unit length already; a second normalisation would cost time and take the radial part of gradients.
@@ -24,7 +25,8 @@ class LibraryLoss(Loss):
         super().__init__()
         self.loss, self.miner = loss, miner
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         selected = self.miner(embeddings, labels) if self.miner else None
         return {"loss": self.loss(embeddings, labels, selected)}
 
@@ -141,11 +143,13 @@ class Margin(LibraryLoss):
         nonzero_loss_cutoff: negatives beyond this distance are not sampled.
     """
 
+    per_class = True
     lr_factor = 50.0
+    ordered = True
 
     def __init__(
         self,
-        num_classes: int,
+        sizes: Sizes,
         margin: Positive = 0.2,
         beta: Positive = 1.2,
         nu: NonNegative = 0.0,
@@ -154,7 +158,7 @@ class Margin(LibraryLoss):
         nonzero_loss_cutoff: Positive = 1.4,
     ):
         super().__init__(
-            losses.MarginLoss(margin, nu, beta, learn_beta=learn_beta, num_classes=num_classes, **EUCLIDEAN),
+            losses.MarginLoss(margin, nu, beta, learn_beta=learn_beta, num_classes=sizes.num_classes, **EUCLIDEAN),
             miners.DistanceWeightedMiner(cutoff, nonzero_loss_cutoff),
         )
 
@@ -170,12 +174,15 @@ class NPair(LibraryLoss):
         scale: of the similarities, the square of the length.
     """
 
+    ordered = True  # of a class, its first two images
+    idle_on = ("single", "collapsed")  # a negative always has a cost
+
     def __init__(self, scale: Positive = 16.0):
         super().__init__(losses.NPairsLoss(**COSINE))
         self.scale = scale
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return super().compute(embeddings * self.scale**0.5, labels)
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        return super().compute(replace(batch, embeddings=batch.embeddings * self.scale**0.5))
 
 
 @register("angular")
@@ -185,6 +192,8 @@ class Angular(LibraryLoss):
     Args:
         alpha: the upper bound of the angle at the negative, in degrees.
     """
+
+    idle_on = ("single", "collapsed")  # a negative always has a cost
 
     def __init__(self, alpha: Annotated[float, Field(gt=0, lt=90)] = 45.0):
         super().__init__(losses.AngularLoss(alpha))
@@ -202,12 +211,13 @@ class SoftTriple(LibraryLoss):
         tau: weight of the regulariser that merges the centres of a class.
     """
 
+    per_class = True
     lr_factor = 100.0
+    idle_on = ()
 
     def __init__(
         self,
-        embedding_dim: int,
-        num_classes: int,
+        sizes: Sizes,
         centers_per_class: Annotated[int, Field(gt=1)] = 10,
         scale: Positive = 20.0,
         gamma: Positive = 0.1,
@@ -216,13 +226,13 @@ class SoftTriple(LibraryLoss):
     ):
         super().__init__(
             losses.SoftTripleLoss(
-                num_classes,
-                embedding_dim,
+                sizes.num_classes,
+                sizes.embedding_dim,
                 centers_per_class,
                 la=scale,
                 gamma=gamma,
                 margin=margin,
-                weight_regularizer=regularizers.SparseCentersRegularizer(num_classes, centers_per_class),
+                weight_regularizer=regularizers.SparseCentersRegularizer(sizes.num_classes, centers_per_class),
                 weight_reg_weight=tau,
             )
         )
@@ -237,10 +247,12 @@ class ProxyAnchor(LibraryLoss):
         alpha: scale of the exponents.
     """
 
+    per_class = True
     lr_factor = 100.0
+    idle_on = ()
 
-    def __init__(self, embedding_dim: int, num_classes: int, margin: NonNegative = 0.1, alpha: Positive = 32.0):
-        super().__init__(losses.ProxyAnchorLoss(num_classes, embedding_dim, margin, alpha))
+    def __init__(self, sizes: Sizes, margin: NonNegative = 0.1, alpha: Positive = 32.0):
+        super().__init__(losses.ProxyAnchorLoss(sizes.num_classes, sizes.embedding_dim, margin, alpha))
 
 
 @register("arcface")
@@ -252,16 +264,17 @@ class ArcFace(LibraryLoss):
         scale: s, of the cosines.
     """
 
+    per_class = True
     lr_factor = 10.0
+    idle_on = ()
 
     def __init__(
         self,
-        embedding_dim: int,
-        num_classes: int,
+        sizes: Sizes,
         margin: Annotated[float, Field(ge=0, lt=90)] = 28.65,
         scale: Positive = 64.0,
     ):
-        super().__init__(losses.ArcFaceLoss(num_classes, embedding_dim, margin, scale))
+        super().__init__(losses.ArcFaceLoss(sizes.num_classes, sizes.embedding_dim, margin, scale))
 
 
 @register("circle")
@@ -272,6 +285,8 @@ class Circle(LibraryLoss):
         margin: m, by which the optima and the boundary of similarities are relaxed.
         scale: γ.
     """
+
+    idle_on = ("single", "collapsed")  # a negative always has a cost
 
     def __init__(self, margin: Share = 0.4, scale: Positive = 80.0):
         super().__init__(losses.CircleLoss(margin, scale))
@@ -284,6 +299,8 @@ class SupCon(LibraryLoss):
     Args:
         temperature: τ.
     """
+
+    idle_on = ("single", "collapsed")  # a negative always has a cost
 
     def __init__(self, temperature: Positive = 0.1):
         super().__init__(losses.SupConLoss(temperature, **COSINE))

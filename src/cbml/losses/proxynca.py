@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
 from cbml.errors import UserError
-from cbml.losses.base import Loss, register
+from cbml.losses.base import Batch, Loss, Sizes, register
 from cbml.schema import Positive
 
 
@@ -28,24 +28,26 @@ class ProxyNCA(Loss):
         UserError: fewer than two classes.
     """
 
+    per_class = True
     lr_factor = 10.0
+    idle_on = ()
 
     def __init__(
         self,
-        embedding_dim: int,
-        num_classes: int,
+        sizes: Sizes,
         scale: Positive = 3.0,
         positive_in_denominator: bool = False,
         label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     ):
         super().__init__()
-        if num_classes < 2:
-            raise UserError(f"loss proxynca: {num_classes} class in the training list; allowed: 2 or more")
+        if sizes.num_classes < 2:
+            raise UserError(f"loss proxynca: {sizes.num_classes} class in the training list; allowed: 2 or more")
         self.scale, self.positive_in_denominator = scale, positive_in_denominator
         self.label_smoothing = label_smoothing
-        self.proxies = nn.Parameter(torch.randn(num_classes, embedding_dim))
+        self.proxies = nn.Parameter(torch.randn(sizes.num_classes, sizes.embedding_dim))
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         cosine = normalize(embeddings, dim=1) @ normalize(self.proxies, dim=1).T
         distance = self.scale**2 * (2 - 2 * cosine)
         own = one_hot(labels, len(self.proxies)).bool()

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cbml.losses.base import Loss, pair_masks, register
+from cbml.losses.base import Batch, Loss, pair_masks, register
 from cbml.schema import NonNegative, Positive, Share
 
 
@@ -36,7 +36,8 @@ class RankedList(Loss):
         self.margin, self.alpha, self.temperature = margin, alpha, temperature
         self.balance, self.positives = balance, positives
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         distance = torch.cdist(embeddings, embeddings)
         is_positive, is_negative = pair_masks(labels)
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cbml.losses.base import Loss, pair_masks, register
+from cbml.losses.base import Batch, Loss, pair_masks, register
 from cbml.schema import Positive
 
 
@@ -40,11 +40,14 @@ class SmoothAP(Loss):
         temperature: τ of the sigmoids that replace steps.
     """
 
+    idle_on = ("single", "collapsed")  # a negative always has a cost
+
     def __init__(self, temperature: Positive = 0.01):
         super().__init__()
         self.temperature = temperature
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         anchors, among_all, among_positives = _ranks(embeddings, labels, self.temperature)
         if not len(anchors):
             return {"loss": 0 * embeddings.sum()}
@@ -63,6 +66,8 @@ class RecallAtK(Loss):
         temperature: τ₂, of the sigmoids that count a rank.
     """
 
+    idle_on = ()
+
     def __init__(
         self,
         ks: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1, 2, 4, 8, 16],  # noqa: B006
@@ -71,7 +76,8 @@ class RecallAtK(Loss):
         super().__init__()
         self.ks, self.temperature = ks, temperature
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         anchors, ranks, _ = _ranks(embeddings, labels, self.temperature)
         if not len(anchors):
             return {"loss": 0 * embeddings.sum()}

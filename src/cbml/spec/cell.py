@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from cbml.data.sources import Dataset
-from cbml.losses import LossConfig
 from cbml.models import BackboneConfig
+from cbml.spec.method import MethodConfig
 from cbml.spec.recipe import Recipe
 
 
@@ -37,7 +37,7 @@ class Cell:
     seed: int
     dataset_config: Dataset
     backbone_config: BackboneConfig
-    loss_config: LossConfig
+    loss_config: MethodConfig
     recipe_name: str
     recipe: Recipe
     changes: dict[str, tuple[Any, Any, str]] = field(default_factory=dict, compare=False)

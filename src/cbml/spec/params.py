@@ -2,17 +2,17 @@
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
 from cbml.data.sources import Dataset
 from cbml.errors import UserError
-from cbml.losses import LossConfig, config_union
 from cbml.models import BackboneConfig, input_convention
 from cbml.schema import Name, Schema, Seed, first_error
 from cbml.spec.cell import Cell
+from cbml.spec.method import AnyMethod
 from cbml.spec.recipe import Recipe
 
 
@@ -23,10 +23,6 @@ def _distinct(values: list[int]) -> list[int]:
 
 
 Distinct = (Field(min_length=1), AfterValidator(_distinct))
-if TYPE_CHECKING:
-    AnyLoss = LossConfig
-else:
-    AnyLoss = config_union()
 
 
 class Params(Schema):
@@ -38,7 +34,7 @@ class Params(Schema):
 
     dataset: Annotated[dict[Name, Dataset], Field(min_length=1)]
     backbone: Annotated[dict[Name, BackboneConfig], Field(min_length=1)]
-    loss: Annotated[dict[Name, AnyLoss], Field(min_length=1)]
+    loss: Annotated[dict[Name, AnyMethod], Field(min_length=1)]
     recipe: Annotated[dict[Name, Recipe], Field(min_length=1, max_length=1)]
     embedding_dim: Annotated[list[Annotated[int, Field(ge=0, le=2**16)]], *Distinct]
     seed: Annotated[list[Seed], *Distinct]

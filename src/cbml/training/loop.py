@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from cbml.data.scoring import Scoring
 from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
-from cbml.losses.base import Loss, needs
+from cbml.losses.base import Batch, Loss, needs, total
 from cbml.models.embedding_model import EmbeddingModel, Outputs
 from cbml.models.teacher import Teacher
 from cbml.progress import message, progress
@@ -75,8 +75,8 @@ class Learner:
         outputs = self.model.outputs(crops, self.wanted)._asdict()
         if self.teacher:
             outputs["teacher"] = self.teacher.outputs(crops, self.wanted)
-        terms = self.criterion.terms(labels=labels, indices=indices, task=task, head=self.network.head, **outputs)
-        loss = cast(Tensor, sum(terms.values()))
+        terms = self.criterion.terms(Batch(labels=labels, indices=indices, task=task, head=self.network.head, **outputs))
+        loss = total(terms)
 
         self.optimizer.zero_grad()
         self.fabric.backward(loss)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.losses.base import Loss, register
+from cbml.losses.base import Batch, Loss, Sizes, register
 
 
 class ReverseGradient(torch.autograd.Function):
@@ -38,23 +38,27 @@ class Adversarial(Loss):
         UserError: `embedding_dim` below 2.
     """
 
+    idle_on = ()
+
     def __init__(
         self,
-        embedding_dim: int,
+        sizes: Sizes,
         hidden: Annotated[int, Field(gt=0)] = 512,
         activation: Literal["relu", "none"] = "relu",
     ):
         super().__init__()
-        if embedding_dim < 2:
-            raise UserError(f"loss adversarial: embedding_dim {embedding_dim} has no two parts; allowed: 2 or more")
-        self.first = embedding_dim // 2
+        size = sizes.embedding_dim
+        if size < 2:
+            raise UserError(f"loss adversarial: embedding_dim {size} has no two parts; allowed: 2 or more")
+        self.first = size // 2
         self.regressor = nn.Sequential(
-            nn.Linear(embedding_dim - self.first, hidden),
+            nn.Linear(size - self.first, hidden),
             nn.ReLU() if activation == "relu" else nn.Identity(),
             nn.Linear(hidden, self.first),
         )
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings = batch.embeddings
         a, b = embeddings.split([self.first, embeddings.shape[1] - self.first], dim=1)
         return {"loss": adversarial(a, b, self.regressor)}
 

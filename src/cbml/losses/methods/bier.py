@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
 from cbml.errors import UserError
-from cbml.losses.base import Batch, Loss, pair_masks, register
+from cbml.losses.base import Batch, Loss, Sizes, pair_masks, register
 from cbml.losses.methods.adversarial import ReverseGradient
 from cbml.schema import NonNegative, Positive
 
@@ -46,10 +46,11 @@ class BIER(Loss):
     """
 
     needs = ("features",)
+    idle_on = ()
 
     def __init__(
         self,
-        parts: list[int],
+        sizes: Sizes,
         alpha: Positive = 2.0,
         beta: float = 0.5,
         cost: Positive = 25.0,
@@ -61,6 +62,7 @@ class BIER(Loss):
         hidden: Annotated[int, Field(gt=0)] = 512,
     ):
         super().__init__()
+        parts = sizes.of_parts()
         if len(parts) < 2:
             raise UserError(f"loss bier: an embedding of {len(parts)} part; the head must give several, as groups does")
         self.parts, self.boosting, self.shrinkage = parts, boosting, shrinkage
@@ -74,7 +76,7 @@ class BIER(Loss):
                 for m, n in self.pairs
             )
 
-    def compute_batch(self, batch: Batch) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
         terms = {"boosting": self._boosting(batch.embeddings, batch.labels)}
         if self.decorrelation_weight:
             if not isinstance(head := batch.get("head"), nn.Linear):
@@ -91,12 +93,12 @@ class BIER(Loss):
         is_positive, is_negative = is_positive.to(embeddings.dtype), is_negative.to(embeddings.dtype)
         sign = is_positive - self.cost * is_negative
         mean = is_positive / (is_positive.sum() + len(labels)) + is_negative / is_negative.sum().clamp(min=1)
-        total, weight = embeddings.new_zeros(()), torch.ones_like(sign)
+        loss, weight = embeddings.new_zeros(()), torch.ones_like(sign)
         sum_so_far = torch.full_like(sign, 0.5 if self.boosting == "linear" else 0.0)
         for number, part in enumerate(embeddings.split(self.parts, 1), 1):
             part = normalize(part, dim=1)
             margin = self.alpha * (part @ part.T - self.beta) * sign
-            total = total + (mean * weight * softplus(-margin)).sum()
+            loss = loss + (mean * weight * softplus(-margin)).sum()
             if self.boosting == "linear":
                 sum_so_far = sum_so_far + self.shrinkage * margin.detach()
                 weight = (-sum_so_far).sigmoid() * (1 + is_negative)
@@ -104,7 +106,7 @@ class BIER(Loss):
                 share = 2 / (number + 1)
                 sum_so_far = (1 - share) * sum_so_far + share * margin.detach()
                 weight = (-sum_so_far).sigmoid()
-        return total / len(self.parts)
+        return loss / len(self.parts)
 
     def _activation(self, activations: list[Tensor], weights: list[Tensor]) -> Tensor:
         squares = [activation.square().mean(1) for activation in activations]

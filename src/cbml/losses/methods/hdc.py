@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.losses.base import Loss, pair_masks, register
+from cbml.losses.base import Batch, Loss, Sizes, pair_masks, register
 from cbml.schema import Positive, PositiveShare
 
 
@@ -32,19 +32,21 @@ class HDC(Loss):
 
     def __init__(
         self,
-        parts: list[int],
+        sizes: Sizes,
         ratios: Annotated[list[PositiveShare], Field(min_length=1)] = [1.0, 0.5, 0.2],  # noqa: B006
         margin: Positive = 1.0,
         negative_factor: Positive = 10.0,
         nested: bool = True,
     ):
         super().__init__()
+        parts = sizes.of_parts()
         if len(ratios) != len(parts):
             raise UserError(f"loss hdc: {len(ratios)} ratios for {len(parts)} parts; the head must have one for each")
         self.parts, self.ratios = parts, ratios
         self.margin, self.negative_factor, self.nested = margin, negative_factor, nested
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         once = torch.ones_like(embeddings @ embeddings.T, dtype=torch.bool).triu(1)
         masks = [mask & once for mask in pair_masks(labels)]
         totals = [int(mask.sum()) for mask in masks]

@@ -1,6 +1,5 @@
 """High-order moments as a regulariser (Jacob et al., HORDE, ICCV 2019)."""
 
-from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -8,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from cbml.losses.base import AnyLoss, Batch, Loss, Losses, masked_mean, pair_masks, register
+from cbml.losses.base import AnyLoss, Batch, Loss, Losses, Sizes, build_loss, masked_mean, pair_masks, register, total
 
 
 @register("cosine_contrastive")
@@ -25,7 +24,8 @@ class CosineContrastive(Loss):
         super().__init__()
         self.margin = margin
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         similarity = embeddings @ embeddings.T
         is_positive, is_negative = pair_masks(labels)
         above = similarity - self.margin
@@ -50,23 +50,24 @@ class HORDE(Loss):
     """
 
     needs = ("map",)
+    idle_on = ()  # products do not tell opposite points apart
 
     def __init__(
         self,
-        build: Callable[..., Loss],
-        embedding_dim: int,
-        feature_dim: int,
+        sizes: Sizes,
         loss: AnyLoss,
         orders: Annotated[int, Field(ge=1, le=8)] = 5,
         width: Annotated[int, Field(gt=0)] = 8192,
         trainable: bool = True,
     ):
         super().__init__()
-        size = embedding_dim if trainable else width
-        self.losses = Losses([build(loss), *(build(loss, embedding_dim=size) for _ in range(orders - 1))])
+        of_moments = sizes if trainable else Sizes(width, sizes.num_classes)
+        self.losses = Losses(build_loss(loss, of_moments if order else sizes) for order in range(orders))
         count = orders if orders > 1 else 0
-        self.projections = nn.ParameterList(torch.empty(width, feature_dim) for _ in range(count))
-        self.outputs = nn.ModuleList(nn.Linear(width, size, bias=False) for _ in range(orders - 1) if trainable)
+        self.projections = nn.ParameterList(torch.empty(width, sizes.get("feature_dim")) for _ in range(count))
+        self.outputs = nn.ModuleList(
+            nn.Linear(width, sizes.embedding_dim, bias=False) for _ in range(orders - 1) if trainable
+        )
         for projection in self.projections:
             if trainable:
                 nn.init.xavier_uniform_(projection)
@@ -74,8 +75,8 @@ class HORDE(Loss):
                 projection.data.bernoulli_().mul_(2).sub_(1)
                 projection.requires_grad_(False)
 
-    def compute_batch(self, batch: Batch) -> dict[str, Tensor]:
-        terms = {"order_1": self.losses[0].total(batch)}
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        terms = {"order_1": total(self.losses[0].terms(batch))}
         if len(self.losses) > 1:
             positions = batch.get("map").flatten(2).transpose(1, 2)  # (B, hw, C)
             first, *others = self.projections
@@ -84,5 +85,6 @@ class HORDE(Loss):
                 phi = phi * (positions @ projection.T)
                 moment = phi.mean(1)
                 moment = self.outputs[order - 2](moment) if self.outputs else moment
-                terms[f"order_{order}"] = self.losses[order - 1](normalize(moment, dim=1), batch.labels)
+                of_order = Batch(normalize(moment, dim=1), batch.labels)
+                terms[f"order_{order}"] = total(self.losses[order - 1].terms(of_order))
         return terms

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cbml.losses.base import Loss, pair_masks, register
+from cbml.losses.base import Batch, Loss, pair_masks, register
 from cbml.schema import Positive
 
 
@@ -19,11 +19,15 @@ class ISIF(Loss):
         temperature: of the softmax.
     """
 
+    own_batches = True
+    idle_on = ()  # each image is one to learn from
+
     def __init__(self, temperature: Positive = 0.1):
         super().__init__()
         self.temperature = temperature
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         is_positive, is_negative = pair_masks(labels)
         has_other = is_positive.any(1)
         logits = embeddings @ embeddings.detach().T / self.temperature

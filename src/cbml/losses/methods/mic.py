@@ -1,13 +1,12 @@
 """Mining interclass characteristics (Roth et al., MIC, ICCV 2019), on the batches `two_tasks`."""
 
-from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from cbml.losses.base import AnyLoss, Batch, Loss, Losses, register
+from cbml.losses.base import AnyLoss, Batch, Loss, Losses, Sizes, build_loss, register, total
 from cbml.losses.methods.adversarial import adversarial
 from cbml.schema import NonNegative
 
@@ -27,26 +26,27 @@ class MIC(Loss):
     """
 
     needs = ("features",)
+    own_batches = True
+    idle_on = ()
 
     def __init__(
         self,
-        build: Callable[..., Loss],
-        embedding_dim: int,
-        feature_dim: int,
+        sizes: Sizes,
         loss: AnyLoss,
         adversarial_weight: NonNegative = 2500.0,
         hidden: Annotated[int, Field(gt=0)] = 512,
     ):
         super().__init__()
-        self.shared = nn.Linear(feature_dim, embedding_dim)
-        self.losses = Losses([build(loss), build(loss)])
+        size = sizes.embedding_dim
+        self.shared = nn.Linear(sizes.get("feature_dim"), size)
+        self.losses = Losses(build_loss(loss, sizes) for _ in range(2))
         self.adversarial_weight = adversarial_weight
-        self.regressor = nn.Sequential(nn.Linear(embedding_dim, hidden), nn.ReLU(), nn.Linear(hidden, embedding_dim))
+        self.regressor = nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, size))
 
-    def compute_batch(self, batch: Batch) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
         shared = normalize(self.shared(batch.get("features")), dim=1)
         task = max(batch.task, 0)
         embeddings = (batch.embeddings, shared)[task]
-        terms = {"task": self.losses[task](embeddings, batch.labels)}
+        terms = {"task": total(self.losses[task].terms(Batch(embeddings, batch.labels)))}
         terms["adversarial"] = self.adversarial_weight * adversarial(batch.embeddings, shared, self.regressor)
         return terms

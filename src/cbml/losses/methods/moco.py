@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from cbml.losses.base import Batch, Loss, register
+from cbml.losses.base import Batch, Loss, Sizes, register
 from cbml.models.teacher import follow, teacher_of
 from cbml.schema import Positive
 
@@ -26,23 +26,27 @@ class MoCo(Loss):
     """
 
     needs = ("raw", "teacher")
+    ordered = True
+    own_batches = True
+    idle_on = ()  # each image is one to learn from
     queue: Tensor
 
     def __init__(
         self,
-        embedding_dim: int,
+        sizes: Sizes,
         projection_dim: Annotated[int, Field(gt=0)] = 128,
         queue: Annotated[int, Field(gt=0)] = 9600,
         temperature: Positive = 0.07,
     ):
         super().__init__()
-        layers = nn.Linear(embedding_dim, embedding_dim), nn.ReLU(), nn.Linear(embedding_dim, projection_dim)
+        size = sizes.embedding_dim
+        layers = nn.Linear(size, size), nn.ReLU(), nn.Linear(size, projection_dim)
         self.projection = nn.Sequential(*layers)
         self.teacher = teacher_of(self.projection)
         self.temperature = temperature
         self.register_buffer("queue", normalize(torch.randn(queue, projection_dim), dim=1))
 
-    def compute_batch(self, batch: Batch) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
         half = len(batch.labels) // 2
         queries = normalize(self.projection(batch.get("raw")[:half]), dim=1)
         with torch.no_grad():

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize, relu
 
-from cbml.losses.base import Batch, Loss, register
+from cbml.losses.base import Batch, Loss, Sizes, register
 from cbml.models.teacher import follow, teacher_of
 from cbml.schema import NonNegative, Positive
 
@@ -29,10 +29,12 @@ class STML(Loss):
     """
 
     needs = ("features", "raw", "teacher")
+    own_batches = True
+    idle_on = ()  # each image is one to learn from
 
     def __init__(
         self,
-        feature_dim: int,
+        sizes: Sizes,
         projection_dim: Annotated[int, Field(gt=0)] = 1024,
         sigma: Positive = 3.0,
         neighbours: Annotated[int, Field(ge=2)] = 10,
@@ -40,14 +42,14 @@ class STML(Loss):
         distillation_weight: NonNegative = 1.0,
     ):
         super().__init__()
-        self.projection = nn.Linear(feature_dim, projection_dim)
+        self.projection = nn.Linear(sizes.get("feature_dim"), projection_dim)
         nn.init.orthogonal_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
         self.teacher = teacher_of(self.projection)
         self.sigma, self.neighbours, self.delta = sigma, neighbours, delta
         self.distillation_weight = distillation_weight
 
-    def compute_batch(self, batch: Batch) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
             taught = self.teacher(batch.get("teacher").features)
             weights = contextual_similarity(taught, batch.get("indices"), self.sigma, self.neighbours)

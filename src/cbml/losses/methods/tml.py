@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from cbml.losses.base import Loss, masked_mean, pair_masks, register
+from cbml.losses.base import Batch, Loss, masked_mean, pair_masks, register
 from cbml.schema import NonNegative, Positive
 
 ABSENT = -1e4  # in place of a logit that is left out: far below all others, and exp of it is zero
@@ -27,6 +27,8 @@ class TupletMargin(Loss):
         epsilon: ε.
     """
 
+    idle_on = ("single", "collapsed")  # a negative always has a cost
+
     def __init__(
         self,
         scale: Positive = 64.0,
@@ -38,7 +40,8 @@ class TupletMargin(Loss):
         self.scale, self.margin = scale, math.radians(margin)
         self.variance_weight, self.epsilon = variance_weight, epsilon
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        embeddings, labels = batch.embeddings, batch.labels
         similarity = embeddings @ embeddings.T
         is_positive, is_negative = pair_masks(labels)
         # cos(θ − β) without the angle: the derivative of acos has no bound at 1.
@@ -46,7 +49,7 @@ class TupletMargin(Loss):
         closer = similarity * math.cos(self.margin) + sine * math.sin(self.margin)
         negatives = (self.scale * similarity).masked_fill(~is_negative, ABSENT).logsumexp(1, keepdim=True)
         tuplet = masked_mean(softplus(negatives - self.scale * closer), is_positive)
-        means = (masked_mean(similarity, mask) for mask in (is_positive, is_negative))
-        below, above = ((1 - self.epsilon) * next(means) - similarity, similarity - (1 + self.epsilon) * next(means))
+        below = (1 - self.epsilon) * masked_mean(similarity, is_positive) - similarity
+        above = similarity - (1 + self.epsilon) * masked_mean(similarity, is_negative)
         variance = masked_mean(below.relu().square(), is_positive) + masked_mean(above.relu().square(), is_negative)
         return {"tuplet": tuplet, "variance": self.variance_weight * variance}

@@ -1,0 +1,66 @@
+"""What a file of conf/loss says: a loss, and what else its method changes."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_serializer, model_validator
+
+from cbml.losses.base import METHOD, REGISTRY, Loss, LossConfig, loss_type
+from cbml.models.heads import Head
+from cbml.samplers.config import AnyBatchSampler
+
+
+class MethodConfig(LossConfig):
+    """The outermost loss of a cell, with its own parameters in a subclass for each loss.
+
+    It may say what else its method changes: the `head` of the network, the `batches`, the momentum of a `teacher`, the
+    moving average of the network, and parameters of a `recipe` by its name, which win over what the backbone's entry
+    says, and not over what is set for a run.
+    """
+
+    head: Head | None = None
+    batches: AnyBatchSampler | None = None
+    teacher: Annotated[float, Field(ge=0, lt=1)] | None = None
+    recipe: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _labels_mean_the_same_all_the_time(self) -> Self:
+        of_classes = [loss.type for loss in losses_of(self) if REGISTRY[loss.type].per_class]
+        if self.batches and not self.batches.labels_persist and of_classes:
+            raise ValueError(
+                f"{of_classes[0]} has parameters of its own for each class, and the labels of these batches change "
+                "their meaning; allowed: batches whose labels persist (clusters: warm: true), or a loss of pairs"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_used(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if name not in METHOD or value not in (None, {})}
+
+
+def losses_of(config: LossConfig) -> Iterator[LossConfig]:
+    """A loss, and those that it is made of."""
+    yield config
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        for each in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(each, LossConfig):
+                yield from losses_of(each)
+
+
+@cache
+def _with_method(loss: type[Loss]) -> type[MethodConfig]:
+    return create_model(loss.__name__, __base__=(loss.Config, MethodConfig))
+
+
+def parse_method(data: Any) -> MethodConfig:
+    """The parameters of the method whose loss `data`, a mapping, names by its `type`.
+
+    Raises:
+        ValueError: there is no such loss, or a parameter is not one of its own or not allowed.
+    """
+    return data if isinstance(data, MethodConfig) else _with_method(loss_type(data)).model_validate(data)
+
+
+AnyMethod = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(parse_method)]
