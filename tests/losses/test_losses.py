@@ -1,5 +1,12 @@
 """Every loss against its formula as a loop, on batches where nothing is to learn, and trained on a toy set."""
 
+import copy
+import os
+import re
+import shutil
+import subprocess
+import sys
+from inspect import signature
 from operator import attrgetter
 
 import literal_losses as literal
@@ -25,8 +32,9 @@ from loss_options import (
 from pydantic import ValidationError
 from torch.nn.functional import normalize
 
+from cbml import losses
 from cbml.errors import UserError
-from cbml.losses import REGISTRY, Batch, Sizes, build_loss
+from cbml.losses import CBML, REGISTRY, Batch, Sizes, build_loss, needs
 from cbml.schema import first_error
 
 ALONE = [  # (type, parameters, literal loss of (embeddings, labels))
@@ -380,3 +388,146 @@ def test_every_loss_has_an_option():
     for path in CONF.glob("*.yaml"):
         collect(yaml.safe_load(path.read_text()))
     assert set(REGISTRY) <= used
+
+
+HINGE = '''
+"""A loss that somebody adds."""
+
+from torch import Tensor
+
+from cbml.losses.base import Batch, Loss, masked_mean, pair_masks, register
+from cbml.schema import Positive
+
+
+@register("hinge")
+class Hinge(Loss):
+    """max(0, s - margin) over negative pairs and 1 - s over positive ones."""
+
+    idle_on = ("single",)
+
+    def __init__(self, margin: Positive = 0.5):
+        super().__init__()
+        self.margin = margin
+
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        similarity = batch.embeddings @ batch.embeddings.T
+        positive, negative = pair_masks(batch.labels)
+        loss = masked_mean(1 - similarity, positive) + masked_mean((similarity - self.margin).clamp(min=0), negative)
+        return {"loss": loss}
+'''
+
+
+def test_a_loss_is_added_by_two_files(tmp_path):
+    """Its module and its YAML file; these tests find it, and try it as they try the others."""
+    root = CONF.parents[1]
+    for folder in ("src", "conf/loss"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests").mkdir()
+    for file in ("tests/loss_options.py", "tests/literal_losses.py", "tests/losses/test_losses.py"):
+        shutil.copy(root / file, tmp_path / "tests")
+    (tmp_path / "src/cbml/losses/hinge.py").write_text(HINGE)
+    (tmp_path / "conf/loss/hinge.yaml").write_text("hinge:\n  type: hinge\n  margin: 0.5\n")
+    (tmp_path / "conf/loss/hinge_wide.yaml").write_text("hinge_wide:\n  type: hinge\n  margin: 0.8\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "hinge", "tests/test_losses.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}/src:{tmp_path}/tests", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # The file's defaults; and of both files: degenerate batches twice, idle, in any order, learns, its constructor.
+    assert f"{1 + 2 * 6} passed" in done.stdout
+
+
+def test_own_loops_may_give_embeddings_of_any_length():
+    embeddings, labels = sample()
+    for name in OPTIONS:
+        if needs(loss := option(name).double()):
+            continue
+        states = copy.deepcopy(loss), copy.deepcopy(loss), copy.deepcopy(loss)  # some remember batches
+        torch.manual_seed(0)
+        expected = value(states[0], embeddings, labels)
+        longer = (embeddings * torch.linspace(0.1, 20, len(labels))[:, None]).requires_grad_()
+        torch.manual_seed(0)
+        found = states[1](longer, labels)
+        torch.testing.assert_close(found, expected)
+        (gradient,) = torch.autograd.grad(found, longer)
+        assert (gradient * longer).sum(1).abs().max() < 1e-9 * max(1, gradient.abs().max())  # no radial part
+        torch.manual_seed(0)
+        torch.testing.assert_close(states[2](embeddings, labels.int()), expected)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "message"),
+    [
+        (
+            torch.eye(4),
+            torch.tensor([0, 0, 1]),
+            r"CBML: labels have shape \(3,\) .*; allowed: \(4,\), one whole number",
+        ),
+        (torch.eye(4), torch.zeros(4, 1, dtype=torch.int64), r"labels have shape \(4, 1\)"),
+        (torch.eye(4), torch.zeros(4), "dtype torch.float32; allowed: .* whole number"),
+        (torch.eye(4), torch.zeros(4, dtype=torch.bool), "dtype torch.bool"),
+        (torch.eye(4)[0], torch.zeros(4, dtype=torch.int64), r"CBML: embeddings have shape \(4,\) .*allowed: \(B, D\)"),
+        (torch.eye(4).long(), torch.zeros(4, dtype=torch.int64), "embeddings have .*torch.int64; .* floating"),
+    ],
+)
+def test_a_batch_of_other_shapes_is_one_line(embeddings, labels, message):
+    with pytest.raises(UserError, match=message) as raised:
+        CBML()(embeddings, labels)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_loss_that_needs_more_says_what():
+    loss = build_loss(parse({"type": "horde", "loss": {"type": "contrastive"}}), Sizes(DIM, CLASSES, feature_dim=DIM))
+    with pytest.raises(UserError, match="needs the map of its batch"):
+        loss(*sample(dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CBML(form="logg"), "loss cbml: form: Input should be 'log', 'sqrt' or 'const', got 'logg'"),
+        (lambda: CBML("logg"), "loss cbml: form: Input should be 'log', 'sqrt' or 'const', got 'logg'"),
+        (lambda: CBML(gamma=-3), "loss cbml: gamma: Input should be greater than or equal to 0, got -3"),
+        (lambda: CBML(margn=0.2), "loss cbml: unknown parameter margn; allowed: type, weight, lr_factor, form, margin"),
+        (lambda: CBML(margin=True), "loss cbml: margin is true, but is not a switch"),
+        (lambda: CBML(margin=float("nan")), "loss cbml: margin: Input should be a finite number"),
+        (lambda: CBML(sizes=Sizes(8, 6)), "loss cbml: unknown parameter sizes; allowed: type"),
+        (lambda: losses.Triplet(mining="soft"), "loss triplet: mining: Input should be 'semihard', 'hard' or 'all'"),
+        (lambda: losses.ProxyNCA(Sizes(8, 6), scale=0), "loss proxynca: scale: Input should be greater than 0, got 0"),
+        (lambda: losses.ProxyNCA(8, 6), "loss proxynca: sizes: allowed is Sizes(embedding_dim, num_classes), got 8"),
+        (lambda: losses.STML(Sizes(8, 6)), "loss: needs the size feature_dim"),
+        (lambda: losses.Sum(Sizes(8, 6), terms={"a": {"type": "cbml", "form": "x"}}), "loss sum: terms.a.form: Input"),
+    ],
+)
+def test_constructors_refuse_what_the_files_may_not_say(make, message):
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        make()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_constructor_takes_what_its_option_sets_and_nothing_else(name):
+    for loss in losses_in(option(name)):
+        sizes = (
+            {"sizes": Sizes(DIM, CLASSES, DIM, parts_of(name))} if "sizes" in signature(type(loss)).parameters else {}
+        )
+        again = type(loss)(**sizes, **loss.arguments)
+        assert again.arguments == loss.arguments and (again.weight, again.lr_factor) == (loss.weight, loss.lr_factor)
+        with pytest.raises(UserError, match=f"loss {type(loss).Config.model_fields['type'].annotation.__args__[0]}: "):
+            type(loss)(**sizes, **loss.arguments | {"no_such": 1})
+
+
+def test_a_loss_shows_its_parameters():
+    assert str(CBML()).startswith("CBML(form='log', margin=0.1, adaptive_neg=True, top_negatives=100, ")
+    assert "gamma=0.5" in str(CBML(gamma=0.5)) and str(CBML(weight=3)).endswith("weight=3.0)")
+    shown = str(build("xbm", loss={"type": "contrastive", "margin": 0.3}))
+    assert "memory_size=1024" in shown and "margin=0.3, negatives='all'" in shown
+
+
+def test_losses_have_their_names_in_the_package():
+    assert losses.CBML is CBML and losses.RankedList is REGISTRY["ranked_list"]
+    with pytest.raises(ImportError, match="cannot import name 'CMBL'"):
+        from cbml.losses import CMBL  # noqa: F401

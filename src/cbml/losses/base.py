@@ -155,7 +155,7 @@ class Loss(nn.Module):
             labels: (B,), integers.
 
         Raises:
-            UserError: other shapes or dtypes; a loss that `needs` more of a batch than this, which `terms` can be given.
+            UserError: other shapes or dtypes; a loss that `needs` more of a batch, which `terms` can be given.
         """
         name = type(self).__name__
         if embeddings.ndim != 2 or not embeddings.is_floating_point():
@@ -271,7 +271,7 @@ def register(name: str) -> Callable[[L], L]:
         }
         common: dict[str, Any] = {"type": (Literal[name], ...), "lr_factor": (Positive, cls.lr_factor)}
         cls.Config = create_model(cls.__name__, __base__=LossConfig, **common, **fields)
-        cls.__init__ = _strict(cls.__init__, name, cls.Config)  # type: ignore[method-assign, misc]
+        cls.__init__ = _strict(cls.__init__, name, cls.Config)  # type: ignore[method-assign]
         REGISTRY[name] = cls
         return cls
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_serializer, model_validator
 
-from cbml.losses.base import METHOD, REGISTRY, Loss, LossConfig, loss_type
+from cbml.losses.base import METHOD, REGISTRY, LossConfig, loss_type
 from cbml.models.heads import Head
 from cbml.samplers.config import AnyBatchSampler
 
@@ -50,8 +50,9 @@ def losses_of(config: LossConfig) -> Iterator[LossConfig]:
 
 
 @cache
-def _with_method(loss: type[Loss]) -> type[MethodConfig]:
-    return create_model(loss.__name__, __base__=(loss.Config, MethodConfig))
+def _with_method(config: type[LossConfig]) -> type[MethodConfig]:
+    bases: Any = (config, MethodConfig)  # in this order the loss's own `type` and defaults hold
+    return create_model(config.__name__, __base__=bases)
 
 
 def parse_method(data: Any) -> MethodConfig:
@@ -60,7 +61,7 @@ def parse_method(data: Any) -> MethodConfig:
     Raises:
         ValueError: there is no such loss, or a parameter is not one of its own or not allowed.
     """
-    return data if isinstance(data, MethodConfig) else _with_method(loss_type(data)).model_validate(data)
+    return data if isinstance(data, MethodConfig) else _with_method(loss_type(data).Config).model_validate(data)
 
 
 AnyMethod = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(parse_method)]
