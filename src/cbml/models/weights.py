@@ -5,7 +5,6 @@ import sys
 from http.client import HTTPException
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
@@ -79,6 +78,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     _reject_web_page(path, str(path))
     try:
         if path.suffix == ".safetensors":
+            import safetensors.torch  # not with this module: the losses, which import from this package, do without
+
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the two readers raise at least six types on damaged files
