@@ -5,10 +5,10 @@ import literal_retrieval
 import numpy as np
 import pytest
 import torch
-from helpers import LargestTensor
+from helpers import LargestTensor, clusters
 
 from cbml.errors import UserError
-from cbml.evaluation import retrieval
+from cbml.evaluation import recall_at_k, retrieval
 from cbml.evaluation.metrics import affords_nmi, evaluate
 from cbml.evaluation.retrieval import RESOLUTION, error_bound, largest, products, retrieve, search_dtype
 
@@ -452,3 +452,16 @@ def test_bad_input(call, message):
     with pytest.raises(UserError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_recall_at_k_is_that_of_evaluate_by_k():
+    embeddings, labels = clusters(6, 5, noise=1.5)
+    metrics = evaluate(embeddings, labels, ks=(1, 3))
+    assert recall_at_k(embeddings, labels, ks=(1, 3)) == {1: metrics["recall_at_1"], 3: metrics["recall_at_3"]}
+    assert 0 < metrics["recall_at_1"] < metrics["recall_at_3"] < 100
+    gallery, others = embeddings[::2], labels[::2]
+    expected = evaluate(embeddings, labels, gallery, others, ks=(2,))["recall_at_2"]
+    assert recall_at_k(embeddings, labels, gallery, others, ks=(2,)) == {2: expected}
+    assert recall_at_k(torch.ones(8, 3), torch.arange(8) // 2, ks=(1, 4)) == {1: 0, 4: 0}  # six of other classes
+    with pytest.raises(UserError, match="ks: .* at least 1"):
+        recall_at_k(embeddings, labels, ks=(0,))

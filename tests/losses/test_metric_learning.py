@@ -41,7 +41,7 @@ def test_it_is_cbml(parameters):
 
 def test_a_miners_pairs_stand_for_all_of_them():
     """One anchor with one positive and two of its three negatives, as a formula."""
-    angles = torch.tensor([0.0, 0.5, 0.7, 0.9, 2.0], dtype=torch.float64)
+    angles = torch.tensor([0.0, 0.8, 0.7, 0.9, 2.0], dtype=torch.float64)
     embeddings, labels = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([0, 0, 1, 1, 1])
     indices = [torch.tensor(each) for each in ([0], [1], [0, 0], [2, 4])]
     positive, negatives = angles[1].cos(), angles[[2, 4]].cos()

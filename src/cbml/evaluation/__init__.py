@@ -1,8 +1,8 @@
 """Evaluation: embeddings, exact retrieval, and what follows from it. Tensors in, numbers out.
 
-    from cbml.evaluation import evaluate, recall_at_k
+from cbml.evaluation import evaluate, recall_at_k
 
-    recall_at_k(embeddings, labels, ks=(1, 2, 4, 8))  # by K, in percent
+recall_at_k(embeddings, labels, ks=(1, 2, 4, 8))  # by K, in percent
 """
 
 import importlib
