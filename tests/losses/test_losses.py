@@ -455,7 +455,7 @@ def test_own_loops_may_give_embeddings_of_any_length():
         (gradient,) = torch.autograd.grad(found, longer)
         assert (gradient * longer).sum(1).abs().max() < 1e-9 * max(1, gradient.abs().max())  # no radial part
         torch.manual_seed(0)
-        torch.testing.assert_close(states[2](embeddings, labels.int()), expected)
+        torch.testing.assert_close(states[2](embeddings, labels.tolist()), expected)
 
 
 @pytest.mark.parametrize(

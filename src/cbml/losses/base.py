@@ -152,12 +152,12 @@ class Loss(nn.Module):
 
         Args:
             embeddings: (B, D), of a floating dtype.
-            labels: (B,), integers.
+            labels: (B,), integers: a tensor, an array or a list.
 
         Raises:
             UserError: other shapes or dtypes; a loss that `needs` more of a batch, which `terms` can be given.
         """
-        name = type(self).__name__
+        name, labels = type(self).__name__, torch.as_tensor(labels)
         if embeddings.ndim != 2 or not embeddings.is_floating_point():
             raise UserError(
                 f"{name}: embeddings have shape {tuple(embeddings.shape)} and dtype {embeddings.dtype}; "

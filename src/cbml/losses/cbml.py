@@ -24,6 +24,12 @@ class CBML(Loss):
     The loss is the sum over anchors by the batch size. An anchor without positives or negatives, or with all of one
     kind mined away, contributes nothing.
 
+        criterion = CBML(form="log")
+        loss = criterion(embeddings, labels)
+
+    `embeddings` (B, D) may be of any length: they are normalised here, as by pytorch-metric-learning's pair losses.
+    With that library's miners and memory: `cbml.losses.metric_learning`.
+
     Args:
         form: `log`, `sqrt` or `const`.
         margin: m of the mining rule: positives with s − m < max s⁻, negatives with s + m > min s⁺.
