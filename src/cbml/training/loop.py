@@ -75,7 +75,8 @@ class Learner:
         outputs = self.model.outputs(crops, self.wanted)._asdict()
         if self.teacher:
             outputs["teacher"] = self.teacher.outputs(crops, self.wanted)
-        terms = self.criterion.terms(Batch(labels=labels, indices=indices, task=task, head=self.network.head, **outputs))
+        batch = Batch(labels=labels, indices=indices, task=task, head=self.network.head, **outputs)
+        terms = self.criterion.terms(batch)
         loss = total(terms)
 
         self.optimizer.zero_grad()
