@@ -241,7 +241,7 @@ def loss_type(data: Any) -> type[Loss]:
     """
     name = data.get("type") if isinstance(data, dict) else None
     if name not in REGISTRY:
-        raise ValueError(f"type {name!r} is no loss; allowed: {', '.join(sorted(REGISTRY))}")
+        raise ValueError(f"type {name!r} is no loss; allowed: {', '.join(map(repr, sorted(REGISTRY)))}")
     return REGISTRY[name]
 
 
