@@ -15,9 +15,9 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cbml.evaluation import queries
 from cbml.evaluation.retrieval import retrieve
 from cbml.models import BackboneConfig
+from cbml.report.common import queries
 from cbml.stages.train import train_cell
 from cbml.training import loop
 

@@ -15,8 +15,8 @@ from cbml.errors import UserError
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.retrieval import unit_vectors
 from cbml.evaluation.similarities import pair_similarities
+from cbml.report.cell import charts
 from cbml.report.cell.embedding_map import map_chart, project
-from cbml.report.common import charts
 from cbml.report.common.style import INK, chart, to_svg
 from cbml.report.common.thumbnails import contact_sheet, thumbnail
 from cbml.report.tables import comparisons

@@ -9,10 +9,10 @@ from helpers import LargestTensor, angles, clusters, judged
 from scipy import stats
 
 from cbml.errors import UserError
-from cbml.evaluation import queries
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.retrieval import unit_vectors
 from cbml.evaluation.similarities import pair_similarities
+from cbml.report.common import queries
 
 # Who is right
 

@@ -14,9 +14,9 @@ from helpers import ROOT, tiny_params
 
 from cbml import provenance
 from cbml.errors import UserError
-from cbml.report.common.markdown import to_markdown
 from cbml.report.tables import rows as tables
 from cbml.report.tables.latex import to_latex
+from cbml.report.tables.markdown import to_markdown
 from cbml.stages.hand_over import hand_over
 from cbml.stages.tabulate import tabulate
 from cbml.tracking import store as tracking

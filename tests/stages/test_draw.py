@@ -19,10 +19,10 @@ from cbml.data.lists import read_list
 from cbml.data.sources import GlyphsConfig
 from cbml.data.sources.layout import display_name
 from cbml.errors import UserError
-from cbml.evaluation import queries
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
+from cbml.report.common import queries
 from cbml.stages.draw import draw_cell
 from cbml.tracking import store as tracking
 from cbml.workspace import Workspace

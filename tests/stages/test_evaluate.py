@@ -13,10 +13,10 @@ from helpers import TINY_GLYPHS, TINY_RECIPE, tiny_params
 from cbml import network
 from cbml.data.lists import read_list
 from cbml.errors import UserError
-from cbml.evaluation import queries
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
+from cbml.report.common import queries
 from cbml.spec.params import load_cell
 from cbml.stages.build_lists import build_lists
 from cbml.stages.download import download

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from cbml.files import atomic_write, read_csv, read_json
+from cbml.report.cell import charts
 from cbml.report.cell.embedding_map import map_chart
 from cbml.report.cell.page import cell_page
-from cbml.report.common import charts
 from cbml.report.common.pictures import Pictures
 from cbml.spec.params import load_cell
 from cbml.stages.inputs import open_data

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from cbml import network
 from cbml.data.images import Images
-from cbml.evaluation import queries
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import affords_nmi, evaluate
 from cbml.evaluation.pseudo_labels import pseudo_label_table
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
 from cbml.files import atomic_write, read_arrays
+from cbml.report.common import queries
 from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
 from cbml.stages.inputs import open_data

@@ -8,11 +8,11 @@ from pathlib import Path
 from cbml.errors import UserError
 from cbml.files import read_json, write_text
 from cbml.progress import message
-from cbml.report.common.markdown import to_markdown
 from cbml.report.common.pictures import Found, Pictures
 from cbml.report.tables import rows as tables
 from cbml.report.tables.comparisons import curves_chart
 from cbml.report.tables.latex import to_latex
+from cbml.report.tables.markdown import to_markdown
 from cbml.report.tables.page import SHOWN, index_page, tables_page
 from cbml.report.tables.rows import Evaluated
 from cbml.spec.params import load_cell

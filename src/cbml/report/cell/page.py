@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cbml.evaluation import queries
 from cbml.files import read_csv, read_json
+from cbml.report.common import queries
 from cbml.report.common.html import figure, render
 from cbml.report.common.pictures import Found, Pictures
 from cbml.report.tables.rows import NO_NMI, NO_NMI_IN_GALLERY, metrics, number

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from cbml.evaluation import queries
+from cbml.report.common import queries
 from cbml.report.common.pictures import Found, Pictures
 from cbml.report.tables.rows import number
 
