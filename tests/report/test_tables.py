@@ -14,6 +14,7 @@ from helpers import ROOT, tiny_params
 
 from cbml import provenance
 from cbml.errors import UserError
+from cbml.report.common.numbers import recalls as recalls_of
 from cbml.report.tables import rows as tables
 from cbml.report.tables.latex import to_latex
 from cbml.report.tables.markdown import to_markdown
@@ -59,7 +60,7 @@ def finished(tmp_path):
     count = iter(range(100))
 
     def finish_all(*several, **options):
-        return tables.told_apart([finish(Workspace(tmp_path / str(next(count))), one, **options) for one in several])
+        return tables.with_variants([finish(Workspace(tmp_path / str(next(count))), one, **options) for one in several])
 
     return finish_all
 
@@ -158,14 +159,14 @@ def recipe(name="tiny", **parameters):
     return {name: tiny_params()["recipe"]["tiny"] | parameters}
 
 
-def test_cells_of_the_same_names_are_told_apart_by_what_differs(finished):
+def test_cells_of_the_same_names_are_with_variants_by_what_differs(finished):
     pair = [*cells(loss=losses(margin=0.1)), *cells(loss=losses(margin=0.2), seed=[0, 1])]
     assert [one.variant for one in finished(*pair)] == ["margin=0.1", "margin=0.2", "margin=0.2"]
     other_sizes = cells(loss=losses(margin=0.2), embedding_dim=[32])
     assert [one.variant for one in finished(*cells(loss=losses(margin=0.1)), *other_sizes)] == ["", ""]
 
 
-def test_seeds_are_told_apart_by_nothing(finished):
+def test_seeds_are_with_variants_by_nothing(finished):
     assert [one.variant for one in finished(*cells(seed=SEEDS))] == ["", "", ""]
 
 
@@ -200,7 +201,7 @@ def test_where_things_come_from_tells_nothing_apart(finished, tmp_path):
         for weights, classes in (("a.pth", 12), ("b.pth", 14))
     ]
     digits = [one.record["key"][-10:] for one in other]
-    assert [one.variant for one in tables.told_apart(other)] == digits and digits[0] != digits[1]
+    assert [one.variant for one in tables.with_variants(other)] == digits and digits[0] != digits[1]
 
 
 def test_no_two_variants_are_the_same(tmp_path):
@@ -210,7 +211,7 @@ def test_no_two_variants_are_the_same(tmp_path):
     evaluated = [
         finish(Workspace(tmp_path / str(i)), cell, weights=weights) for i, (cell, weights) in enumerate(started)
     ]
-    evaluated = tables.told_apart(evaluated)
+    evaluated = tables.with_variants(evaluated)
     digits = [one.record["key"][-10:] for one in evaluated]
     assert [one.variant for one in evaluated] == [f"margin=0.1, {digits[0]}", "margin=0.2", f"margin=0.1, {digits[2]}"]
     assert (tables.summarise(tables.collect(evaluated, ROOT / "conf"), with_published=False).n == 1).all()
@@ -363,7 +364,7 @@ def test_the_published_tables_are_complete():
     assert paper.source.value_counts().to_dict() == {"literature": 29, "paper": 18, "unsupervised": 4}
     options = {file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml")}
     assert set(paper.option.dropna()) <= options and paper[paper.option.isna()].method.tolist() == ["DeML"]
-    recalls = paper[paper.source != "unsupervised"][tables.recalls(paper)]
+    recalls = paper[paper.source != "unsupervised"][recalls_of(paper)]
     assert recalls.shape == (47, 4)
     assert (recalls.diff(axis=1).iloc[:, 1:].fillna(1) > 0).all(axis=None)
 

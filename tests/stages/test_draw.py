@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import TINY_GLYPHS, angles, clusters, judged, tiny_params
+from helpers import TINY_GLYPHS, angles, clusters, tiny_params
 from PIL import Image
 
 from cbml.data.lists import read_list
@@ -20,9 +20,12 @@ from cbml.data.sources import GlyphsConfig
 from cbml.data.sources.layout import display_name
 from cbml.errors import UserError
 from cbml.evaluation.metrics import evaluate
+from cbml.evaluation.per_class import class_table
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
-from cbml.report.common import queries
+from cbml.report.cell.failures import failures as failures_of
+from cbml.report.cell.failures import surest
+from cbml.report.common.queries import judge, sample_queries
 from cbml.stages.draw import draw_cell
 from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
@@ -81,7 +84,8 @@ def write_inputs(tree, test, labels, train=None, train_labels=None):
     indices, similarities = retrieve(test, labels, 8)
     np.savez(folder / "neighbours.npz", indices=indices.int().numpy(), similarities=similarities.float().numpy())
     names = read_list(tree / "lists/glyphs/test.txt").class_names
-    queries.class_table(judged(test, labels), names).to_csv(folder / "classes.csv", index=False)
+    nearest = (each[:, 0].numpy() for each in (indices, similarities))
+    class_table(labels.numpy(), *nearest, names).to_csv(folder / "classes.csv", index=False)
     train, train_labels = (test, labels) if train is None else (train, train_labels)
     found = {"train": pair_similarities(train, train_labels), "test": pair_similarities(test, labels)}
     densities = pd.concat({split: table for split, (table, _) in found.items()}, names=["split"])
@@ -175,10 +179,10 @@ def test_the_page_shows_queries_with_their_neighbours_and_who_is_right(drawn, wr
         found = dict(arrays)
     images = read_list(written.tree / "lists/glyphs/test.txt")
     names = [images.class_names[label] for label in images.labels]
-    judge = queries.judge(found["indices"], found["similarities"], images.labels)
+    judged_queries = judge(found["indices"], found["similarities"], images.labels)
     for rows, chosen in (
-        (chance, queries.pick(judge, 8, 0)),
-        (failures, queries.surest(queries.failures(judge), 8)),
+        (chance, sample_queries(judged_queries, 8, 0)),
+        (failures, surest(failures_of(judged_queries), 8)),
     ):
         expected = [
             [f"{names[query]}, query"]

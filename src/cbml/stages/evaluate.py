@@ -13,11 +13,11 @@ from cbml import network
 from cbml.data.images import Images
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import affords_nmi, evaluate
+from cbml.evaluation.per_class import class_table, sample_images
 from cbml.evaluation.pseudo_labels import pseudo_label_table
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
 from cbml.files import atomic_write, read_arrays
-from cbml.report.common import queries
 from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
 from cbml.stages.inputs import open_data
@@ -63,7 +63,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     record = record_of(run_folder)
     data = open_data(workspace, cell)
     tested, scoring, ks = data.test, data.scoring, data.ks
-    sample = data.train.subset(queries.choose(data.train.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
+    sample = data.train.subset(sample_images(data.train.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
     images, train_images = data.images(tested), data.images(sample)
     _, validations = curves_of(run_folder, cell)
 
@@ -96,8 +96,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
             "test": pair_similarities(test, images.labels),
         }
 
-    judged = queries.judge(indices, similarities, tested.labels)
-    mapped = queries.choose(tested.labels, MAP_CLASSES, MAP_IMAGES, cell.seed)
+    mapped = sample_images(tested.labels, MAP_CLASSES, MAP_IMAGES, cell.seed)
     densities = pd.concat({split: table for split, (table, _) in distributions.items()}, names=["split"])
     out = workspace.evaluation(cell)
     with atomic_write(out) as folder:
@@ -110,7 +109,8 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         np.savez(
             folder / "neighbours.npz", indices=indices.astype(np.int32), similarities=similarities.astype(np.float32)
         )
-        queries.class_table(judged, tested.class_names).to_csv(folder / "classes.csv", index=False)
+        by_class = class_table(tested.labels, indices[:, 0], similarities[:, 0], tested.class_names)
+        by_class.to_csv(folder / "classes.csv", index=False)
         densities.reset_index("split").to_csv(folder / "similarities.csv", index=False)
         moments = {split: moments for split, (_, moments) in distributions.items()}
         (folder / "similarities.json").write_text(json.dumps(moments, indent=2), encoding="utf-8")

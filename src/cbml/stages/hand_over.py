@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from cbml.files import read_csv, read_json
+from cbml.report.common.numbers import recalls
 from cbml.report.tables.commands import command
 from cbml.report.tables.markdown import pipe_table
-from cbml.report.tables.rows import recalls
 from cbml.spec.cell import Cell
 from cbml.stages.records import curves_of, record_of
 from cbml.tracking import store as tracking

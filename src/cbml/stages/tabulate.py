@@ -8,7 +8,7 @@ from pathlib import Path
 from cbml.errors import UserError
 from cbml.files import read_json, write_text
 from cbml.progress import message
-from cbml.report.common.pictures import Found, Pictures
+from cbml.report.common.pictures import Neighbours, Pictures
 from cbml.report.tables import rows as tables
 from cbml.report.tables.comparisons import curves_chart
 from cbml.report.tables.latex import to_latex
@@ -38,7 +38,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     Raises:
         UserError: a cell has not been evaluated, or there is none.
     """
-    evaluated = tables.told_apart(_archived(workspace, dataset) if all_cells else _here(workspace, dataset))
+    evaluated = tables.with_variants(_archived(workspace, dataset) if all_cells else _here(workspace, dataset))
     summary = read_json(evaluated[0].folder / "summary.json", "evaluate", ("test",))
     test = summary["test"] | ({"queries": summary["query"]["images"]} if "query" in summary else {})
     with_published = evaluated[0].cell.dataset_config.type == "cub200"
@@ -70,7 +70,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     return "\n".join([text, *tables.outdated(evaluated)])  # again where a terminal shows it: in the last line
 
 
-def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable[[Path], Found]] | tuple[()]:
+def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable[[Path], Neighbours]] | tuple[()]:
     """The test list, and what reads the neighbours that a cell like `one` finds; nothing if the images are not here."""
     dataset = one.cell.dataset
     try:

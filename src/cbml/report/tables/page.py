@@ -13,7 +13,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from cbml.report.common.html import figure, render
-from cbml.report.common.pictures import Found, Pictures
+from cbml.report.common.numbers import number
+from cbml.report.common.pictures import Neighbours, Pictures
 from cbml.report.tables import rows as tables
 from cbml.report.tables.comparisons import curves_chart, distributions_chart, paper_chart
 from cbml.report.tables.rows import Evaluated
@@ -35,7 +36,7 @@ def tables_page(
     test: dict[str, int],
     folder: Path,
     pictures: Pictures | None = None,
-    found: Callable[[Path], Found] | None = None,
+    found: Callable[[Path], Neighbours] | None = None,
 ) -> str:
     """The page of a table set: what methods retrieve, tables, the paper beside them, two cells compared, charts.
 
@@ -94,7 +95,7 @@ def index_page(reports: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, headline in reports.items():
         *recalls, count, best = (headline[each] for each in SHOWN)
-        rows.append([link.format(name), *map(tables.number, recalls), count, best])
+        rows.append([link.format(name), *map(number, recalls), count, best])
     columns = ["Dataset", "R@1", "R@1 untrained", "Rows", "Best row"]
     return render("index", reports=pd.DataFrame(rows, columns=columns, dtype=object))
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -15,11 +15,10 @@ from scipy import stats
 
 from cbml.files import read_csv, read_json
 from cbml.provenance import changed
+from cbml.report.common.numbers import NO_NMI, NO_NMI_IN_GALLERY, metrics, number, recalls
 from cbml.report.tables.commands import command
 from cbml.spec.cell import Cell
 
-NO_NMI = "NMI is left out: on so many images and classes, k-means takes far longer than retrieval."
-NO_NMI_IN_GALLERY = "NMI is left out: queries are searched for in a gallery."
 MIN_SEEDS = 3  # fewer get no interval, and so no claim
 CONFIDENCE = 0.95
 PUBLISHED_TEST = {"images": 5924, "classes": 100}
@@ -45,7 +44,7 @@ class Evaluated:
         record: its run.json.
         folder: of its evaluation.
         page: the folder of its page.
-        variant: what tells it from others of its backbone, loss and embedding size; see `told_apart`.
+        variant: what tells it from others of its backbone, loss and embedding size; see `with_variants`.
     """
 
     cell: Cell
@@ -82,18 +81,7 @@ def published() -> pd.DataFrame:
         return pd.read_csv(file)
 
 
-def recalls(names: Iterable[str]) -> list[str]:
-    """Those of the form `recall_at_K`, by K."""
-    found = [name for name in names if name.removeprefix("recall_at_").isdecimal()]
-    return sorted(found, key=lambda name: int(name.removeprefix("recall_at_")))
-
-
-def metrics(names: Iterable[str]) -> list[str]:
-    """Those of metrics: `recalls`, and the others that are there."""
-    return [*recalls(names), *(name for name in ("r_precision", "map_at_r", "nmi") if name in names)]
-
-
-def told_apart(evaluated: list[Evaluated]) -> list[Evaluated]:
+def with_variants(evaluated: list[Evaluated]) -> list[Evaluated]:
     """The same cells with a `variant` where several of them that are no seeds of one another have the same names.
 
     It reads like `margin=0.2, recipe=cpu`. A parameter that follows from the choice of another recipe is left out. What
@@ -261,11 +249,6 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
     text["MAP@R"] = column(lambda row: _figure(row, "map_at_r"))
     text["R@1 untrained"] = column(lambda row: number(row.untrained_recall_at_1, ""))
     return text
-
-
-def number(value: float, absent: str = "–") -> str:
-    """A figure in percent, as every table has it."""
-    return absent if pd.isna(value) else f"{value:.1f}"
 
 
 def _figure(row: Any, name: str) -> str:
