@@ -293,7 +293,9 @@ def test_a_cell_that_other_code_trained_is_announced_with_the_command_that_train
     assert tables.outdated(evaluated) == []
     old = finished(*cells(), code=now | {"training/loop.py": "000000000000", "losses/gone.py": "111111111111"})
     (line,) = tables.outdated(old)
-    assert line.startswith("**Trained by other code than today's** (src/cbml/losses/gone.py, src/cbml/training/loop.py")
+    assert line.startswith(
+        "**Trained by other code than today's** (src/cbml/training/loop.py, 1 file no longer there): "
+    )
     assert f"`{TRAIN} && dvc repro`" in line
     table = tables.summarise(tables.collect(old, ROOT / "conf"), with_published=False)
     assert line in to_markdown(table, "glyphs", TEST, old).partition("## Embeddings")[0]  # before any figure
@@ -305,13 +307,27 @@ def test_one_command_trains_all_such_cells_again_and_names_each_once(finished):
     evaluated = finished(*cells(loss=losses(margin=0.1), seed=[0, 1]), *cells(loss=losses(margin=0.2)), **old)
     (line,) = tables.outdated([*evaluated, *finished(*cells(embedding_dim=[32]))])
     assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs && dvc repro`" in line and "-32-" not in line
+    assert (
+        "): resnet18-cbml_log-16-0 (margin=0.1), resnet18-cbml_log-16-1 (margin=0.1), resnet18-cbml_log-16-0 (" in line
+    )
 
 
-def test_a_change_of_training_code_runs_tabulate_again():
-    """Else nothing would tell that the cells are of other code."""
-    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["tabulate"]
-    code = {f"src/cbml/{name}" for name in (*provenance.TRAINING, "losses/cbml.py", "models/embedding_model.py")}
-    assert not [name for name in code if not any(name == dep or name.startswith(f"{dep}/") for dep in stage["deps"])]
+def test_a_cell_that_other_code_scored_is_announced_with_the_command_that_scores_it_again(finished):
+    other = {"scoring_code": provenance.scoring_code() | {"models/heads.py": "000000000000"}}
+    (line,) = tables.outdated([*finished(*cells(), **other), *finished(*cells(embedding_dim=[32]))])
+    assert line == (
+        "**Scored by other code than today's** (src/cbml/models/heads.py): resnet18-cbml_log-16-0. Again, just those: "
+        "`dvc repro -f -s evaluate@resnet18-cbml_log-16-0-glyphs && dvc repro`."
+    )
+    trained, scored = tables.outdated(finished(*cells(), code={"network.py": "000000000000"}, **other))
+    assert trained.startswith("**Trained by") and scored.startswith("**Scored by")
+
+
+def test_records_of_an_earlier_layout_are_read(finished):
+    """Their hashes are of files that are elsewhere now; and what scored them they do not say."""
+    old = {"code": {"training/loop.py": "0" * 12, "batches/base.py": "1" * 12, "batches/kmeans.py": "2" * 12}}
+    (line,) = tables.outdated(finished(*cells(), **old))
+    assert "(src/cbml/training/loop.py, 2 files no longer there)" in line
 
 
 def test_the_metrics_have_the_same_names_whatever_cells_ran(workspace):

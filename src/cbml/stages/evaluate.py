@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from cbml import network
+from cbml import network, provenance
 from cbml.data.images import Images
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import affords_nmi, evaluate
@@ -51,7 +51,8 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         map.npz             some classes' `embeddings`, and `indices` of their images
         pseudo_labels.csv   if training was on clusters, how they compare with the classes, by refresh
 
-    and of the run all but the weights. The test list is the queries and then the gallery, where a dataset has these.
+    and of the run all but the weights, run.json with hashes of what scored it as well, `scoring_code`. The test list is
+    the queries and then the gallery, where a dataset has these.
 
     Args:
         register: put the model into MLflow's registry, as a new version of `<dataset>-<cell>`.
@@ -104,6 +105,8 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         for file in run_folder.iterdir():
             if file.suffix != ".pt":
                 shutil.copyfile(file, folder / file.name)  # not its mode: DVC's files are read-only
+        record["scoring_code"] = provenance.scoring_code()
+        (folder / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
         recalls.to_csv(folder / "recall_at_k.csv", index=False)
         np.savez(

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from cbml.files import read_csv, read_json
-from cbml.provenance import changed
+from cbml.provenance import changed, gone
 from cbml.report.common.numbers import NO_NMI, NO_NMI_IN_GALLERY, metrics, number, recalls
 from cbml.report.tables.commands import command
 from cbml.spec.cell import Cell
@@ -305,17 +305,24 @@ def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
 
 
 def outdated(evaluated: list[Evaluated]) -> list[str]:
-    """A warning about cells that were trained by other code than today's, with the command that trains them again."""
-    found = [(one.cell, files) for one in evaluated if (files := changed(one.record["code"]))]
-    if not found:
-        return []
-    modules = ", ".join(sorted({f"src/cbml/{file}" for _, files in found for file in files}))
-    names = ", ".join(dict.fromkeys(cell.name for cell, _ in found))
-    stages = " ".join(dict.fromkeys(f"train@{cell.name}-{cell.dataset}" for cell, _ in found))
-    return [
-        f"**Trained by other code than today's** ({modules}): {names}. Again, just those: "
-        f"`dvc repro -f -s {stages} && dvc repro`."
-    ]
+    """Warnings of cells that other code than today's trained, or scored, each with the command that does it again."""
+    warnings = []
+    for done, stage, record in (("Trained", "train", "code"), ("Scored", "evaluate", "scoring_code")):
+        found = [(one, files) for one in evaluated if (files := changed(one.record.get(record, {})))]
+        if not found:
+            continue
+        files = sorted({file for _, of_one in found for file in of_one})
+        absent = gone(files)
+        modules = [f"src/cbml/{file}" for file in files if file not in absent]
+        if absent:
+            modules.append(f"{len(absent)} file{'s' if len(absent) > 1 else ''} no longer there")
+        names = ", ".join(dict.fromkeys(f"{one.cell.name}{one.variant and f' ({one.variant})'}" for one, _ in found))
+        stages = " ".join(dict.fromkeys(f"{stage}@{one.cell.name}-{one.cell.dataset}" for one, _ in found))
+        warnings.append(
+            f"**{done} by other code than today's** ({', '.join(modules)}): {names}. Again, just those: "
+            f"`dvc repro -f -s {stages} && dvc repro`."
+        )
+    return warnings
 
 
 def provenance(evaluated: list[Evaluated]) -> list[str]:
