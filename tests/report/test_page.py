@@ -165,7 +165,10 @@ def test_cells_that_other_code_trained_are_announced_above_the_tables(evaluated,
     other = finish_all(tmp_path, cells(), code={"losses/<b>.py": "0" * 12})
     page = Page(write_tables_page(tmp_path / "page" / "index.html", other, table_of(other)))
     warning = page.html.partition("<table>")[0]
-    assert "<strong>Trained by other code than today&#x27;s</strong> (src/cbml/losses/&lt;b&gt;.py)" in warning
+    assert (
+        "<strong>Trained by other code than today&#x27;s</strong> (no longer there: src/cbml/losses/&lt;b&gt;.py)"
+        in warning
+    )
     assert "<code>dvc repro -f -s train@resnet18-cbml_log-16-0-glyphs &amp;&amp; dvc repro</code>" in warning
 
 

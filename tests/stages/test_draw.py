@@ -27,6 +27,7 @@ from cbml.report.cell.failures import failures as failures_of
 from cbml.report.cell.failures import surest
 from cbml.report.common.queries import judge, sample_queries
 from cbml.stages.draw import draw_cell
+from cbml.stages.evaluate import CURVE
 from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
 
@@ -79,7 +80,9 @@ def write_inputs(tree, test, labels, train=None, train_labels=None):
     scores = evaluate(test, labels, ks=(1, 2, 4, 8)) | {"iteration": 6}
     metrics = {"final": scores, "best_on_test": scores | {"iteration": 4}, "untrained": scores | {"iteration": 0}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    recalls = pd.DataFrame({"k": [1, 2, 4, 8], "recall": [scores[f"recall_at_{k}"] for k in (1, 2, 4, 8)]})
+    curve = [k for k in CURVE if k == 1 or k < len(test)]
+    of_curve = evaluate(test, labels, ks=curve)
+    recalls = pd.DataFrame({"k": curve, "recall": [of_curve[f"recall_at_{k}"] for k in curve]})
     recalls.to_csv(folder / "recall_at_k.csv", index=False)
     indices, similarities = retrieve(test, labels, 8)
     np.savez(folder / "neighbours.npz", indices=indices.int().numpy(), similarities=similarities.float().numpy())
@@ -296,6 +299,8 @@ DAMAGES = {
     "something else": lambda content: b"[]",
     "without rows": lambda content: content.partition(b"\n")[0],
     "other columns": lambda content: b"a,b\n1,2\n",
+    "without its last row": lambda content: content.rstrip().rpartition(b"\n")[0] + b"\n",
+    "without its last character": lambda content: content.rstrip()[:-1],
 }
 
 
@@ -309,14 +314,8 @@ def refused(workspace, file, stage):
     return str(caught.value)
 
 
-TABLE_ONLY = ("without rows", "other columns")
-# Half of a table is a table.
-CASES = [
-    (name, damage)
-    for name in READ
-    for damage in DAMAGES
-    if not (damage == "half" if name.endswith(".csv") else damage in TABLE_ONLY)
-]
+TABLE_ONLY = ("without rows", "other columns", "without its last row", "without its last character")
+CASES = [(name, damage) for name in READ for damage in DAMAGES if name.endswith(".csv") or damage not in TABLE_ONLY]
 
 
 def test_these_files_are_all_that_is_read(written):

@@ -64,4 +64,5 @@ def _note(cell: Cell, metrics: dict[str, dict[str, float]], conf: Path) -> str:
     rows = [[protocol, *(f"{scores[name]:.1f}" for name in names)] for protocol, scores in metrics.items()]
     table = pipe_table(pd.DataFrame(rows, columns=["protocol", *names]))
     # Not as a block, whose long line would push the rest of MLflow's page out of sight.
-    return f"{table}\n\nIn percent. Again: `{command(cell, [cell.seed], conf)}`\n"
+    again = command(cell, [cell.seed], conf)
+    return f"{table}\n\nIn percent.{f' Again: `{again}`' if again else ''}\n"

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cbml.files import read_csv, read_json
+from cbml.files import read_json
 from cbml.report.cell.failures import confusions, failures, surest
+from cbml.report.common.evaluated import classes_of
 from cbml.report.common.html import figure, render
 from cbml.report.common.numbers import NO_NMI, NO_NMI_IN_GALLERY, metrics, number
 from cbml.report.common.pictures import Neighbours, Pictures
@@ -58,10 +59,6 @@ def cell_page(
         label = LABELS.get(name) or f"R@{name.removeprefix('recall_at_')}"
         protocols[label] = [number(values.get(name, np.nan)) for values in scores.values()]
     protocols["Iteration"] = [f"{values['iteration']:.0f}" for values in scores.values()]
-    columns = ("class", "images", "recall_at_1", "confused_with")
-    classes = read_csv(evaluation / "classes.csv", "evaluate", columns, dtype=str, keep_default_na=False)
-    classes.insert(1, "R@1", [number(float(recall or "nan")) for recall in classes.pop("recall_at_1")])
-    classes.columns = ["Class", "R@1", "Images", "Most often taken for"]
     judged = judge(found["indices"], found["similarities"], pictures.images.labels)
     chosen = {
         "Queries picked by chance, one per class": sample_queries(judged, ROWS, cell.seed),
@@ -81,6 +78,9 @@ def cell_page(
         }
         for pair in confusions(judged).head(ROWS).itertuples()
     ]
+    classes = classes_of(evaluation, len(judged))
+    classes.insert(1, "R@1", [number(recall) for recall in classes.pop("recall_at_1")])
+    classes.columns = ["Class", "R@1", "Images", "Most often taken for"]
     with_gallery = len(judged) < len(pictures.images.labels)
     return render(
         "cell",

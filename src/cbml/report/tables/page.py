@@ -90,12 +90,12 @@ def tables_page(
 
 
 def index_page(reports: dict[str, dict[str, Any]]) -> str:
-    """The page over all table sets, from the `headline` of each dataset's."""
+    """The page over all table sets, from the `headline` of each dataset's; of one without, the link alone."""
     link = Markup('<a href="{0}/index.html">{0}</a>')
     rows = []
     for name, headline in reports.items():
-        *recalls, count, best = (headline[each] for each in SHOWN)
-        rows.append([link.format(name), *map(number, recalls), count, best])
+        *recalls, count, best = (headline.get(each, "") for each in SHOWN)
+        rows.append([link.format(name), *(number(each) if headline else "" for each in recalls), count, best])
     columns = ["Dataset", "R@1", "R@1 untrained", "Rows", "Best row"]
     return render("index", reports=pd.DataFrame(rows, columns=columns, dtype=object))
 
@@ -121,7 +121,7 @@ def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> lis
             ours = row.protocol != "published"
             of_row = links[row.embedding_dim, row.backbone, row.method, row.variant] if ours else []
             columns["Seeds"].append(Markup(" ").join(of_row))
-            columns["Reproduce"].append(COMMAND.format(row.command) if ours else "")
+            columns["Reproduce"].append("" if pd.isna(row.command) else COMMAND.format(row.command))
         del text["Seeds"]  # comes last
         for name, cells in columns.items():
             text[name] = pd.Series(cells, text.index, dtype=object)  # as strings they would be markup no more

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cbml.files import read_csv, read_json
+from cbml.files import read_json
 from cbml.provenance import changed, gone
+from cbml.report.common.evaluated import similarities_of, validations_of
 from cbml.report.common.numbers import NO_NMI, NO_NMI_IN_GALLERY, metrics, number, recalls
 from cbml.report.tables.commands import command
 from cbml.spec.cell import Cell
@@ -313,13 +314,13 @@ def outdated(evaluated: list[Evaluated]) -> list[str]:
             continue
         files = sorted({file for _, of_one in found for file in of_one})
         absent = gone(files)
-        modules = [f"src/cbml/{file}" for file in files if file not in absent]
-        if absent:
-            modules.append(f"{len(absent)} file{'s' if len(absent) > 1 else ''} no longer there")
+        edited = [file for file in files if file not in absent]
+        lists = [", ".join(f"src/cbml/{file}" for file in each) for each in (edited, absent)]
+        modules = "; ".join(filter(None, [lists[0], lists[1] and f"no longer there: {lists[1]}"]))
         names = ", ".join(dict.fromkeys(f"{one.cell.name}{one.variant and f' ({one.variant})'}" for one, _ in found))
         stages = " ".join(dict.fromkeys(f"{stage}@{one.cell.name}-{one.cell.dataset}" for one, _ in found))
         warnings.append(
-            f"**{done} by other code than today's** ({', '.join(modules)}): {names}. Again, just those: "
+            f"**{done} by other code than today's** ({modules}): {names}. Again, just those: "
             f"`dvc repro -f -s {stages} && dvc repro`."
         )
     return warnings
@@ -367,7 +368,7 @@ def curves(evaluated: list[Evaluated]) -> pd.DataFrame:
     """Recall@1 on the test list by iteration: columns `cell`, `ROW`, `seed`, `iteration`, `recall_at_1`."""
     parts = []
     for one in evaluated:
-        rows = read_csv(one.folder / "validations.csv", "train", ("iteration", "recall_at_1"))
+        rows = validations_of(one.folder, one.cell)
         rows = rows.assign(cell=one.record["key"], **dict(zip(ROW, one.row, strict=True)), seed=one.cell.seed)
         parts.append(rows.assign(recall_at_1=rows.recall_at_1.round(3)))
     return pd.concat(parts, ignore_index=True)[["cell", *ROW, "seed", "iteration", "recall_at_1"]]
@@ -376,11 +377,7 @@ def curves(evaluated: list[Evaluated]) -> pd.DataFrame:
 def similarities(evaluated: list[Evaluated], bin_width: float) -> pd.DataFrame:
     """Densities of cosine similarity, means over bins: columns `cell`, `split`, `pair`, `similarity`, `density`."""
     keys = ["cell", "split", "pair"]
-    columns = ("split", "pair", "similarity", "density")
-    parts = [
-        read_csv(one.folder / "similarities.csv", "evaluate", columns).assign(cell=one.record["key"])
-        for one in evaluated
-    ]
+    parts = [similarities_of(one.folder)[0].assign(cell=one.record["key"]) for one in evaluated]
     rows = pd.concat(parts, ignore_index=True)
     bins = (rows.similarity // bin_width).rename("bin")
     means = rows.groupby([*keys, bins], sort=False)[["similarity", "density"]].mean()
