@@ -31,6 +31,7 @@ NEUTRAL = (
     "cbml.stages.check",  # refuses what cannot be computed
     "cbml.schema",  # how parameters are read: those of a cell are recorded with its result, and are part of its key
     "cbml.spec",  # likewise
+    "cbml.samplers.config",  # names every sampler; the one that takes part is told by its object
 )
 
 

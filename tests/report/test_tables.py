@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -233,6 +234,7 @@ def test_both_variants_are_rows_of_every_table(finished):
     assert curves.groupby("variant").cell.nunique().to_dict() == {"margin=0.1": 3, "margin=0.2": 3}
 
 
+@pytest.mark.slow
 def test_every_finished_cell_of_the_store_is_tabulated(tmp_path, monkeypatch, capsys):
     for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
@@ -424,6 +426,7 @@ WRITTEN_BY = {
     "validations.csv": "train",
     "metrics.json": "evaluate",
     "similarities.csv": "evaluate",
+    "similarities.json": "evaluate",
     "classes.csv": "evaluate",
     "neighbours.npz": "evaluate",
     "summary.json": "evaluate",
@@ -435,6 +438,10 @@ DAMAGED = [(name, content) for name in WRITTEN_BY for content in (None, b"", b"\
     ("metrics.json", b"{}"),
     ("summary.json", b"{}"),
     ("validations.csv", b"iteration,recall_at_1\n"),
+    ("validations.csv", b"iteration,recall_at_1\n0,10.0\n2,40.0\n"),
+    ("similarities.csv", b"split,pair,similarity,density\ntrain,positive,-0.9,0.5\n"),
+    ("similarities.json", b"{}"),
+    ("classes.csv", b"class,images,recall_at_1,confused_with\na,9,25.0,b\n"),
     ("similarities.csv", b"split,pair,similarity,density\n"),
     ("classes.csv", b"class,images,recall_at_1,confused_with\n"),
 ]
@@ -457,6 +464,44 @@ def test_one_line_names_a_file_that_is_missing_or_damaged_and_the_stage_that_wri
     text = str(raised.value)
     assert text.startswith(f"{file}: ") and "\n" not in text and f"the stage {WRITTEN_BY[name]}" in text
     assert not empty.reports.exists()
+
+
+@pytest.mark.parametrize("content", [b"cbml_log: [", b"[]", b"cbml_log: 7\n", b"\xff\xfe", b"other: {}\n"])
+@pytest.mark.parametrize("group", ["loss", "backbone", "dataset"])
+def test_a_row_whose_options_file_cannot_be_read_has_no_command(empty, capsys, group, content):
+    """A command is shown, and ends no stage."""
+    shutil.copytree(ROOT / "conf", empty.conf)
+    (cell,) = set_params(empty, loss=losses(), seed=[0], dataset=tiny_params()["dataset"]).cells("glyphs")
+    one = finish(empty, cell)
+    assert "## Every row again" in tabulate(empty, "glyphs")
+    (empty.conf / group / f"{getattr(cell, group)}.yaml").write_bytes(content)
+    capsys.readouterr()
+    hand_over(empty, cell, one.folder, empty.run(cell))
+    text, said = tabulate(empty, "glyphs"), capsys.readouterr().err
+    assert "| resnet18 | cbml_log | final |" in squeezed(text)
+    if "no command is shown for it" in said:
+        assert "dvc exp run" not in text and "dvc exp run" not in (empty.report("glyphs") / "index.html").read_text()
+    else:  # what is there is no mapping, and so no option of that name
+        assert "dvc exp run" in text
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"recall_at_1": "high"}', None])
+def test_a_damaged_report_of_another_dataset_ends_no_table(workspace, capsys, content):
+    tabulate(workspace, "cub200")
+    file = workspace.report("cub200") / "metrics.json"
+    headline = json.loads(file.read_text())
+    if content is None:
+        file.unlink()
+    elif content.startswith(b'{"'):
+        file.write_text(json.dumps(headline | json.loads(content)))
+    else:
+        file.write_bytes(content)
+    capsys.readouterr()
+    tabulate(workspace, "glyphs")
+    said = capsys.readouterr().err
+    assert f"no figures of cub200: {file}: " in said and "tabulate@cub200" in said
+    rows = re.findall(r"<tr.*?</tr>", workspace.index.read_text(), re.DOTALL)
+    assert any('href="cub200/index.html"' in row for row in rows) and any("66.0" in row for row in rows)
 
 
 def test_without_the_images_of_the_cells_a_page_has_no_pictures_and_says_why(workspace, capsys):

@@ -50,7 +50,7 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     losses, validations = curves_of(evaluation, cell)
     best = record["iterations"]["best_on_test"]
     densities, moments = similarities_of(evaluation)
-    recalls = recalls_of(evaluation, len(labels) - (scoring.queries or 0))
+    recalls = recalls_of(evaluation, len(labels) - (data.scoring.queries or 0))
     svgs = {
         "training": charts.training_chart(title, losses, validations, best),
         "recall_at_k": charts.recall_chart(title, recalls),
