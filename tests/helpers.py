@@ -15,9 +15,9 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cbml.evaluation import queries
 from cbml.evaluation.retrieval import retrieve
 from cbml.models import BackboneConfig
+from cbml.report.common.queries import judge
 from cbml.stages.train import train_cell
 from cbml.training import loop
 
@@ -190,7 +190,7 @@ def clusters(classes, per_class, *, dim=8, noise=1.0, seed=0):
 
 def judged(embeddings, labels, k=8):
     """What `judge` says of what `retrieve` finds."""
-    return queries.judge(*(each.numpy() for each in retrieve(embeddings, labels, k)), labels.numpy())
+    return judge(*(each.numpy() for each in retrieve(embeddings, labels, k)), labels.numpy())
 
 
 def ran(repository, command):

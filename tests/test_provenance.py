@@ -1,16 +1,21 @@
 """What a result was computed with, and whether that is still the code of today."""
 
+import ast
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
+from loss_options import OPTIONS, option, parse_option
 from torch import nn
 
 from cbml import provenance
-from cbml.losses.cbml import CBML
+from cbml.samplers import ClassesConfig
 
 CODE = '''"""What it is."""
 
@@ -80,11 +85,131 @@ def test_a_docstring_beside_code_does_not_hide_it(source):
     assert source(line.format(1)) != source(line.format(2))
 
 
-def test_training_code_is_that_of_the_modules_and_of_the_loop():
-    code = provenance.training_code(nn.Sequential(nn.Linear(2, 2)), CBML())
-    assert {"losses/cbml.py", *provenance.TRAINING} == code.keys()
-    assert all(len(value) == 12 and int(value, 16) for value in code.values())
-    assert not any(name.startswith(("report", "evaluation", "stages")) for name in code)
+@pytest.fixture(scope="module")
+def recorded():
+    """The code that cells of several losses, by its name, are trained by."""
+
+    def code_of(name):
+        config = parse_option(name)
+        sampler = config.batches or ClassesConfig()  # of the module that the sampler is of
+        return provenance.training_code(nn.Sequential(nn.Linear(2, 2)), option(name), sampler)
+
+    return {name: code_of(name) for name in EVERY}
+
+
+@pytest.fixture
+def edit(tmp_path, monkeypatch):
+    """Add a line to a file of a copy of this package, whose files then count."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    package = Path(shutil.copytree(provenance.SOURCE, tmp_path / "cbml", ignore=ignore))
+    monkeypatch.setattr(provenance, "SOURCE", package)
+
+    def add(name, line="MENDED = True"):
+        with (package / name).open("a") as file:
+            file.write(f"\n{line}\n")
+
+    return add
+
+
+EVERY = ("cbml_log", "mic", "abier", "cbml_clusters")
+EDITS = {
+    "losses/methods/adversarial.py": ("mic", "abier"),  # a function of it, and an autograd class
+    "losses/methods/mic.py": ("mic",),
+    "losses/cbml.py": ("cbml_log", "cbml_clusters"),
+    "samplers/clusters.py": ("cbml_clusters",),
+    "samplers/kmeans.py": ("mic", "cbml_clusters"),
+    **dict.fromkeys(("evaluation/embedding.py", "evaluation/metrics.py", "stages/train.py", "data/lists.py"), EVERY),
+    **dict.fromkeys(("models/weights.py", "models/heads.py", "training/loop.py", "network.py"), EVERY),
+    **dict.fromkeys(("stages/draw.py", "report/cell/page.py", "evaluation/similarities.py", "progress.py"), ()),
+    **dict.fromkeys(("data/sources/sop.py", "losses/__init__.py", "tracking/store.py", "spec/params.py"), ()),
+}
+
+
+@pytest.mark.parametrize("file", EDITS)
+def test_an_edit_makes_those_cells_stale_that_it_takes_part_in(recorded, edit, file):
+    edit(file, "# A comment.")
+    assert not any(map(provenance.changed, recorded.values()))
+    edit(file)
+    stale = {name: provenance.changed(code) for name, code in recorded.items()}
+    assert stale == {name: [file] if name in EDITS[file] else [] for name in recorded}
+
+
+@pytest.mark.parametrize("file", ["evaluation/similarities.py", "data/images.py", "models/embedding_model.py"])
+def test_an_edit_of_what_scores_a_cell_is_known(edit, file):
+    before = provenance.scoring_code()
+    edit("report/cell/page.py")
+    edit("samplers/clusters.py")
+    assert provenance.changed(before) == []
+    edit(file)
+    assert provenance.changed(before) == [file]
+
+
+def test_a_module_that_is_imported_from_now_on_is_hashed(edit):
+    edit("helper.py", "RATE = 1")
+    edit("training/loop.py", "from cbml.helper import RATE")
+    assert "helper.py" in provenance.training_code()
+
+
+def test_imports_are_followed_as_python_follows_them(tmp_path, monkeypatch):
+    files = {
+        "__init__.py": "",
+        "stage.py": "import os\nfrom cbml.room import Chair as Seat, ANY\nfrom cbml import lamp\nimport cbml.door",
+        "room/__init__.py": "from .chair import Chair\nfrom cbml.room.table import Table\nANY = Chair | Table",
+        "room/chair.py": "def sit():\n    from ..floor import boards",
+        "room/table.py": "",
+        "floor.py": "import cbml.errors",
+        "lamp/__init__.py": "from cbml.lamp.bulb import light",
+        "lamp/bulb.py": "",
+        "door.py": "from cbml.stage import Seat",  # a circle ends
+        "errors.py": "import cbml.room.table",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(provenance, "SOURCE", tmp_path)
+    names = ("stage", "room.chair", "floor", "lamp", "lamp.bulb", "door")
+    assert provenance.closure("cbml.stage") == {f"cbml.{name}" for name in names}
+
+
+def test_no_package_computes_anything_in_its_own_name():
+    """Else what `closure` passes by would be code."""
+    for file in provenance.SOURCE.rglob("__init__.py"):
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+        assert not [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds)], file
+
+
+# Of each stage the packages whose code it runs though it does not depend on them.
+NOT_ASKED = {
+    "download": (),
+    "build_lists": (),
+    "train": (),
+    "evaluate": (),
+    "draw": ("cbml.data",),  # reads lists, images and what evaluation left: those it depends on
+    "tabulate": (),
+}
+
+
+def file_of(module):
+    return module.removeprefix("cbml.").replace(".", "/") + ".py"
+
+
+@pytest.mark.parametrize("stage", NOT_ASKED)
+def test_all_code_of_a_stage_is_a_dependency_or_hashed(stage):
+    """`train` depends on no code: what it hashes is a dependency of `tabulate`, which tells of a change."""
+    entry = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]
+    deps = {dep for dep in entry.get("do", entry)["deps"] if dep.startswith("src/")}
+    assert all((ROOT / dep).exists() for dep in deps) and bool(deps) == (stage != "train")
+
+    def is_dependency(file):
+        return any(f"src/cbml/{file}/".startswith(f"{dep}/") for dep in deps)
+
+    hashed = {"train": provenance.training_code(), "evaluate": provenance.scoring_code()}.get(stage, {})
+    needed = provenance.closure(f"cbml.stages.{stage}", neutral=(*provenance.NEUTRAL, *NOT_ASKED[stage]))
+    assert needed and not [file for file in map(file_of, needed) if not (is_dependency(file) or file in hashed)]
+    if stage == "tabulate":
+        samplers = {file_of(module) for module in sys.modules if module.startswith("cbml.samplers.")}
+        every = {*provenance.training_code(*map(option, OPTIONS)), *provenance.scoring_code(), *samplers}
+        assert len(every) > 40 and not [file for file in every if not is_dependency(file)]
 
 
 def test_changed_names_the_files_that_are_not_what_they_were():

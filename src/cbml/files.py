@@ -119,12 +119,15 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options: A
     """The content of a CSV file as a DataFrame; `options` are pandas'.
 
     Raises:
-        UserError: it is missing or damaged, has no rows, or lacks one of `columns`; `stage` is the one that writes it.
+        UserError: it is missing or damaged, ends within a line, has no rows, or lacks one of `columns`; `stage` is the
+            one that writes it.
     """
     import pandas as pd
 
     with _reading(path, stage):
         table = pd.read_csv(path, **options)
+        if path.read_bytes()[-1:] != b"\n":
+            raise ValueError("it ends within a line")
         if absent := [name for name in columns if name not in table]:
             raise ValueError(f"no column {absent[0]}")
         if table.empty:

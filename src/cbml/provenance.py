@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import importlib.util
 import io
 import platform
 import re
@@ -18,11 +19,20 @@ from torch import nn
 SOURCE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "pytorch-metric-learning", "timm", "numpy", "pillow")
 TOOLS = ("mlflow", "dvc")  # they run a cell, and do not change it
-# Beside the modules of network and loss themselves.
-TRAINING: tuple[str, ...]
-TRAINING = ("training/loop.py", "training/device.py", "network.py", "models/trunks.py", "losses/base.py")
-TRAINING += ("data/images.py", "data/loading.py", "data/crops.py", "samplers/base.py")
-TRAINING += ("samplers/kmeans.py", "models/heads.py", "models/teacher.py")
+# What stages import and no result comes from; what these import is not looked at either. A package is all within it.
+NEUTRAL = (
+    "cbml.errors",  # says what is wrong
+    "cbml.progress",  # says how far it is
+    "cbml.files",  # writes bytes whole or not at all, whichever they are
+    "cbml.workspace",  # where things lie
+    "cbml.provenance",  # what is recorded beside a result
+    "cbml.tracking",  # records a result elsewhere
+    "cbml.stages.hand_over",  # likewise
+    "cbml.stages.check",  # refuses what cannot be computed
+    "cbml.schema",  # how parameters are read: those of a cell are recorded with its result, and are part of its key
+    "cbml.spec",  # likewise
+    "cbml.samplers.config",  # names every sampler; the one that takes part is told by its object
+)
 
 
 def revision() -> str:
@@ -74,20 +84,86 @@ def device_name() -> str:
 
 
 def training_code(*taking_part: Any) -> dict[str, str]:
-    """A hash of each source file that takes part in training, by its path in this package.
+    """A hash of each source file that a trained network comes from, by its path in this package.
 
     Args:
-        taking_part: network, loss and batches.
+        taking_part: network, loss and sampler, whose own modules no import names.
     """
+    return _hashes("cbml.stages.train", taking_part)
+
+
+def scoring_code(*taking_part: Any) -> dict[str, str]:
+    """The same of what a cell's metrics come from; `taking_part` is its network."""
+    return _hashes("cbml.stages.evaluate", taking_part)
+
+
+def _hashes(stage: str, taking_part: tuple[Any, ...]) -> dict[str, str]:
     parts = [part for each in taking_part for part in (each.modules() if isinstance(each, nn.Module) else [each])]
-    own = {type(part).__module__ for part in parts}
-    files = {name.removeprefix("cbml.").replace(".", "/") + ".py" for name in own if name.startswith("cbml.")}
-    return {name: code_hash(SOURCE / name) for name in sorted(files | set(TRAINING))}
+    own = {name for part in parts if (name := type(part).__module__).startswith("cbml.")}
+    files = sorted(_file(module) for module in closure(stage, *own))
+    return {file: code_hash(SOURCE / file) for file in files}
+
+
+def closure(*modules: str, neutral: tuple[str, ...] = NEUTRAL) -> set[str]:
+    """These modules of this package and all that they import of it, one through another, but for those of `neutral`.
+
+    From a package's `__init__`, which names what is in it and computes nothing, a name leads to the module that it is
+    imported from, and to no other; one that is made there (the union of all options, say) leads nowhere: which of them
+    takes part is for the objects to tell.
+    """
+    found: set[str] = set()
+    open_ends = list(modules)
+    while open_ends:
+        module = open_ends.pop()
+        if module not in found and not any(f"{module}.".startswith(f"{name}.") for name in neutral):
+            found.add(module)
+            open_ends += [target for base, name, _ in _imports(module) if (target := _definer(base, name))]
+    return found
+
+
+def _imports(module: str) -> list[tuple[str, str, str]]:
+    """What a module imports of this package: from where, which name ("" for a module itself), and what it calls it."""
+    package = module if _file(module).endswith("__init__.py") else module.rpartition(".")[0]
+    found = []
+    for node in ast.walk(_parsed((SOURCE / _file(module)).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "", "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            found += [(base, alias.name, alias.asname or alias.name) for alias in node.names]
+    return [each for each in found if f"{each[0]}.".startswith("cbml.")]
+
+
+def _definer(base: str, name: str) -> str | None:
+    """The module that `from base import name` leads to; see `closure`."""
+    if name in ("", "*"):
+        return base
+    if _file(f"{base}.{name}"):
+        return f"{base}.{name}"
+    if not _file(base).endswith("__init__.py"):
+        return base
+    behind = [(origin, original) for origin, original, called in _imports(base) if called == name]
+    return _definer(*behind[0]) if behind else None
+
+
+def _file(module: str) -> str:
+    """The source file of a module, by its path in this package; "" if there is none."""
+    path = "/".join(module.split(".")[1:])
+    names = (f"{path}.py", f"{path}/__init__.py".lstrip("/"))
+    return next((name for name in names if (SOURCE / name).is_file()), "")
+
+
+_parsed = cache(ast.parse)
 
 
 def changed(code: dict[str, str]) -> list[str]:
-    """Those files of `training_code` that are not what they were."""
+    """Those files of `training_code` or `scoring_code` that are not what they were, or no longer there."""
     return [name for name, value in code.items() if value != code_hash(SOURCE / name)]
+
+
+def gone(names: list[str]) -> list[str]:
+    """Those of `changed` that are no longer there."""
+    return [name for name in names if code_hash(SOURCE / name) == "absent"]
 
 
 def code_hash(file: Path) -> str:

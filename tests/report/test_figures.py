@@ -15,8 +15,8 @@ from cbml.errors import UserError
 from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.retrieval import unit_vectors
 from cbml.evaluation.similarities import pair_similarities
+from cbml.report.cell import charts
 from cbml.report.cell.embedding_map import map_chart, project
-from cbml.report.common import charts
 from cbml.report.common.style import INK, chart, to_svg
 from cbml.report.common.thumbnails import contact_sheet, thumbnail
 from cbml.report.tables import comparisons
@@ -277,11 +277,30 @@ def test_the_same_input_gives_the_same_bytes():
     assert every_chart("a cell") == every_chart("a cell")
 
 
+@pytest.mark.parametrize("name", ["e $$", "5$-10$", "$x^2$", r"$\nosuch{$", "a_b", "_hidden", "100 % #1"])
+def test_names_are_drawn_as_they_are_written(name):
+    """None is mathematics, and none is left out of a legend."""
+    losses = losses_of(10).rename(columns={"loss_a": f"loss_{name}"})
+    several = every_chart(name) | {"terms": charts.training_chart("a cell", losses, VALIDATIONS, 5)}
+    for chart_name, svg in several.items():
+        assert any(name in text for text in texts(svg)), chart_name
+        assert "mathdefault" not in svg, chart_name
+    titled = [texts(svg)[name] for chart_name, svg in several.items() if chart_name in ("map", "curves", "terms")]
+    assert titled == [len(CLASSES), 1, 1]
+
+
 def test_charts_are_elements_in_the_colours_of_their_page_and_names_are_text():
     for name, svg in every_chart('<b>&"').items():
         assert svg.startswith("<svg"), name
         assert "currentColor" in svg and INK not in svg, name
         assert any('<b>&"' in text for text in texts(svg)), name
+
+
+def test_a_long_title_has_as_many_lines_as_it_needs():
+    recalls = pd.DataFrame({"k": [1, 2], "recall": [10.0, 20.0]})
+    title = " ".join(["resnet18-a_loss_of_a_long_name-512-0"] * 4)
+    lines = [text for text in texts(charts.recall_chart(title, recalls)) if text.startswith("resnet18")]
+    assert len(lines) in (1, 4) and set(lines) == {"resnet18-a_loss_of_a_long_name-512-0"}
 
 
 def test_a_chart_leaves_no_figure_and_no_style_behind():

@@ -14,6 +14,7 @@ from finished_cells import TEST, cells, finish, pictures, write_cell_page, write
 from helpers import ROOT, tiny_params
 
 from cbml.report.cell import page as cell_page
+from cbml.report.common.numbers import NO_NMI
 from cbml.report.tables import rows as tables
 from cbml.report.tables.page import index_page, tables_page
 from cbml.stages.records import neighbours_of
@@ -47,7 +48,7 @@ class Page(HTMLParser):
 def finish_all(tree, several, **facts):
     """Finish cells, each in a tree of its own, the first one's Recall@1 50 %, each next one's 1 % more."""
     trees = [Workspace(tree / str(i)) for i in range(len(several))]
-    return tables.told_apart(
+    return tables.with_variants(
         [finish(own, cell, 50.0 + i, **facts) for i, (own, cell) in enumerate(zip(trees, several, strict=True))]
     )
 
@@ -164,7 +165,10 @@ def test_cells_that_other_code_trained_are_announced_above_the_tables(evaluated,
     other = finish_all(tmp_path, cells(), code={"losses/<b>.py": "0" * 12})
     page = Page(write_tables_page(tmp_path / "page" / "index.html", other, table_of(other)))
     warning = page.html.partition("<table>")[0]
-    assert "<strong>Trained by other code than today&#x27;s</strong> (src/cbml/losses/&lt;b&gt;.py)" in warning
+    assert (
+        "<strong>Trained by other code than today&#x27;s</strong> (no longer there: src/cbml/losses/&lt;b&gt;.py)"
+        in warning
+    )
     assert "<code>dvc repro -f -s train@resnet18-cbml_log-16-0-glyphs &amp;&amp; dvc repro</code>" in warning
 
 
@@ -242,7 +246,7 @@ def test_pages_without_nmi_say_so(tmp_path, pages):
     cell = write_cell_page(evaluated[0], workspace)
     report = write_tables_page(tmp_path / "page" / "index.html", evaluated, table_of(evaluated))
     for path, with_nmi in ((cell, pages["cell"]), (report, pages["tables"])):
-        assert tables.NO_NMI in Page(path).text and tables.NO_NMI not in Page(with_nmi).text
+        assert NO_NMI in Page(path).text and NO_NMI not in Page(with_nmi).text
 
 
 def test_of_many_classes_the_worst_are_shown_which_is_said(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -14,9 +15,10 @@ from helpers import ROOT, tiny_params
 
 from cbml import provenance
 from cbml.errors import UserError
-from cbml.report.common.markdown import to_markdown
+from cbml.report.common.numbers import recalls as recalls_of
 from cbml.report.tables import rows as tables
 from cbml.report.tables.latex import to_latex
+from cbml.report.tables.markdown import to_markdown
 from cbml.stages.hand_over import hand_over
 from cbml.stages.tabulate import tabulate
 from cbml.tracking import store as tracking
@@ -59,7 +61,7 @@ def finished(tmp_path):
     count = iter(range(100))
 
     def finish_all(*several, **options):
-        return tables.told_apart([finish(Workspace(tmp_path / str(next(count))), one, **options) for one in several])
+        return tables.with_variants([finish(Workspace(tmp_path / str(next(count))), one, **options) for one in several])
 
     return finish_all
 
@@ -158,14 +160,14 @@ def recipe(name="tiny", **parameters):
     return {name: tiny_params()["recipe"]["tiny"] | parameters}
 
 
-def test_cells_of_the_same_names_are_told_apart_by_what_differs(finished):
+def test_cells_of_the_same_names_are_with_variants_by_what_differs(finished):
     pair = [*cells(loss=losses(margin=0.1)), *cells(loss=losses(margin=0.2), seed=[0, 1])]
     assert [one.variant for one in finished(*pair)] == ["margin=0.1", "margin=0.2", "margin=0.2"]
     other_sizes = cells(loss=losses(margin=0.2), embedding_dim=[32])
     assert [one.variant for one in finished(*cells(loss=losses(margin=0.1)), *other_sizes)] == ["", ""]
 
 
-def test_seeds_are_told_apart_by_nothing(finished):
+def test_seeds_are_with_variants_by_nothing(finished):
     assert [one.variant for one in finished(*cells(seed=SEEDS))] == ["", "", ""]
 
 
@@ -200,7 +202,7 @@ def test_where_things_come_from_tells_nothing_apart(finished, tmp_path):
         for weights, classes in (("a.pth", 12), ("b.pth", 14))
     ]
     digits = [one.record["key"][-10:] for one in other]
-    assert [one.variant for one in tables.told_apart(other)] == digits and digits[0] != digits[1]
+    assert [one.variant for one in tables.with_variants(other)] == digits and digits[0] != digits[1]
 
 
 def test_no_two_variants_are_the_same(tmp_path):
@@ -210,7 +212,7 @@ def test_no_two_variants_are_the_same(tmp_path):
     evaluated = [
         finish(Workspace(tmp_path / str(i)), cell, weights=weights) for i, (cell, weights) in enumerate(started)
     ]
-    evaluated = tables.told_apart(evaluated)
+    evaluated = tables.with_variants(evaluated)
     digits = [one.record["key"][-10:] for one in evaluated]
     assert [one.variant for one in evaluated] == [f"margin=0.1, {digits[0]}", "margin=0.2", f"margin=0.1, {digits[2]}"]
     assert (tables.summarise(tables.collect(evaluated, ROOT / "conf"), with_published=False).n == 1).all()
@@ -232,6 +234,7 @@ def test_both_variants_are_rows_of_every_table(finished):
     assert curves.groupby("variant").cell.nunique().to_dict() == {"margin=0.1": 3, "margin=0.2": 3}
 
 
+@pytest.mark.slow
 def test_every_finished_cell_of_the_store_is_tabulated(tmp_path, monkeypatch, capsys):
     for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
@@ -292,7 +295,7 @@ def test_a_cell_that_other_code_trained_is_announced_with_the_command_that_train
     assert tables.outdated(evaluated) == []
     old = finished(*cells(), code=now | {"training/loop.py": "000000000000", "losses/gone.py": "111111111111"})
     (line,) = tables.outdated(old)
-    assert line.startswith("**Trained by other code than today's** (src/cbml/losses/gone.py, src/cbml/training/loop.py")
+    assert "code than today's** (src/cbml/training/loop.py; no longer there: src/cbml/losses/gone.py): resnet" in line
     assert f"`{TRAIN} && dvc repro`" in line
     table = tables.summarise(tables.collect(old, ROOT / "conf"), with_published=False)
     assert line in to_markdown(table, "glyphs", TEST, old).partition("## Embeddings")[0]  # before any figure
@@ -304,13 +307,26 @@ def test_one_command_trains_all_such_cells_again_and_names_each_once(finished):
     evaluated = finished(*cells(loss=losses(margin=0.1), seed=[0, 1]), *cells(loss=losses(margin=0.2)), **old)
     (line,) = tables.outdated([*evaluated, *finished(*cells(embedding_dim=[32]))])
     assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs && dvc repro`" in line and "-32-" not in line
+    assert [line.count(f"-{name})") for name in ("0 (margin=0.1", "1 (margin=0.1", "0 (margin=0.2")] == [1, 1, 1]
 
 
-def test_a_change_of_training_code_runs_tabulate_again():
-    """Else nothing would tell that the cells are of other code."""
-    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["tabulate"]
-    code = {f"src/cbml/{name}" for name in (*provenance.TRAINING, "losses/cbml.py", "models/embedding_model.py")}
-    assert not [name for name in code if not any(name == dep or name.startswith(f"{dep}/") for dep in stage["deps"])]
+def test_a_cell_that_other_code_scored_is_announced_with_the_command_that_scores_it_again(finished):
+    other = {"scoring_code": provenance.scoring_code() | {"models/heads.py": "000000000000"}}
+    (line,) = tables.outdated([*finished(*cells(), **other), *finished(*cells(embedding_dim=[32]))])
+    assert line == (
+        "**Scored by other code than today's** (src/cbml/models/heads.py): resnet18-cbml_log-16-0. Again, just those: "
+        "`dvc repro -f -s evaluate@resnet18-cbml_log-16-0-glyphs && dvc repro`."
+    )
+    trained, scored = tables.outdated(finished(*cells(), code={"network.py": "000000000000"}, **other))
+    assert trained.startswith("**Trained by") and scored.startswith("**Scored by")
+
+
+def test_records_of_an_earlier_layout_are_read(finished):
+    """Their hashes are of files that are elsewhere now; and what scored them they do not say."""
+    old = {"code": {"training/loop.py": "0" * 12, "batches/base.py": "1" * 12, "batches/kmeans.py": "2" * 12}}
+    (line,) = tables.outdated(finished(*cells(), **old))
+    absent = "src/cbml/batches/base.py, src/cbml/batches/kmeans.py"
+    assert f"(src/cbml/training/loop.py; no longer there: {absent})" in line
 
 
 def test_the_metrics_have_the_same_names_whatever_cells_ran(workspace):
@@ -363,7 +379,7 @@ def test_the_published_tables_are_complete():
     assert paper.source.value_counts().to_dict() == {"literature": 29, "paper": 18, "unsupervised": 4}
     options = {file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml")}
     assert set(paper.option.dropna()) <= options and paper[paper.option.isna()].method.tolist() == ["DeML"]
-    recalls = paper[paper.source != "unsupervised"][tables.recalls(paper)]
+    recalls = paper[paper.source != "unsupervised"][recalls_of(paper)]
     assert recalls.shape == (47, 4)
     assert (recalls.diff(axis=1).iloc[:, 1:].fillna(1) > 0).all(axis=None)
 
@@ -410,6 +426,7 @@ WRITTEN_BY = {
     "validations.csv": "train",
     "metrics.json": "evaluate",
     "similarities.csv": "evaluate",
+    "similarities.json": "evaluate",
     "classes.csv": "evaluate",
     "neighbours.npz": "evaluate",
     "summary.json": "evaluate",
@@ -421,6 +438,10 @@ DAMAGED = [(name, content) for name in WRITTEN_BY for content in (None, b"", b"\
     ("metrics.json", b"{}"),
     ("summary.json", b"{}"),
     ("validations.csv", b"iteration,recall_at_1\n"),
+    ("validations.csv", b"iteration,recall_at_1\n0,10.0\n2,40.0\n"),
+    ("similarities.csv", b"split,pair,similarity,density\ntrain,positive,-0.9,0.5\n"),
+    ("similarities.json", b"{}"),
+    ("classes.csv", b"class,images,recall_at_1,confused_with\na,9,25.0,b\n"),
     ("similarities.csv", b"split,pair,similarity,density\n"),
     ("classes.csv", b"class,images,recall_at_1,confused_with\n"),
 ]
@@ -443,6 +464,44 @@ def test_one_line_names_a_file_that_is_missing_or_damaged_and_the_stage_that_wri
     text = str(raised.value)
     assert text.startswith(f"{file}: ") and "\n" not in text and f"the stage {WRITTEN_BY[name]}" in text
     assert not empty.reports.exists()
+
+
+@pytest.mark.parametrize("content", [b"cbml_log: [", b"[]", b"cbml_log: 7\n", b"\xff\xfe", b"other: {}\n"])
+@pytest.mark.parametrize("group", ["loss", "backbone", "dataset"])
+def test_a_row_whose_options_file_cannot_be_read_has_no_command(empty, capsys, group, content):
+    """A command is shown, and ends no stage."""
+    shutil.copytree(ROOT / "conf", empty.conf)
+    (cell,) = set_params(empty, loss=losses(), seed=[0], dataset=tiny_params()["dataset"]).cells("glyphs")
+    one = finish(empty, cell)
+    assert "## Every row again" in tabulate(empty, "glyphs")
+    (empty.conf / group / f"{getattr(cell, group)}.yaml").write_bytes(content)
+    capsys.readouterr()
+    hand_over(empty, cell, one.folder, empty.run(cell))
+    text, said = tabulate(empty, "glyphs"), capsys.readouterr().err
+    assert "| resnet18 | cbml_log | final |" in squeezed(text)
+    if "no command is shown for it" in said:
+        assert "dvc exp run" not in text and "dvc exp run" not in (empty.report("glyphs") / "index.html").read_text()
+    else:  # what is there is no mapping, and so no option of that name
+        assert "dvc exp run" in text
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"recall_at_1": "high"}', None])
+def test_a_damaged_report_of_another_dataset_ends_no_table(workspace, capsys, content):
+    tabulate(workspace, "cub200")
+    file = workspace.report("cub200") / "metrics.json"
+    headline = json.loads(file.read_text())
+    if content is None:
+        file.unlink()
+    elif content.startswith(b'{"'):
+        file.write_text(json.dumps(headline | json.loads(content)))
+    else:
+        file.write_bytes(content)
+    capsys.readouterr()
+    tabulate(workspace, "glyphs")
+    said = capsys.readouterr().err
+    assert f"no figures of cub200: {file}: " in said and "tabulate@cub200" in said
+    rows = re.findall(r"<tr.*?</tr>", workspace.index.read_text(), re.DOTALL)
+    assert any('href="cub200/index.html"' in row for row in rows) and any("66.0" in row for row in rows)
 
 
 def test_without_the_images_of_the_cells_a_page_has_no_pictures_and_says_why(workspace, capsys):

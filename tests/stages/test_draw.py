@@ -12,18 +12,22 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import TINY_GLYPHS, angles, clusters, judged, tiny_params
+from helpers import TINY_GLYPHS, angles, clusters, tiny_params
 from PIL import Image
 
 from cbml.data.lists import read_list
 from cbml.data.sources import GlyphsConfig
 from cbml.data.sources.layout import display_name
 from cbml.errors import UserError
-from cbml.evaluation import queries
 from cbml.evaluation.metrics import evaluate
+from cbml.evaluation.per_class import class_table
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
+from cbml.report.cell.failures import failures as failures_of
+from cbml.report.cell.failures import surest
+from cbml.report.common.queries import judge, sample_queries
 from cbml.stages.draw import draw_cell
+from cbml.stages.evaluate import CURVE
 from cbml.tracking import store as tracking
 from cbml.workspace import Workspace
 
@@ -76,12 +80,15 @@ def write_inputs(tree, test, labels, train=None, train_labels=None):
     scores = evaluate(test, labels, ks=(1, 2, 4, 8)) | {"iteration": 6}
     metrics = {"final": scores, "best_on_test": scores | {"iteration": 4}, "untrained": scores | {"iteration": 0}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    recalls = pd.DataFrame({"k": [1, 2, 4, 8], "recall": [scores[f"recall_at_{k}"] for k in (1, 2, 4, 8)]})
+    curve = [k for k in CURVE if k == 1 or k < len(test)]
+    of_curve = evaluate(test, labels, ks=curve)
+    recalls = pd.DataFrame({"k": curve, "recall": [of_curve[f"recall_at_{k}"] for k in curve]})
     recalls.to_csv(folder / "recall_at_k.csv", index=False)
     indices, similarities = retrieve(test, labels, 8)
     np.savez(folder / "neighbours.npz", indices=indices.int().numpy(), similarities=similarities.float().numpy())
     names = read_list(tree / "lists/glyphs/test.txt").class_names
-    queries.class_table(judged(test, labels), names).to_csv(folder / "classes.csv", index=False)
+    nearest = (each[:, 0].numpy() for each in (indices, similarities))
+    class_table(labels.numpy(), *nearest, names).to_csv(folder / "classes.csv", index=False)
     train, train_labels = (test, labels) if train is None else (train, train_labels)
     found = {"train": pair_similarities(train, train_labels), "test": pair_similarities(test, labels)}
     densities = pd.concat({split: table for split, (table, _) in found.items()}, names=["split"])
@@ -175,10 +182,10 @@ def test_the_page_shows_queries_with_their_neighbours_and_who_is_right(drawn, wr
         found = dict(arrays)
     images = read_list(written.tree / "lists/glyphs/test.txt")
     names = [images.class_names[label] for label in images.labels]
-    judge = queries.judge(found["indices"], found["similarities"], images.labels)
+    judged_queries = judge(found["indices"], found["similarities"], images.labels)
     for rows, chosen in (
-        (chance, queries.pick(judge, 8, 0)),
-        (failures, queries.surest(queries.failures(judge), 8)),
+        (chance, sample_queries(judged_queries, 8, 0)),
+        (failures, surest(failures_of(judged_queries), 8)),
     ):
         expected = [
             [f"{names[query]}, query"]
@@ -292,6 +299,8 @@ DAMAGES = {
     "something else": lambda content: b"[]",
     "without rows": lambda content: content.partition(b"\n")[0],
     "other columns": lambda content: b"a,b\n1,2\n",
+    "without its last row": lambda content: content.rstrip().rpartition(b"\n")[0] + b"\n",
+    "without its last character": lambda content: content.rstrip()[:-1],
 }
 
 
@@ -305,14 +314,8 @@ def refused(workspace, file, stage):
     return str(caught.value)
 
 
-TABLE_ONLY = ("without rows", "other columns")
-# Half of a table is a table.
-CASES = [
-    (name, damage)
-    for name in READ
-    for damage in DAMAGES
-    if not (damage == "half" if name.endswith(".csv") else damage in TABLE_ONLY)
-]
+TABLE_ONLY = ("without rows", "other columns", "without its last row", "without its last character")
+CASES = [(name, damage) for name in READ for damage in DAMAGES if name.endswith(".csv") or damage not in TABLE_ONLY]
 
 
 def test_these_files_are_all_that_is_read(written):

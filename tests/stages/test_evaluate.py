@@ -13,8 +13,8 @@ from helpers import TINY_GLYPHS, TINY_RECIPE, tiny_params
 from cbml import network
 from cbml.data.lists import read_list
 from cbml.errors import UserError
-from cbml.evaluation import queries
 from cbml.evaluation.metrics import evaluate
+from cbml.evaluation.per_class import sample_images
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
 from cbml.spec.params import load_cell
@@ -176,7 +176,7 @@ def test_the_map_has_some_images_of_some_classes_the_same_for_every_model(worksp
         (copy.tree / name).symlink_to(workspace.tree / name)
     evaluate_cell(copy.tree / "runs/glyphs" / folder.name, copy)
     with np.load(copy.tree / "evaluations/glyphs" / folder.name / "map.npz") as arrays:
-        assert arrays["indices"].tolist() == queries.choose(listed.labels, 3, 4, 0).tolist()
+        assert arrays["indices"].tolist() == sample_images(listed.labels, 3, 4, 0).tolist()
         np.testing.assert_array_equal(arrays["embeddings"], every[arrays["indices"]])
 
 

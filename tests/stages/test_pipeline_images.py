@@ -8,6 +8,7 @@ import pytest
 from helpers import CELL, environment, ran, stages
 from PIL import Image
 
+pytestmark = pytest.mark.slow
 EVERYTHING = ["download@folder", "build_lists@folder", *stages("cbml_sqrt", *CELL, dataset="folder")]
 
 

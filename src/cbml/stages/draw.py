@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from cbml.files import atomic_write, read_csv, read_json
+from cbml.files import atomic_write, read_csv
+from cbml.report.cell import charts
 from cbml.report.cell.embedding_map import map_chart
 from cbml.report.cell.page import cell_page
-from cbml.report.common import charts
+from cbml.report.common.evaluated import recalls_of, similarities_of
 from cbml.report.common.pictures import Pictures
 from cbml.spec.params import load_cell
 from cbml.stages.inputs import open_data
@@ -48,9 +49,8 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     mapped = indexed(evaluation / "map.npz", ("indices", "embeddings"), len(labels))
     losses, validations = curves_of(evaluation, cell)
     best = record["iterations"]["best_on_test"]
-    densities = read_csv(evaluation / "similarities.csv", "evaluate", ("split", "pair", "similarity", "density"))
-    moments = read_json(evaluation / "similarities.json", "evaluate", ("train", "test"))
-    recalls = read_csv(evaluation / "recall_at_k.csv", "evaluate", ("k", "recall"))
+    densities, moments = similarities_of(evaluation)
+    recalls = recalls_of(evaluation, len(labels) - (data.scoring.queries or 0))
     svgs = {
         "training": charts.training_chart(title, losses, validations, best),
         "recall_at_k": charts.recall_chart(title, recalls),

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from cbml import network
+from cbml import network, provenance
 from cbml.data.images import Images
-from cbml.evaluation import queries
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import affords_nmi, evaluate
+from cbml.evaluation.per_class import class_table, sample_images
 from cbml.evaluation.pseudo_labels import pseudo_label_table
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
@@ -51,7 +51,8 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         map.npz             some classes' `embeddings`, and `indices` of their images
         pseudo_labels.csv   if training was on clusters, how they compare with the classes, by refresh
 
-    and of the run all but the weights. The test list is the queries and then the gallery, where a dataset has these.
+    and of the run all but the weights, run.json with hashes of what scored it as well, `scoring_code`. The test list is
+    the queries and then the gallery, where a dataset has these.
 
     Args:
         register: put the model into MLflow's registry, as a new version of `<dataset>-<cell>`.
@@ -63,7 +64,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     record = record_of(run_folder)
     data = open_data(workspace, cell)
     tested, scoring, ks = data.test, data.scoring, data.ks
-    sample = data.train.subset(queries.choose(data.train.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
+    sample = data.train.subset(sample_images(data.train.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
     images, train_images = data.images(tested), data.images(sample)
     _, validations = curves_of(run_folder, cell)
 
@@ -96,8 +97,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
             "test": pair_similarities(test, images.labels),
         }
 
-    judged = queries.judge(indices, similarities, tested.labels)
-    mapped = queries.choose(tested.labels, MAP_CLASSES, MAP_IMAGES, cell.seed)
+    mapped = sample_images(tested.labels, MAP_CLASSES, MAP_IMAGES, cell.seed)
     densities = pd.concat({split: table for split, (table, _) in distributions.items()}, names=["split"])
     out = workspace.evaluation(cell)
     with atomic_write(out) as folder:
@@ -105,12 +105,15 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         for file in run_folder.iterdir():
             if file.suffix != ".pt":
                 shutil.copyfile(file, folder / file.name)  # not its mode: DVC's files are read-only
+        record["scoring_code"] = provenance.scoring_code()
+        (folder / "run.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
         recalls.to_csv(folder / "recall_at_k.csv", index=False)
         np.savez(
             folder / "neighbours.npz", indices=indices.astype(np.int32), similarities=similarities.astype(np.float32)
         )
-        queries.class_table(judged, tested.class_names).to_csv(folder / "classes.csv", index=False)
+        by_class = class_table(tested.labels, indices[:, 0], similarities[:, 0], tested.class_names)
+        by_class.to_csv(folder / "classes.csv", index=False)
         densities.reset_index("split").to_csv(folder / "similarities.csv", index=False)
         moments = {split: moments for split, (_, moments) in distributions.items()}
         (folder / "similarities.json").write_text(json.dumps(moments, indent=2), encoding="utf-8")

@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from cbml.files import read_csv, read_json
-from cbml.report.common.markdown import pipe_table
+from cbml.report.common.numbers import recalls
 from cbml.report.tables.commands import command
-from cbml.report.tables.rows import recalls
+from cbml.report.tables.markdown import pipe_table
 from cbml.spec.cell import Cell
 from cbml.stages.records import curves_of, record_of
 from cbml.tracking import store as tracking
@@ -64,4 +64,5 @@ def _note(cell: Cell, metrics: dict[str, dict[str, float]], conf: Path) -> str:
     rows = [[protocol, *(f"{scores[name]:.1f}" for name in names)] for protocol, scores in metrics.items()]
     table = pipe_table(pd.DataFrame(rows, columns=["protocol", *names]))
     # Not as a block, whose long line would push the rest of MLflow's page out of sight.
-    return f"{table}\n\nIn percent. Again: `{command(cell, [cell.seed], conf)}`\n"
+    again = command(cell, [cell.seed], conf)
+    return f"{table}\n\nIn percent.{f' Again: `{again}`' if again else ''}\n"

@@ -4,15 +4,16 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cbml.errors import UserError
-from cbml.files import read_json, write_text
+from cbml.files import damaged, read_json, write_text
 from cbml.progress import message
-from cbml.report.common.markdown import to_markdown
-from cbml.report.common.pictures import Found, Pictures
+from cbml.report.common.pictures import Neighbours, Pictures
 from cbml.report.tables import rows as tables
 from cbml.report.tables.comparisons import curves_chart
 from cbml.report.tables.latex import to_latex
+from cbml.report.tables.markdown import to_markdown
 from cbml.report.tables.page import SHOWN, index_page, tables_page
 from cbml.report.tables.rows import Evaluated
 from cbml.spec.params import load_cell
@@ -38,7 +39,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     Raises:
         UserError: a cell has not been evaluated, or there is none.
     """
-    evaluated = tables.told_apart(_archived(workspace, dataset) if all_cells else _here(workspace, dataset))
+    evaluated = tables.with_variants(_archived(workspace, dataset) if all_cells else _here(workspace, dataset))
     summary = read_json(evaluated[0].folder / "summary.json", "evaluate", ("test",))
     test = summary["test"] | ({"queries": summary["query"]["images"]} if "query" in summary else {})
     with_published = evaluated[0].cell.dataset_config.type == "cub200"
@@ -60,8 +61,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     for name, content in contents.items():
         write_text(folder / name, content)
     pages = sorted(workspace.reports.glob("*/index.html"))  # git has the figures of datasets whose page is not here
-    reports = {page.parent.name: read_json(page.with_name("metrics.json"), "tabulate", SHOWN) for page in pages}
-    write_text(workspace.index, index_page(reports))
+    write_text(workspace.index, index_page({page.parent.name: _headline(page.parent) for page in pages}))
     with tracking.open_tables(workspace, dataset, [one.cell for one in evaluated]) as run:
         for name in contents:
             run.log_file(folder / name)
@@ -70,7 +70,19 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     return "\n".join([text, *tables.outdated(evaluated)])  # again where a terminal shows it: in the last line
 
 
-def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable[[Path], Found]] | tuple[()]:
+def _headline(report: Path) -> dict[str, Any]:
+    """What `rows.headline` wrote of a dataset; nothing, which is said, if it cannot be read: it may be another's."""
+    try:
+        headline = read_json(report / "metrics.json", f"tabulate@{report.name}", SHOWN)
+        if not all(isinstance(headline[name], int | float) for name in SHOWN[:3]):
+            raise damaged(report / "metrics.json", "no numbers", f"tabulate@{report.name}")
+    except UserError as error:
+        message(f"{report.parent}/index.html has no figures of {report.name}: {error}")
+        return {}
+    return headline
+
+
+def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable[[Path], Neighbours]] | tuple[()]:
     """The test list, and what reads the neighbours that a cell like `one` finds; nothing if the images are not here."""
     dataset = one.cell.dataset
     try:

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from cbml.report.common.style import COLOURS, chart, to_svg
+from cbml.report.common.style import COLOURS, chart, heading, legend, to_svg
 
 MARKERS = "os^vDPX<>*"
 UMAP_NEIGHBOURS = 15
@@ -36,13 +36,14 @@ def map_chart(title: str, embeddings: np.ndarray, labels: np.ndarray, names: dic
     positions, method = project(embeddings, seed)
     classes = np.unique(labels)
     with chart(6.4, 4.2) as (figure, ax):
+        points = []
         for number, label in enumerate(classes):
             look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-            name = names[label] if len(names[label]) <= 28 else f"{names[label][:27].rstrip()}…"
-            ax.scatter(*positions[labels == label].T, s=22, linewidths=0, alpha=0.9, label=name, **look)
+            points.append(ax.scatter(*positions[labels == label].T, s=22, linewidths=0, alpha=0.9, **look))
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         ax.set_aspect("equal", adjustable="datalim")
-        figure.suptitle(f"{title}: {method} of {len(classes)} test classes", wrap=True)
-        figure.legend(loc="outside right center")
+        heading(figure, f"{title}: {method} of {len(classes)} test classes")
+        shown = [name if len(name) <= 28 else f"{name[:27].rstrip()}…" for name in (names[each] for each in classes)]
+        legend(figure, shown, points, loc="outside right center")
         return to_svg(figure)

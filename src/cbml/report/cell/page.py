@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cbml.evaluation import queries
-from cbml.files import read_csv, read_json
+from cbml.files import read_json
+from cbml.report.cell.failures import confusions, failures, surest
+from cbml.report.common.evaluated import classes_of
 from cbml.report.common.html import figure, render
-from cbml.report.common.pictures import Found, Pictures
-from cbml.report.tables.rows import NO_NMI, NO_NMI_IN_GALLERY, metrics, number
+from cbml.report.common.numbers import NO_NMI, NO_NMI_IN_GALLERY, metrics, number
+from cbml.report.common.pictures import Neighbours, Pictures
+from cbml.report.common.queries import judge, sample_queries
 from cbml.spec.cell import Cell
 
 LABELS = {"r_precision": "R-Precision", "map_at_r": "MAP@R", "nmi": "NMI"}
@@ -31,7 +33,7 @@ def cell_page(
     evaluation: Path,
     charts: dict[str, str],
     pictures: Pictures,
-    found: Found,
+    found: Neighbours,
     *,
     folder: Path,
     report: Path,
@@ -57,20 +59,16 @@ def cell_page(
         label = LABELS.get(name) or f"R@{name.removeprefix('recall_at_')}"
         protocols[label] = [number(values.get(name, np.nan)) for values in scores.values()]
     protocols["Iteration"] = [f"{values['iteration']:.0f}" for values in scores.values()]
-    columns = ("class", "images", "recall_at_1", "confused_with")
-    classes = read_csv(evaluation / "classes.csv", "evaluate", columns, dtype=str, keep_default_na=False)
-    classes.insert(1, "R@1", [number(float(recall or "nan")) for recall in classes.pop("recall_at_1")])
-    classes.columns = ["Class", "R@1", "Images", "Most often taken for"]
-    judged = queries.judge(found["indices"], found["similarities"], pictures.images.labels)
+    judged = judge(found["indices"], found["similarities"], pictures.images.labels)
     chosen = {
-        "Queries picked by chance, one per class": queries.pick(judged, ROWS, cell.seed),
-        "The surest failures, one per class": queries.surest(queries.failures(judged), ROWS),
+        "Queries picked by chance, one per class": sample_queries(judged, ROWS, cell.seed),
+        "The surest failures, one per class": surest(failures(judged), ROWS),
     }
     galleries = {
         title: [(pictures.one(query, "query"), pictures.neighbours(query, found)) for query in rows]
         for title, rows in chosen.items()
     }
-    confusions = [
+    confused = [
         {
             "pair": [
                 pictures.one(pair.query, "query"),
@@ -78,8 +76,11 @@ def cell_page(
             ],
             "text": f"{pair.count} of {pair.queries} queries ({pair.share:.0%})",
         }
-        for pair in queries.confusions(judged).head(ROWS).itertuples()
+        for pair in confusions(judged).head(ROWS).itertuples()
     ]
+    classes = classes_of(evaluation, len(judged))
+    classes.insert(1, "R@1", [number(recall) for recall in classes.pop("recall_at_1")])
+    classes.columns = ["Class", "R@1", "Images", "Most often taken for"]
     with_gallery = len(judged) < len(pictures.images.labels)
     return render(
         "cell",
@@ -89,7 +90,7 @@ def cell_page(
         protocols=protocols,
         figures=[figure(charts[name], name, caption) for name, caption in CHARTS.items() if name in charts],
         galleries=galleries,
-        confusions=confusions,
+        confusions=confused,
         pictures=pictures,
         classes=classes[:CLASSES],
         all_classes=len(classes),

@@ -1,0 +1,1 @@
+"""What pages of cells and of tables have in common: a change here draws both again."""

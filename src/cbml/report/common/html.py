@@ -4,13 +4,15 @@ import re
 from html import escape
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cbml.report.common.style import RIGHT, WRONG
 
+# Each room has the templates of its own pages, so that a change of one concerns that room alone.
+ROOMS = ("common", "cell", "tables")
 ENVIRONMENT = Environment(
-    loader=PackageLoader("cbml.report.common"),
+    loader=ChoiceLoader([PackageLoader("cbml.report", f"{room}/templates") for room in ROOMS]),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
@@ -20,7 +22,7 @@ ENVIRONMENT.globals |= {"right": RIGHT, "wrong": WRONG}
 
 
 def render(template: str, **context: Any) -> str:
-    """A page from its template, `templates/<template>.html`."""
+    """A page from its template, `<template>.html`."""
     return ENVIRONMENT.get_template(f"{template}.html").render(context)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from cbml.data.lists import ImageList
 from cbml.report.common.thumbnails import contact_sheet
 
-Found = dict[str, np.ndarray]  # `indices` (N, k) and `similarities` (N, k) of the images nearest to each of N
+Neighbours = dict[str, np.ndarray]  # `indices` (N, k) and `similarities` (N, k) of the images nearest to each of N
 
 
 class Pictures:
@@ -35,7 +35,7 @@ class Pictures:
         verdict = "" if query is None else "right" if labels[index] == labels[query] else "wrong"
         return {"row": row, "column": column, "name": self.names[labels[index]], "verdict": verdict, "note": note}
 
-    def neighbours(self, query: int, found: Found, count: int | None = None) -> list[dict[str, Any]]:
+    def neighbours(self, query: int, found: Neighbours, count: int | None = None) -> list[dict[str, Any]]:
         """The images nearest to a query, with their similarity."""
         pairs = zip(found["indices"][query][:count], found["similarities"][query][:count], strict=True)
         return [self.one(index, f"{similarity:.3f}", query=query) for index, similarity in pairs]

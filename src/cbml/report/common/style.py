@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.rcsetup import cycler
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c"]
 RIGHT, WRONG = "#0072b2", "#d55e00"
 PAIRS = {"positive": (RIGHT, "-"), "negative": (WRONG, "--")}
+LETTERS = 12  # of a title, at least, to an inch
 INK = "#123456"  # stands for the page's text colour until `to_svg` replaces it
 
 STYLE: dict[Any, Any] = {
@@ -29,6 +31,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cbml",  # else the ids in a file differ from run to run
     "text.color": INK,
+    "text.parse_math": False,  # names are drawn as they are written, with their dollars
     "xtick.color": INK,
     "ytick.color": INK,
 }
@@ -43,6 +46,19 @@ def chart(width: float = 6.0, height: float = 3.5, **subplots: Any) -> Iterator[
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(**subplots)
+
+
+def heading(figure: Figure, title: str) -> None:
+    """A title over the figure, in as many lines as it needs: where Matplotlib wraps, it reads mathematics in names."""
+    columns = int(LETTERS * figure.get_figwidth())
+    figure.suptitle(textwrap.fill(title, columns, break_on_hyphens=False))
+
+
+def legend(where: Any, names: Sequence[str], handles: Sequence[Any], **options: Any) -> None:
+    """A legend of these names, as they are written: Matplotlib leaves out what begins with an underscore."""
+    texts = where.legend(handles=handles, labels=[str(i) for i in range(len(names))], **options).get_texts()
+    for text, name in zip(texts, names, strict=True):
+        text.set_text(name)
 
 
 def to_svg(figure: Figure) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cbml.progress import message
 from cbml.spec.cell import Cell, flatten
 from cbml.spec.params import Params, option_file
 from cbml.spec.recipe import Recipe
@@ -17,8 +18,20 @@ PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z/][\w./+-]*", re.ASCII | 
 ABSENT = object()
 
 
-def command(cell: Cell, seeds: list[int], conf: Path) -> str:
-    """`dvc exp run` with the options and the parameters in which a cell differs from the files of the folder `conf`."""
+def command(cell: Cell, seeds: list[int], conf: Path) -> str | None:
+    """`dvc exp run` with the options and the parameters in which a cell differs from the files of the folder `conf`.
+
+    None, which is said, if an option's file cannot be read: a command is shown beside results, and must not end them.
+    """
+    try:
+        return _command(cell, seeds, conf)
+    except Exception as error:  # a file that was edited by hand fails in as many ways as there are readers
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        message(f"{cell.name}: no command is shown for it: an option's file in {conf} cannot be read ({reason})")
+        return None
+
+
+def _command(cell: Cell, seeds: list[int], conf: Path) -> str:
     groups = {"dataset": cell.dataset, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
     files = {group: option_file(conf, group, name) for group, name in groups.items()}
     # An option without a file, as of a preset, is not one to choose, but can be added.

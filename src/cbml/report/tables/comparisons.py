@@ -7,7 +7,7 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from cbml.report.common.style import COLOURS, INK, PAIRS, chart, to_svg
+from cbml.report.common.style import COLOURS, INK, PAIRS, chart, legend, to_svg
 
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 LINE = 0.15  # inches, of a text's line
@@ -61,8 +61,8 @@ def curves_chart(curves: pd.DataFrame) -> str:
         width, height = 2.0 * columns, (1.35 + LINE * _lines(titles)) * rows + 0.6
     else:
         longest = max(len(line) for label in labels.values() for line in label.split("\n"))
-        legend = (sum(label.count("\n") + 1.5 for label in labels.values()) + 1) * LINE
-        width, height = 2.8 * columns + max(1.5, 0.6 + 0.07 * longest), max(2.8 * rows, legend)
+        legend_height = (sum(label.count("\n") + 1.5 for label in labels.values()) + 1) * LINE
+        width, height = 2.8 * columns + max(1.5, 0.6 + 0.07 * longest), max(2.8 * rows, legend_height)
     with chart(width, height, nrows=rows, ncols=columns, sharex=True, sharey=True, squeeze=False) as (figure, axes):
         for axis, panel in zip(axes.flat, panels, strict=False):
             axis.set_title(titles[panel], fontsize=9)
@@ -83,13 +83,13 @@ def curves_chart(curves: pd.DataFrame) -> str:
         figure.supylabel("Recall@1, %", fontsize=9)
         if len(looks) > 1:
             handles = [
-                axes[0, 0].plot([], [], label=labels[name], linewidth=1.1, markersize=4.5, fillstyle="none", **look)[0]
-                for name, look in looks.items()
+                axes[0, 0].plot([], [], linewidth=1.1, markersize=4.5, fillstyle="none", **look)[0]
+                for look in looks.values()
             ]
             if crowded:
-                figure.legend(handles=handles, loc="outside upper center", ncols=3)
+                legend(figure, list(labels.values()), handles, loc="outside upper center", ncols=3)
             else:
-                figure.legend(handles=handles, loc="outside right upper")
+                legend(figure, list(labels.values()), handles, loc="outside right upper")
         return to_svg(figure)
 
 

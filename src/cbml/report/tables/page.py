@@ -13,7 +13,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from cbml.report.common.html import figure, render
-from cbml.report.common.pictures import Found, Pictures
+from cbml.report.common.numbers import number
+from cbml.report.common.pictures import Neighbours, Pictures
 from cbml.report.tables import rows as tables
 from cbml.report.tables.comparisons import curves_chart, distributions_chart, paper_chart
 from cbml.report.tables.rows import Evaluated
@@ -35,7 +36,7 @@ def tables_page(
     test: dict[str, int],
     folder: Path,
     pictures: Pictures | None = None,
-    found: Callable[[Path], Found] | None = None,
+    found: Callable[[Path], Neighbours] | None = None,
 ) -> str:
     """The page of a table set: what methods retrieve, tables, the paper beside them, two cells compared, charts.
 
@@ -89,12 +90,12 @@ def tables_page(
 
 
 def index_page(reports: dict[str, dict[str, Any]]) -> str:
-    """The page over all table sets, from the `headline` of each dataset's."""
+    """The page over all table sets, from the `headline` of each dataset's; of one without, the link alone."""
     link = Markup('<a href="{0}/index.html">{0}</a>')
     rows = []
     for name, headline in reports.items():
-        *recalls, count, best = (headline[each] for each in SHOWN)
-        rows.append([link.format(name), *map(tables.number, recalls), count, best])
+        *recalls, count, best = (headline.get(each, "") for each in SHOWN)
+        rows.append([link.format(name), *(number(each) if headline else "" for each in recalls), count, best])
     columns = ["Dataset", "R@1", "R@1 untrained", "Rows", "Best row"]
     return render("index", reports=pd.DataFrame(rows, columns=columns, dtype=object))
 
@@ -120,7 +121,7 @@ def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> lis
             ours = row.protocol != "published"
             of_row = links[row.embedding_dim, row.backbone, row.method, row.variant] if ours else []
             columns["Seeds"].append(Markup(" ").join(of_row))
-            columns["Reproduce"].append(COMMAND.format(row.command) if ours else "")
+            columns["Reproduce"].append("" if pd.isna(row.command) else COMMAND.format(row.command))
         del text["Seeds"]  # comes last
         for name, cells in columns.items():
             text[name] = pd.Series(cells, text.index, dtype=object)  # as strings they would be markup no more

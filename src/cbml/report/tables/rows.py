@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cbml.files import read_csv, read_json
-from cbml.provenance import changed
+from cbml.files import read_json
+from cbml.provenance import changed, gone
+from cbml.report.common.evaluated import similarities_of, validations_of
+from cbml.report.common.numbers import NO_NMI, NO_NMI_IN_GALLERY, metrics, number, recalls
 from cbml.report.tables.commands import command
 from cbml.spec.cell import Cell
 
-NO_NMI = "NMI is left out: on so many images and classes, k-means takes far longer than retrieval."
-NO_NMI_IN_GALLERY = "NMI is left out: queries are searched for in a gallery."
 MIN_SEEDS = 3  # fewer get no interval, and so no claim
 CONFIDENCE = 0.95
 PUBLISHED_TEST = {"images": 5924, "classes": 100}
@@ -45,7 +45,7 @@ class Evaluated:
         record: its run.json.
         folder: of its evaluation.
         page: the folder of its page.
-        variant: what tells it from others of its backbone, loss and embedding size; see `told_apart`.
+        variant: what tells it from others of its backbone, loss and embedding size; see `with_variants`.
     """
 
     cell: Cell
@@ -82,18 +82,7 @@ def published() -> pd.DataFrame:
         return pd.read_csv(file)
 
 
-def recalls(names: Iterable[str]) -> list[str]:
-    """Those of the form `recall_at_K`, by K."""
-    found = [name for name in names if name.removeprefix("recall_at_").isdecimal()]
-    return sorted(found, key=lambda name: int(name.removeprefix("recall_at_")))
-
-
-def metrics(names: Iterable[str]) -> list[str]:
-    """Those of metrics: `recalls`, and the others that are there."""
-    return [*recalls(names), *(name for name in ("r_precision", "map_at_r", "nmi") if name in names)]
-
-
-def told_apart(evaluated: list[Evaluated]) -> list[Evaluated]:
+def with_variants(evaluated: list[Evaluated]) -> list[Evaluated]:
     """The same cells with a `variant` where several of them that are no seeds of one another have the same names.
 
     It reads like `margin=0.2, recipe=cpu`. A parameter that follows from the choice of another recipe is left out. What
@@ -263,11 +252,6 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
     return text
 
 
-def number(value: float, absent: str = "–") -> str:
-    """A figure in percent, as every table has it."""
-    return absent if pd.isna(value) else f"{value:.1f}"
-
-
 def _figure(row: Any, name: str) -> str:
     return number(getattr(row, name)) + (f" ± {getattr(row, f'{name}_sd'):.1f}" if row.n > 1 else "")
 
@@ -322,17 +306,24 @@ def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
 
 
 def outdated(evaluated: list[Evaluated]) -> list[str]:
-    """A warning about cells that were trained by other code than today's, with the command that trains them again."""
-    found = [(one.cell, files) for one in evaluated if (files := changed(one.record["code"]))]
-    if not found:
-        return []
-    modules = ", ".join(sorted({f"src/cbml/{file}" for _, files in found for file in files}))
-    names = ", ".join(dict.fromkeys(cell.name for cell, _ in found))
-    stages = " ".join(dict.fromkeys(f"train@{cell.name}-{cell.dataset}" for cell, _ in found))
-    return [
-        f"**Trained by other code than today's** ({modules}): {names}. Again, just those: "
-        f"`dvc repro -f -s {stages} && dvc repro`."
-    ]
+    """Warnings of cells that other code than today's trained, or scored, each with the command that does it again."""
+    warnings = []
+    for done, stage, record in (("Trained", "train", "code"), ("Scored", "evaluate", "scoring_code")):
+        found = [(one, files) for one in evaluated if (files := changed(one.record.get(record, {})))]
+        if not found:
+            continue
+        files = sorted({file for _, of_one in found for file in of_one})
+        absent = gone(files)
+        edited = [file for file in files if file not in absent]
+        lists = [", ".join(f"src/cbml/{file}" for file in each) for each in (edited, absent)]
+        modules = "; ".join(filter(None, [lists[0], lists[1] and f"no longer there: {lists[1]}"]))
+        names = ", ".join(dict.fromkeys(f"{one.cell.name}{one.variant and f' ({one.variant})'}" for one, _ in found))
+        stages = " ".join(dict.fromkeys(f"{stage}@{one.cell.name}-{one.cell.dataset}" for one, _ in found))
+        warnings.append(
+            f"**{done} by other code than today's** ({modules}): {names}. Again, just those: "
+            f"`dvc repro -f -s {stages} && dvc repro`."
+        )
+    return warnings
 
 
 def provenance(evaluated: list[Evaluated]) -> list[str]:
@@ -377,7 +368,7 @@ def curves(evaluated: list[Evaluated]) -> pd.DataFrame:
     """Recall@1 on the test list by iteration: columns `cell`, `ROW`, `seed`, `iteration`, `recall_at_1`."""
     parts = []
     for one in evaluated:
-        rows = read_csv(one.folder / "validations.csv", "train", ("iteration", "recall_at_1"))
+        rows = validations_of(one.folder, one.cell)
         rows = rows.assign(cell=one.record["key"], **dict(zip(ROW, one.row, strict=True)), seed=one.cell.seed)
         parts.append(rows.assign(recall_at_1=rows.recall_at_1.round(3)))
     return pd.concat(parts, ignore_index=True)[["cell", *ROW, "seed", "iteration", "recall_at_1"]]
@@ -386,11 +377,7 @@ def curves(evaluated: list[Evaluated]) -> pd.DataFrame:
 def similarities(evaluated: list[Evaluated], bin_width: float) -> pd.DataFrame:
     """Densities of cosine similarity, means over bins: columns `cell`, `split`, `pair`, `similarity`, `density`."""
     keys = ["cell", "split", "pair"]
-    columns = ("split", "pair", "similarity", "density")
-    parts = [
-        read_csv(one.folder / "similarities.csv", "evaluate", columns).assign(cell=one.record["key"])
-        for one in evaluated
-    ]
+    parts = [similarities_of(one.folder)[0].assign(cell=one.record["key"]) for one in evaluated]
     rows = pd.concat(parts, ignore_index=True)
     bins = (rows.similarity // bin_width).rename("bin")
     means = rows.groupby([*keys, bins], sort=False)[["similarity", "density"]].mean()

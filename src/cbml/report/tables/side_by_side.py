@@ -5,9 +5,10 @@ from typing import Any
 
 import pandas as pd
 
-from cbml.evaluation import queries
-from cbml.report.common.pictures import Found, Pictures
-from cbml.report.tables.rows import number
+from cbml.report.common.numbers import number
+from cbml.report.common.pictures import Neighbours, Pictures
+from cbml.report.common.queries import judge, sample_queries
+from cbml.report.tables.paired import compare_by_class, divided, mcnemar
 
 QUERIES, NEIGHBOURS = 6, 3  # of a strip
 MAX_DIVIDED = 16  # queries of the comparison
@@ -16,13 +17,13 @@ MAX_CLASSES = 12  # of two cells
 COLUMNS = ["Class", "R@1, first", "R@1, second", "Difference", "p, corrected", "Queries"]  # of their table
 
 
-def strips(pictures: Pictures, cells: list[Found], names: Iterable[str], recalls: Iterable[str]) -> dict[str, Any]:
+def strips(pictures: Pictures, cells: list[Neighbours], names: Iterable[str], recalls: Iterable[str]) -> dict[str, Any]:
     """Some queries, the same for every model on the list, and of each cell a strip of their nearest neighbours.
 
     Args:
         names, recalls: what stands beside each cell's strip.
     """
-    chosen = queries.pick(_judge(pictures, cells[0]), QUERIES, seed=0)
+    chosen = sample_queries(_judge(pictures, cells[0]), QUERIES, seed=0)
     rows = [
         {"name": name, "recall": recall, "strip": [pictures.neighbours(query, found, NEIGHBOURS) for query in chosen]}
         for found, name, recall in zip(cells, names, recalls, strict=False)
@@ -30,7 +31,7 @@ def strips(pictures: Pictures, cells: list[Found], names: Iterable[str], recalls
     return {"queries": [pictures.one(query) for query in chosen], "rows": rows}
 
 
-def comparison(pictures: Pictures, cells: list[Found], names: list[str]) -> dict[str, Any]:
+def comparison(pictures: Pictures, cells: list[Neighbours], names: list[str]) -> dict[str, Any]:
     """Of every two cells, in either order, how many queries only one answers rightly, and the classes that differ most.
 
     Returns:
@@ -39,7 +40,7 @@ def comparison(pictures: Pictures, cells: list[Found], names: list[str]) -> dict
     """
     judged = [_judge(pictures, found) for found in cells]
     shown = []
-    for query in queries.divided(judged, seed=0)[:MAX_DIVIDED]:
+    for query in divided(judged, seed=0)[:MAX_DIVIDED]:
         needed = {query}.union(*(found["indices"][query][:NEIGHBOURS].tolist() for found in cells))
         if len(needed | pictures.places.keys()) > MAX_PICTURES:
             break
@@ -50,13 +51,13 @@ def comparison(pictures: Pictures, cells: list[Found], names: list[str]) -> dict
     return {"names": names, "queries": shown, "pairs": pairs, "classes": pd.DataFrame(columns=COLUMNS)}
 
 
-def _judge(pictures: Pictures, found: Found) -> pd.DataFrame:
-    return queries.judge(found["indices"], found["similarities"], pictures.images.labels)
+def _judge(pictures: Pictures, found: Neighbours) -> pd.DataFrame:
+    return judge(found["indices"], found["similarities"], pictures.images.labels)
 
 
 def _pair(first: pd.DataFrame, second: pd.DataFrame, names: dict[int, str]) -> dict[str, list]:
     """Two cells: the figures of all queries, and of each class that differs most."""
-    classes = queries.compare(first, second)
+    classes = compare_by_class(first, second)
     total = classes[["queries", "both", "only_first", "only_second"]].sum()
     neither = total.queries - total[1:].sum()
     counts = [f"{count:,}" for count in (*total[1:], neither)]
@@ -65,7 +66,7 @@ def _pair(first: pd.DataFrame, second: pd.DataFrame, names: dict[int, str]) -> d
         one, other = (100 * (row.both + alone) / row.queries for alone in (row.only_first, row.only_second))
         shares = number(one), number(other), f"{other - one:+.1f}"
         rows.append([names[row.Index], *shares, _p(row.p_corrected), f"{row.queries:.0f}"])
-    return {"figures": [*counts, _p(queries.mcnemar(total.only_first, total.only_second))], "classes": rows}
+    return {"figures": [*counts, _p(mcnemar(total.only_first, total.only_second))], "classes": rows}
 
 
 def _p(value: float) -> str:

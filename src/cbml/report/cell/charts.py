@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
-from cbml.report.common.style import COLOURS, PAIRS, chart, to_svg
+from cbml.report.common.style import COLOURS, PAIRS, chart, heading, legend, to_svg
 
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "ncols": 6, "columnspacing": 1.2}
 POINTS = 400  # of a curve by iteration: more could not be told apart
@@ -23,7 +23,7 @@ def recall_chart(title: str, recalls: pd.DataFrame) -> str:
         for row in recalls[recalls.k.isin([1, 8])].itertuples():
             ax.annotate(f"{row.recall:.1f}%", (row.k, row.recall), (6, -10), textcoords="offset points")
         ax.set(xlabel="K", ylabel="Recall@K")
-        figure.suptitle(title, wrap=True)
+        heading(figure, title)
         return to_svg(figure)
 
 
@@ -41,7 +41,7 @@ def pseudo_labels_chart(title: str, table: pd.DataFrame) -> str:
         ax.yaxis.set_major_formatter(PercentFormatter())
         ax.set(xlabel="iteration")
         ax.legend(**ABOVE)
-        figure.suptitle(title, wrap=True)
+        heading(figure, title)
         return to_svg(figure)
 
 
@@ -75,15 +75,17 @@ def training_chart(title: str, losses: pd.DataFrame, validations: pd.DataFrame, 
             means = losses.groupby(np.arange(len(losses)) // window).mean()
             ax = axes[1, 0]
             terms = [name for name in losses if name.startswith("loss_")]
-            for name, style in zip(["loss", *terms], ["-", "--", "-.", ":", "--", "-.", ":"], strict=False):
-                label = name.removeprefix("loss_")
-                ax.plot(means.iteration, means[name], style, linewidth=1.2, label=label)
+            lines = [
+                ax.plot(means.iteration, means[name], style, linewidth=1.2)[0]
+                for name, style in zip(["loss", *terms], ["-", "--", "-.", ":", "--", "-.", ":"], strict=False)
+            ]
             ax.set_ylabel("loss" if window == 1 else f"loss, means of {window} iterations")
             if terms:
-                ax.legend(**ABOVE)
+                names = ["loss", *(name.removeprefix("loss_") for name in terms)]
+                legend(ax, names[: len(lines)], lines, **ABOVE)
         ax.set_xlabel("iteration")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]) if final else FixedLocator([0]))
-        figure.suptitle(title, wrap=True)
+        heading(figure, title)
         return to_svg(figure)
 
 
@@ -107,5 +109,5 @@ def similarities_chart(title: str, densities: pd.DataFrame, moments: dict[str, d
             ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
         axes[0].set_ylim(bottom=0)
         axes[0].set_ylabel("density")
-        figure.suptitle(f"{title}: positive and negative pairs", wrap=True)
+        heading(figure, f"{title}: positive and negative pairs")
         return to_svg(figure)

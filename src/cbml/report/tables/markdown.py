@@ -16,8 +16,8 @@ def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int], evaluat
         parts += [f"## {title}", pipe_table(shown(rows))]
     parts.append("Mean ± standard deviation over seeds. Protocols:")
     parts.append("\n".join(f"- `{name}`: {text}" for name, text in PROTOCOLS.items() if name in set(table.protocol)))
-    commands = "\n".join(dict.fromkeys(table.command.dropna()))
-    parts.append(f"## Every row again, by one command\n\n```\n{commands}\n```")
+    if commands := "\n".join(dict.fromkeys(table.command.dropna())):
+        parts.append(f"## Every row again, by one command\n\n```\n{commands}\n```")
     parts.append("## Measured with\n\n" + "\n".join(f"- {line}" for line in provenance(evaluated)))
     return "\n\n".join(parts) + "\n"
 
