@@ -15,7 +15,7 @@ from loss_options import OPTIONS, option, parse_option
 from torch import nn
 
 from cbml import provenance
-from cbml.samplers import ClassesConfig
+from cbml.samplers.classes import ClassesConfig
 
 CODE = '''"""What it is."""
 
@@ -175,7 +175,8 @@ def test_no_package_computes_anything_in_its_own_name():
     """Else what `closure` passes by would be code."""
     for file in provenance.SOURCE.rglob("__init__.py"):
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-        assert not [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds)], file
+        found = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds)]
+        assert {getattr(node, "name", "lambda") for node in found} <= {"__getattr__"}, file  # which hands a name on
 
 
 # Of each stage the packages whose code it runs though it does not depend on them.
