@@ -22,7 +22,7 @@ from cbml.spec.cell import Cell
 from cbml.spec.params import Params
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import device_context
-from cbml.training.loop import train
+from cbml.training.loop import Learner, train
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
@@ -44,15 +44,15 @@ def measure(cell: Cell) -> None:
     recipe, rows = cell.recipe, []
     with tempfile.TemporaryDirectory() as folder, device_context(recipe) as fabric:
         images = random_images(IMAGES, recipe.resize, Path(folder, "images.bin"))
-        batches = (cell.loss_config.batches or ClassesConfig()).build(images.labels.numpy(), recipe, 0)
-        network, criterion = build(cell, num_classes=batches.num_classes, root=ROOT)
+        sampler = (cell.loss_config.batches or ClassesConfig()).build(images.labels.numpy(), recipe, 0)
+        network, criterion = build(cell, num_classes=sampler.num_classes, root=ROOT)
         few = images.subset(torch.arange(40), images.labels[:40])
-        options = {"fabric": fabric, "label": cell.loss, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
-        options["teacher_momentum"] = cell.loss_config.teacher
-        seconds = train(recipe, 0, network, criterion, batches, images, few, **options)["seconds"]
+        learner = Learner(network, criterion, recipe, fabric, cell.loss_config.teacher)
+        options = {"label": cell.loss, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
+        seconds = train(recipe, 0, learner, sampler, images, few, **options).seconds
     speed = [row["train_images_per_second"] for row in rows if "train_images_per_second" in row][-1]
     memory = torch.cuda.max_memory_allocated() if CUDA else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    looks = -(-recipe.iterations // batches.period) if batches.period else 0
+    looks = -(-recipe.iterations // sampler.period) if sampler.period else 0
     look = f"{1000 * seconds['refresh'] / looks:.0f}" if looks else "-"
     print(f"{recipe.batch_size} {1000 * recipe.batch_size / speed:.0f} {look} {memory / 2**20:.0f}")
 

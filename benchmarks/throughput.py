@@ -1,13 +1,15 @@
 """Images a second, as Markdown tables: `python benchmarks/throughput.py`.
 
 The first table sets crops from decoded images against Pillow and torchvision, without and with decoding; the second is
-`cbml.training.loop.train` on random images: crops, forward, backward, Adam, and how much of the time batches took.
+`cbml.training.loop.train` on random images: crops, forward, backward, Adam, and how much of the time batches took; the
+third sets it beside a plain loop in PyTorch: the same crops, network, loss, optimizer and precision.
 """
 
 import argparse
 import io
 import itertools
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from cbml.spec.cell import Cell
 from cbml.spec.params import Params
 from cbml.training import loop
 from cbml.training.checkpoint import Checkpoint
-from cbml.training.device import device_context
+from cbml.training.device import device_context, set_up
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
@@ -76,17 +78,46 @@ def training_speed(cell: Cell, images: PackedImages, *, resident: bool) -> tuple
     recipe, rows = cell.recipe, []
     torch.compiler.reset()  # the compiler keeps only so many versions of the same code
     network, criterion = build(cell, num_classes=int(images.labels.max()) + 1, root=ROOT)
-    batches = ClassesConfig().build(images.labels.numpy(), recipe, cell.seed)
+    sampler = ClassesConfig().build(images.labels.numpy(), recipe, cell.seed)
     first = images.subset(torch.arange(recipe.batch_size), images.labels[: recipe.batch_size])
     with (
         tempfile.TemporaryDirectory() as folder,
         device_context(recipe) as fabric,
         patch.object(loop, "place", lambda lists, device: [each.to(device) if resident else each for each in lists]),
     ):
-        options = {"fabric": fabric, "label": cell.name, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
-        loop.train(recipe, cell.seed, network, criterion, batches, images, first, **options)
+        learner = loop.Learner(network, criterion, recipe, fabric)
+        options = {"label": cell.name, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
+        loop.train(recipe, cell.seed, learner, sampler, images, first, **options)
     speed = [row for row in rows if "train_data_percent" in row][-1]
     return speed["train_images_per_second"], speed["train_data_percent"] / 100
+
+
+def plain_speed(cell: Cell, images: PackedImages) -> float:
+    """Images a second of the same steps on the same crops in a plain loop, with PyTorch's own settings."""
+    recipe, half = cell.recipe, cell.recipe.iterations // 2
+    network, criterion = build(cell, num_classes=int(images.labels.max()) + 1, root=ROOT)
+    with device_context(recipe) as fabric:
+        set_up(network, fabric, recipe)
+    parameters = [*network.parameters(), *criterion.to(fabric.device).parameters()]
+    optimizer = torch.optim.Adam(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    sampler = ClassesConfig().build(images.labels.numpy(), recipe, cell.seed)
+    start = 0.0
+    for iteration, sampled in enumerate(itertools.islice(sampler.segment(0), recipe.iterations), 1):
+        if iteration == half + 1:
+            start = now()
+        crops = loop.random_crops(images, recipe, cell.seed, iteration, sampled.indices).to(fabric.device)
+        loss = criterion(network(crops), torch.from_numpy(sampled.labels).to(fabric.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return half * recipe.batch_size / (now() - start)
+
+
+def now() -> float:
+    """Seconds, when the device has done what it was given."""
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Pictures(Dataset):
@@ -120,11 +151,9 @@ def best_seconds(works: dict[str, Callable[[], object]], repeats: int = 5) -> di
     best = dict.fromkeys(works, float("inf"))
     for _ in range(repeats):
         for name, work in works.items():
-            start = time.perf_counter()
+            start = now()
             work()
-            if CUDA:
-                torch.cuda.synchronize()
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], now() - start)
     return best
 
 
@@ -170,6 +199,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=120 if CUDA else 24, help="images, a multiple of 8")
     parser.add_argument("--crop", type=int, default=227 if CUDA else 112, help="pixels; a backbone's own wins")
     parser.add_argument("--iterations", type=int, default=100 if CUDA else 3, help="measured, after as many to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of the loop and of a plain one")
     arguments = parser.parse_args()
     if arguments.batch < 8 or arguments.batch % 8 or min(arguments.crop, arguments.iterations) < 1:
         parser.error("--batch must be a multiple of 8, --crop and --iterations at least 1")
@@ -194,6 +224,15 @@ def main() -> None:
             axes = f"{cell.recipe.precision} | {'yes' if cell.recipe.compile else 'no'}"
             place = "on the GPU" if resident else "memory-mapped file"
             print(f"| {axes} | {place} | {speed:.1f} | {share:.1%} |", flush=True)
+
+        speeds: dict[str, list[float]] = {"cbml": [], "a plain PyTorch loop": []}
+        for _ in range(arguments.rounds):  # in turn, so that other load on the machine meets both alike
+            speeds["cbml"].append(training_speed(cells[0], images, resident=CUDA)[0])
+            speeds["a plain PyTorch loop"].append(plain_speed(cells[0], images.to("cuda") if CUDA else images))
+    print(f"\nThe loop, float32, of {arguments.rounds} runs in turn\n")
+    print("| loop | median images/s | range |\n| --- | ---: | ---: |")
+    for name, values in speeds.items():
+        print(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} to {max(values):.1f} |")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import ROOT, TINY_RECIPE, VALIDATING, break_at, broken, environment, from_the_beginning, result, run
 from loss_options import OPTIONS, option, sample, value_and_gradient
 
@@ -146,6 +147,15 @@ def test_a_cell_is_trained_continued_and_evaluated(workspace, monkeypatch, preci
     )
     metrics = evaluate_cell(folder, workspace)
     assert 0 < metrics["final"]["map_at_r"] <= 100 and set(metrics) >= {"final", "best_on_test", "validated"}
+
+
+@on_a_gpu
+def test_clusters_are_of_embeddings_on_the_gpu_and_go_on_from_their_centres(workspace):
+    batches = {"type": "clusters", "k": 6, "refresh": 0.5}
+    loss = yaml.safe_load((ROOT / "conf/loss/cbml_log.yaml").read_text())["cbml_log"] | {"batches": batches}
+    folder = run(workspace, loss={"cbml_log": loss})
+    with np.load(folder / "pseudo_labels.npz") as arrays:
+        assert arrays["history"].shape == (3, 36) and arrays["iterations"].tolist() == [0, 2, 4]
 
 
 @on_a_gpu

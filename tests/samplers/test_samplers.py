@@ -84,6 +84,8 @@ def test_kmeans_goes_on_from_centres_so_that_numbers_persist_and_no_cluster_is_e
     centres = torch.eye(3)[order]
     clusters, _ = kmeans(points, 3, seed=0, centres=centres)
     assert clusters.tolist() == [order.index(each) for each in corner]
+    # As a checkpoint keeps them on the CPU when points are on a GPU: of another kind than the points.
+    assert torch.equal(kmeans(points, 3, seed=0, centres=centres.double())[0], clusters)
     centres[1] = 100.0  # far from every point
     clusters, _ = kmeans(points, 3, seed=0, centres=centres)
     assert (clusters.bincount(minlength=3) > 0).all()
