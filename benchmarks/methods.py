@@ -22,7 +22,7 @@ from cbml.spec.cell import Cell
 from cbml.spec.params import Params
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import device_context
-from cbml.training.loop import Learner, train
+from cbml.training.loop import Job, train
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
@@ -47,9 +47,9 @@ def measure(cell: Cell) -> None:
         sampler = (cell.loss_config.batches or ClassesConfig()).build(images.labels.numpy(), recipe, 0)
         network, criterion = build(cell, num_classes=sampler.num_classes, root=ROOT)
         few = images.subset(torch.arange(40), images.labels[:40])
-        learner = Learner(network, criterion, recipe, fabric, cell.loss_config.teacher)
-        options = {"label": cell.loss, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
-        seconds = train(recipe, 0, learner, sampler, images, few, **options).seconds
+        teacher = cell.loss_config.teacher
+        job = Job(recipe, 0, network, criterion, sampler, images, few, teacher_momentum=teacher)
+        seconds = train(job, fabric, label=cell.loss, checkpoint=Checkpoint(Path(folder)), log=rows.extend).seconds
     speed = [row["train_images_per_second"] for row in rows if "train_images_per_second" in row][-1]
     memory = torch.cuda.max_memory_allocated() if CUDA else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     looks = -(-recipe.iterations // sampler.period) if sampler.period else 0

@@ -85,9 +85,8 @@ def training_speed(cell: Cell, images: PackedImages, *, resident: bool) -> tuple
         device_context(recipe) as fabric,
         patch.object(loop, "place", lambda lists, device: [each.to(device) if resident else each for each in lists]),
     ):
-        learner = loop.Learner(network, criterion, recipe, fabric)
-        options = {"label": cell.name, "checkpoint": Checkpoint(Path(folder)), "log": rows.extend}
-        loop.train(recipe, cell.seed, learner, sampler, images, first, **options)
+        job = loop.Job(recipe, cell.seed, network, criterion, sampler, images, first)
+        loop.train(job, fabric, label=cell.name, checkpoint=Checkpoint(Path(folder)), log=rows.extend)
     speed = [row for row in rows if "train_data_percent" in row][-1]
     return speed["train_images_per_second"], speed["train_data_percent"] / 100
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ class Teacher:
     """The moving average of a network that is trained.
 
     Args:
-        student: the network, on its device, with its starting weights.
+        student: that network, on its device.
         momentum: m of `follow`.
     """
 
@@ -29,16 +29,8 @@ class Teacher:
         return self.network.outputs(images, wanted)
 
     def follow(self) -> None:
-        """Take a step towards the student. STML calls it before the optimizer's step, as it was published."""
+        """Take a step towards the student."""
         follow(self.network, self.student, self.momentum)
-
-    def state_dict(self) -> dict[str, Any]:
-        """That of its network."""
-        return self.network.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self.network.load_state_dict(state)
 
 
 def teacher_of(student: M) -> M:

@@ -64,6 +64,14 @@ class BatchSampler:
         """The batches of segment `number`, of which at most `period` are taken."""
         raise NotImplementedError
 
+    def epochs(self, count: float, views: int = 1) -> int:
+        """The iterations of so many epochs, at least one; `views`: how often a batch has each of its images."""
+        return max(1, round(count * (len(self.labels) // (self.batch_size // views))))
+
+    def derive_seed(self, *numbers: int) -> int:
+        """A seed of its own for each of a run's parts."""
+        return int(np.random.SeedSequence((self.seed, *numbers)).generate_state(1)[0])
+
     def state_dict(self) -> dict[str, Any]:
         """What the last refresh left."""
         return {name: value for name in self.state if (value := getattr(self, name)) is not None}
@@ -99,13 +107,3 @@ class BatchSamplerConfig(Schema):
             UserError: the list and the recipe do not fit together.
         """
         raise NotImplementedError
-
-
-def epochs(count: float, images: int, batch_size: int) -> int:
-    """The iterations of so many epochs, at least one."""
-    return max(1, round(count * (images // batch_size)))
-
-
-def derive_seed(*numbers: int) -> int:
-    """A seed of its own for each of a run's parts."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -10,15 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers.base import (
-    BatchRecipe,
-    BatchSampler,
-    BatchSamplerConfig,
-    EmbedTrainSet,
-    SampledBatch,
-    derive_seed,
-    epochs,
-)
+from cbml.samplers.base import BatchRecipe, BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch
 from cbml.samplers.classes import class_balanced_batches
 from cbml.samplers.kmeans import kmeans
 from cbml.schema import Positive, PositiveShare
@@ -73,13 +65,13 @@ class Clusters(BatchSampler):
                 "images"
             )
         self.config, self.num_classes = config, config.k
-        self.period = epochs(config.refresh, images, recipe.batch_size)
+        self.period = self.epochs(config.refresh)
         # By refresh: each image's cluster, or -1 - cluster if it is left out.
         self.history = torch.empty(0, images, dtype=torch.int32)
 
     def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
         points = normalize(embed_train_set("embeddings" if number else "features"), dim=1)
-        seed = derive_seed(self.seed, number)
+        seed = self.derive_seed(number)
         warm = self.config.warm and number > 1  # before, they were centres of features
         starts = 1 if number or self.config.k > 1000 else 10
         clusters, centres = kmeans(
@@ -103,5 +95,5 @@ class Clusters(BatchSampler):
                 f"batches clusters: {found} clusters have images that are kept, a batch needs "
                 f"{self.batch_size // self.instances}; take a larger keep, or fewer clusters in a batch"
             )
-        batches = class_balanced_batches(labels[kept], self.batch_size, self.instances, derive_seed(self.seed, number))
+        batches = class_balanced_batches(labels[kept], self.batch_size, self.instances, self.derive_seed(number))
         return (SampledBatch(kept[rows], labels[kept[rows]].astype(np.int64)) for rows in batches)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers.base import BatchRecipe, BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch, epochs
+from cbml.samplers.base import BatchRecipe, BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch
 from cbml.schema import Positive, Share
 
 BLOCK = 2**25  # distances held at once
@@ -54,7 +54,7 @@ class Neighbours(BatchSampler):
             )
         self.config, self.num_classes = config, images
         self.queries = batch_size // group
-        self.period = epochs(config.refresh, images, batch_size // config.views)
+        self.period = self.epochs(config.refresh, config.views)
 
     def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
         self.neighbours = nearest(embed_train_set("projection"), self.config.count).cpu()
@@ -104,7 +104,7 @@ class Instances(BatchSampler):
             )
         self.config, self.num_classes = config, images
         self.chosen = batch_size // 2
-        self.period = epochs(config.refresh, images, self.chosen)
+        self.period = self.epochs(config.refresh, 2)
         self.neighbours = torch.arange(images)
 
     def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:

@@ -12,15 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers.base import (
-    BatchRecipe,
-    BatchSampler,
-    BatchSamplerConfig,
-    EmbedTrainSet,
-    SampledBatch,
-    derive_seed,
-    epochs,
-)
+from cbml.samplers.base import BatchRecipe, BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch
 from cbml.samplers.classes import class_balanced_batches
 from cbml.samplers.kmeans import kmeans
 from cbml.schema import Positive, Share
@@ -59,13 +51,13 @@ class Subspaces(BatchSampler):
         if config.clusters > len(labels):
             raise UserError(f"batches subspaces: {config.clusters} clusters of {len(labels)} images")
         self.config = config
-        self.period = epochs(config.refresh, len(labels), recipe.batch_size)
+        self.period = self.epochs(config.refresh)
         self.all_from = round(recipe.iterations * (1 - config.whole))
         class_balanced_batches(labels, recipe.batch_size, recipe.instances, seed)  # raises where they do not fit
 
     def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
         features = normalize(embed_train_set("features"), dim=1)
-        found, _ = kmeans(features, self.config.clusters, seed=derive_seed(self.seed, number), starts=5)
+        found, _ = kmeans(features, self.config.clusters, seed=self.derive_seed(number), starts=5)
         new = found.cpu()
         self.clusters = new if self.clusters is None else match_clusters(new, self.clusters, self.config.clusters)
 
@@ -81,7 +73,7 @@ class Subspaces(BatchSampler):
         if not streams:
             raise UserError("batches subspaces: no cluster has two images of a class; take fewer clusters")
         everything = class_balanced_batches(
-            self.labels, self.batch_size, self.instances, derive_seed(self.seed, number, self.config.clusters)
+            self.labels, self.batch_size, self.instances, self.derive_seed(number, self.config.clusters)
         )
         for done in count(number * self.period):
             task = -1 if done >= self.all_from else tasks[done % len(tasks)]
@@ -94,7 +86,7 @@ class Subspaces(BatchSampler):
         members = members[counts[self.labels[members]] > 1]
         if not len(members):
             return None
-        seed, classes = derive_seed(self.seed, number, cluster), self.batch_size // self.instances
+        seed, classes = self.derive_seed(number, cluster), self.batch_size // self.instances
         if (counts > 1).sum() < classes:
             return _with_replacement(members, self.labels[members], classes, self.instances, seed)
         batches = class_balanced_batches(self.labels[members], self.batch_size, self.instances, seed)

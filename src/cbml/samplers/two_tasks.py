@@ -10,15 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cbml.errors import UserError
-from cbml.samplers.base import (
-    BatchRecipe,
-    BatchSampler,
-    BatchSamplerConfig,
-    EmbedTrainSet,
-    SampledBatch,
-    derive_seed,
-    epochs,
-)
+from cbml.samplers.base import BatchRecipe, BatchSampler, BatchSamplerConfig, EmbedTrainSet, SampledBatch
 from cbml.samplers.classes import class_balanced_batches
 from cbml.samplers.kmeans import kmeans
 from cbml.schema import Positive, Share
@@ -62,14 +54,14 @@ class TwoTasks(BatchSampler):
                 f"{len(labels)} images"
             )
         self.config, self.num_classes = config, max(config.clusters, self.num_classes)
-        self.period = epochs(config.refresh, len(labels), recipe.batch_size)
+        self.period = self.epochs(config.refresh)
         class_balanced_batches(labels, recipe.batch_size, recipe.instances, seed)  # raises where they do not fit
 
     def refresh(self, embed_train_set: EmbedTrainSet, number: int) -> None:
         points = normalize(embed_train_set("shared" if number else "features"), dim=1)
         if not number:
             points = self._without_class(points)
-        found, _ = kmeans(points, self.config.clusters, seed=derive_seed(self.seed, number), iterations=20)
+        found, _ = kmeans(points, self.config.clusters, seed=self.derive_seed(number), iterations=20)
         self.clusters = found.cpu()
 
     def _without_class(self, points: Tensor) -> Tensor:
@@ -81,7 +73,7 @@ class TwoTasks(BatchSampler):
         assert self.clusters is not None
         rng, clusters = np.random.default_rng([self.seed, number]), self.clusters.numpy()
         of_classes, of_clusters = (
-            class_balanced_batches(labels, self.batch_size, self.instances, derive_seed(self.seed, number, task))
+            class_balanced_batches(labels, self.batch_size, self.instances, self.derive_seed(number, task))
             for task, labels in enumerate((self.labels, clusters))
         )
         while True:

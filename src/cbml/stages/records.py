@@ -11,19 +11,7 @@ from cbml.files import damaged, read_arrays, read_csv, read_json
 from cbml.spec.cell import Cell
 
 # What stages take from a run.json.
-RECORD = (
-    "key",
-    "run_id",
-    "fingerprint",
-    "iterations",
-    "train_seconds",
-    "data_seconds",
-    "finished",
-    "device",
-    "code",
-    "versions",
-    "unit",
-)
+RECORD = "key run_id fingerprint iterations train_seconds data_seconds finished device code versions unit"
 
 
 def curves_of(folder: Path, cell: Cell) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -52,7 +40,7 @@ def record_of(folder: Path) -> dict[str, Any]:
         UserError: it is missing or damaged.
     """
     file = folder / "run.json"
-    record = read_json(file, "train", RECORD)
+    record = read_json(file, "train", tuple(RECORD.split()))
     # A key becomes a part of paths, and the file may be somebody else's.
     if not isinstance(record["key"], str) or not re.fullmatch(r"\w[\w.-]*", record["key"]):
         raise damaged(file, "no key of a cell", "train")

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from cbml import network, provenance
@@ -20,8 +18,6 @@ from cbml.data.lists import ImageList, check_disjoint, hold_out
 from cbml.data.open import Data
 from cbml.data.scoring import Scoring
 from cbml.files import atomic_write, write_tensors, write_text
-from cbml.losses.base import Loss
-from cbml.models.embedding_model import EmbeddingModel
 from cbml.models.trunks import weights_content
 from cbml.progress import message
 from cbml.samplers.base import BatchSampler
@@ -32,7 +28,7 @@ from cbml.tracking import store as tracking
 from cbml.training.checkpoint import Checkpoint, acquire
 from cbml.training.device import device_context, facts
 from cbml.training.history import Row
-from cbml.training.loop import Learner, Trained, train
+from cbml.training.loop import Job, Trained, train
 from cbml.workspace import Workspace
 
 
@@ -47,19 +43,19 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
     `unit` of all metrics.
 
     Raises:
-        UserError: a list, an image, the weights or the loss's parameters are bad, before any image is decoded; the
-            loss is not finite.
+        UserError: a list, an image, the weights or the loss's parameters are bad, before anything is trained; the loss
+            is not finite.
     """
     for name, (value, used, owner) in cell.changes.items():
         recipe = f"recipe.{cell.recipe_name}.{name}"
         message(
             f"{cell.name}: {recipe} is {used} by {owner}, not {value} (to keep that: -S '++{owner}.{recipe}={value}')"
         )
-    data = open_data(workspace, cell)
-    job, selection_job = _prepare(cell, workspace, data.train, data.test, data.scoring), None
+    data, selection_job = open_data(workspace, cell), None
     if selection := cell.recipe.select_by:
         remaining, held_out = hold_out(data.train, selection.validation_classes)
-        selection_job = _prepare(cell, workspace, remaining, held_out, Scoring(data.ks), selection.metric)
+        selection_job = _prepare(cell, workspace, data, remaining, held_out, Scoring(data.ks), selection.metric)
+    job = _prepare(cell, workspace, data, data.train, data.test, data.scoring)
     key = cell.key(data.fingerprint, weights_content(cell.backbone_config, workspace.root))
     code = provenance.training_code(job.network, job.criterion, job.sampler)
 
@@ -71,10 +67,15 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
             selected = None
             if selection_job:
                 # Its checkpoint stays with the other: a run that continues finds there what was selected.
-                part, label = checkpoint.part("selection"), f"{key} without the validation classes"
-                selected = selection_job.train(data, fabric, label, part, lambda rows: run.log(_of_selection(rows)))
+                selected = train(
+                    selection_job,
+                    fabric,
+                    label=f"{key} without the validation classes",
+                    checkpoint=checkpoint.part("selection"),
+                    log=lambda rows: run.log(_of_selection(rows)),
+                )
             keep = selected.best if selected else None
-            trained = job.train(data, fabric, key, checkpoint, run.log, keep)
+            trained = train(job, fabric, label=key, checkpoint=checkpoint, log=run.log, keep=keep)
             run.send()  # so that its id is known, if the store was away
             validated = {} if keep is None else {"validated": keep}
             seconds = [each.seconds for each in (trained, selected) if each]
@@ -98,55 +99,16 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
     return workspace.run(cell)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Training on one list and scoring on another: all that it needs, checked, and no image decoded yet."""
-
-    cell: Cell
-    train_list: ImageList
-    scored: ImageList
-    scoring: Scoring
-    select_by: str
-    network: EmbeddingModel
-    criterion: Loss
-    sampler: BatchSampler
-
-    def train(
-        self,
-        data: Data,
-        fabric: Fabric,
-        label: str,
-        checkpoint: Checkpoint,
-        log: Callable[[list[Row]], None],
-        keep: int | None = None,
-    ) -> Trained:
-        """See `train` of the loop."""
-        cell = self.cell
-        return train(
-            cell.recipe,
-            cell.seed,
-            Learner(self.network, self.criterion, cell.recipe, fabric, cell.loss_config.teacher),
-            self.sampler,
-            data.images(self.train_list),
-            data.images(self.scored),
-            self.scoring,
-            label=label,
-            checkpoint=checkpoint,
-            log=log,
-            select_by=self.select_by,
-            keep=keep,
-        )
-
-
 def _prepare(
     cell: Cell,
     workspace: Workspace,
+    data: Data,
     train_list: ImageList,
     scored: ImageList,
     scoring: Scoring,
     select_by: str = "recall_at_1",
-) -> _Job:
-    """Check all that training on one list and scoring on another needs, and build it."""
+) -> Job:
+    """Check and build all that training on one list and scoring on another needs."""
     check_disjoint(train_list, scored)
     config = cell.loss_config.batches or ClassesConfig()
     labels = np.unique(train_list.labels, return_inverse=True)[1]
@@ -155,8 +117,9 @@ def _prepare(
     sampler = config.build(labels, cell.recipe, cell.seed)
     torch.manual_seed(cell.seed)
     model, criterion = network.build(cell, num_classes=sampler.num_classes, root=workspace.root)
-    train_list = replace(train_list, labels=labels)
-    return _Job(cell, train_list, scored, scoring, select_by, model, criterion, sampler)
+    images = data.images(replace(train_list, labels=labels)), data.images(scored)
+    teacher = cell.loss_config.teacher
+    return Job(cell.recipe, cell.seed, model, criterion, sampler, *images, scoring, select_by, teacher)
 
 
 def _write_run(

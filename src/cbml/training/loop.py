@@ -6,7 +6,7 @@ generator states, and on a CPU ends with the very bits of an unbroken one.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -37,23 +37,39 @@ from cbml.training.history import History, Row
 SETTLE_EVERY = 10  # iterations between waits for the device
 
 
-class Learner:
-    """What a training step changes: network and loss, their optimizer and, for a loss that looks at one, a teacher.
+@dataclass(frozen=True)
+class Job:
+    """One training: of what, on what, and how.
 
-    Args:
-        network, criterion: as built.
-        fabric: the device, inside `device_context`.
-        teacher_momentum: of a moving average of the network.
+    Attributes:
+        network, criterion: as built; the checkpoint's state replaces theirs.
+        sampler: of `images`, whose labels are not looked at.
+        scored, scoring: what every evaluation on the way is on, and how.
+        select_by: the metric whose highest value is best.
+        teacher_momentum: of a moving average of the network that the loss looks at.
     """
 
-    def __init__(
-        self,
-        network: EmbeddingModel,
-        criterion: Loss,
-        recipe: Recipe,
-        fabric: Fabric,
-        teacher_momentum: float | None = None,
-    ):
+    recipe: Recipe
+    seed: int
+    network: EmbeddingModel
+    criterion: Loss
+    sampler: BatchSampler
+    images: Images
+    scored: Images
+    scoring: Scoring = Scoring()
+    select_by: str = "recall_at_1"
+    teacher_momentum: float | None = None
+
+
+class Learner:
+    """What a training step changes: network, loss, their optimizer, and a teacher, if the loss looks at one.
+
+    Args:
+        fabric: the device, inside `device_context`.
+    """
+
+    def __init__(self, job: Job, fabric: Fabric):
+        recipe, network, criterion = job.recipe, job.network, job.criterion
         self.network, self.criterion = set_up(network, fabric, recipe), criterion.to(fabric.device)
         self.recipe, self.fabric, self.wanted = recipe, fabric, needs(criterion)
         groups = parameter_groups(network, criterion, recipe)
@@ -62,7 +78,7 @@ class Learner:
             compile_trunk(network, fabric.device)
         self.model, self.optimizer = fabric.setup(network, make_optimizer(recipe, groups, fabric.device))
         self.model.mark_forward_method("outputs")
-        self.teacher = None if teacher_momentum is None else Teacher(network, teacher_momentum)
+        self.teacher = None if job.teacher_momentum is None else Teacher(network, job.teacher_momentum)
 
     def step(
         self, crops: Tensor, labels: Tensor, indices: Tensor, task: int, *, lr_scale: float
@@ -112,7 +128,7 @@ class Learner:
         """State dicts of all that a step changes."""
         state = {"network": self.network.state_dict(), "criterion": self.criterion.state_dict()}
         state["optimizer"] = self.optimizer.state_dict()
-        return state | ({"teacher": self.teacher.state_dict()} if self.teacher else {})
+        return state | ({"teacher": self.teacher.network.state_dict()} if self.teacher else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
@@ -121,7 +137,7 @@ class Learner:
         # Not its groups: they have what this device's optimizer runs with.
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         if self.teacher:
-            self.teacher.load_state_dict(state["teacher"])
+            self.teacher.network.load_state_dict(state["teacher"])
 
 
 @dataclass(frozen=True)
@@ -144,36 +160,29 @@ class Trained:
 
 
 def train(
-    recipe: Recipe,
-    seed: int,
-    learner: Learner,
-    sampler: BatchSampler,
-    images: Images,
-    scored: Images,
-    scoring: Scoring = Scoring(),  # noqa: B008 (it is frozen)
+    job: Job,
+    fabric: Fabric,
     *,
     label: str,
     checkpoint: Checkpoint,
     log: Callable[[list[Row]], None],
-    select_by: str = "recall_at_1",
     keep: int | None = None,
 ) -> Trained:
     """Train a network, from its checkpoint if there is one.
 
     Args:
-        sampler: of `images`, whose labels are not looked at.
-        scored, scoring: what every evaluation on the way is on, and how.
+        fabric: the device, inside `device_context`.
         label: of the run, for messages.
         checkpoint: has, in the end, the weights `best-<iteration>` and, if asked for, `kept-<iteration>`.
         log: takes new rows of losses, of evaluations, and of `Clock.throughput`.
-        select_by: the metric whose highest value is best.
         keep: an iteration whose weights are kept, too.
 
     Raises:
         UserError: the loss or an embedding is not finite.
     """
-    images, scored = place([images, scored], learner.fabric.device)
-    validate = partial(_validate, learner, scored, scoring, label)
+    recipe, sampler, learner = job.recipe, job.sampler, Learner(job, fabric)
+    images, scored = place([job.images, job.scored], fabric.device)
+    job = replace(job, images=images, scored=scored)
     state = checkpoint.read() or {"iteration": 0, "losses": [], "validations": [], "seconds": {}}
     start, history = state["iteration"], History(label, log, state["losses"], state["validations"])
     clock = Clock(state["seconds"], images=start * recipe.batch_size)
@@ -184,18 +193,18 @@ def train(
     else:
         message(f"{label}: {learner.sizes}")
         clock.start("validation")
-        history.validated(validate(0))
+        history.validated(validate(job, learner, label, 0))
         clock.start(None)
         history.flush()
 
-    batches = training_batches(recipe, seed, learner, sampler, images, clock, start)
+    batches = training_batches(job, learner, clock, start)
     iterations = range(start + 1, recipe.iterations + 1)
     shown = {"total": recipe.iterations, "initial": start, "scale": recipe.batch_size}
     for iteration in progress(iterations, label, "images", **shown):
         clock.start("data")
         batch = next(batches)
         clock.start("train")
-        torch.manual_seed(iteration_seed(seed, iteration, 1))
+        torch.manual_seed(iteration_seed(job.seed, iteration, 1))
         scale = lr_scale(recipe, iteration)
         loss, terms = learner.step(*batch, lr_scale=scale)
         history.step(iteration, recipe.lr * scale, loss, terms)
@@ -207,9 +216,9 @@ def train(
             history.settle()  # waits for the device: the seconds are those of the work
         if validates:
             clock.start("validation")
-            history.validated(validate(iteration))
+            history.validated(validate(job, learner, label, iteration))
         clock.start(None)
-        if validates and history.best(select_by) == iteration:
+        if validates and history.best(job.select_by) == iteration:
             checkpoint.keep(f"best-{iteration}", learner.network.state_dict())
         if iteration == keep:
             checkpoint.keep(f"kept-{iteration}", learner.network.state_dict())
@@ -217,22 +226,21 @@ def train(
             history.flush({"iteration": iteration, **clock.throughput(iteration * recipe.batch_size)})
             state = {"iteration": iteration, "losses": history.losses, "validations": history.validations}
             state |= {"seconds": clock.seconds, "batches": sampler.state_dict(), **learner.state_dict()}
-            checkpoint.write(state, weights=(f"best-{history.best(select_by)}", f"kept-{keep}"), now=last)
-    weights, best = learner.network.state_dict(), history.best(select_by)
+            checkpoint.write(state, weights=(f"best-{history.best(job.select_by)}", f"kept-{keep}"), now=last)
+    weights, best = learner.network.state_dict(), history.best(job.select_by)
     return Trained(weights, history.losses, history.validations, best, clock.seconds)
 
 
-def training_batches(
-    recipe: Recipe, seed: int, learner: Learner, sampler: BatchSampler, images: Images, clock: Clock, start: int
-) -> Iterator[list[Any]]:
+def training_batches(job: Job, learner: Learner, clock: Clock, start: int) -> Iterator[list[Any]]:
     """Of each iteration after `start`, on the device: crops (B, 3, crop, crop), labels (B,), indices (B,), and task.
 
     Segment by segment: what is made ahead must not be of one whose labels are not known yet.
     """
+    recipe, sampler, images = job.recipe, job.sampler, job.images
 
     def make(item: tuple[int, SampledBatch]) -> tuple[Tensor, Tensor, Tensor, int]:
         iteration, sampled = item
-        crops = random_crops(images, recipe, seed, iteration, sampled.indices)
+        crops = random_crops(images, recipe, job.seed, iteration, sampled.indices)
         return crops, torch.from_numpy(sampled.labels), torch.from_numpy(sampled.indices), sampled.task
 
     period = sampler.period or recipe.iterations
@@ -285,11 +293,11 @@ def parameter_groups(network: EmbeddingModel, criterion: Loss, recipe: Recipe) -
     return [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
 
 
-def _validate(learner: Learner, scored: Images, scoring: Scoring, label: str, iteration: int) -> Row:
+def validate(job: Job, learner: Learner, label: str, iteration: int) -> Row:
     """A row of `Trained.validations`."""
-    embeddings = learner.embed(scored)
+    embeddings = learner.embed(job.scored)
     try:
-        metrics = evaluate(*scoring.split_query_gallery(embeddings, scored.labels), ks=scoring.ks)
+        metrics = evaluate(*job.scoring.split_query_gallery(embeddings, job.scored.labels), ks=job.scoring.ks)
     except UserError as error:
         raise UserError(f"{label}: iteration {iteration}: {error}") from None
     message(f"{label}: iteration {iteration}: Recall@1 {metrics['recall_at_1']:.1f} %")
