@@ -15,7 +15,7 @@ from loss_options import OPTIONS, option, parse_option
 from torch import nn
 
 from cbml import provenance
-from cbml.samplers import ClassesConfig
+from cbml.samplers.classes import ClassesConfig
 
 CODE = '''"""What it is."""
 

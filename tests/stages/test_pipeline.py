@@ -10,7 +10,6 @@ import yaml
 from dvc.api import exp_show
 from helpers import CELL, environment, ran, stages
 
-
 pytestmark = pytest.mark.slow
 
 
