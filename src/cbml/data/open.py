@@ -41,26 +41,26 @@ class Data:
         return read_json(self.lists / "summary.json", "build_lists", ("fingerprint",))["fingerprint"]
 
     @cached_property
-    def _parts(self) -> dict[str, ImageList]:
-        tested = ("query", "gallery") if (self.lists / "query.txt").is_file() else ("test",)
-        return {name: read_list(self.lists / f"{name}.txt") for name in ("train", *tested)}
-
-    @property
     def train(self) -> ImageList:
         """The images to train on; see `read_list`."""
-        return self._parts["train"]
+        return read_list(self.lists / "train.txt")
+
+    @cached_property
+    def _tested(self) -> dict[str, ImageList]:
+        names = ("query", "gallery") if (self.lists / "query.txt").is_file() else ("test",)
+        return {name: read_list(self.lists / f"{name}.txt") for name in names}
 
     @cached_property
     def test(self) -> ImageList:
         """The images to test on, queries before their gallery, if the dataset has these; see `read_list`."""
-        if "test" in self._parts:
-            return self._parts["test"]
-        return self._parts["query"] + self._parts["gallery"]
+        if "test" in self._tested:
+            return self._tested["test"]
+        return self._tested["query"] + self._tested["gallery"]
 
     @property
     def scoring(self) -> Scoring:
         """How `test` is scored."""
-        return Scoring(self.ks, len(self._parts["query"].paths) if "query" in self._parts else None)
+        return Scoring(self.ks, len(self._tested["query"].paths) if "query" in self._tested else None)
 
     def images(self, listed: ImageList) -> Images:
         """The images of a list that is a part of `train` or `test`; see `pack_images`.
@@ -92,7 +92,8 @@ class Data:
     def _check(self, digests: list[str]) -> None:
         """Raises a UserError if images of these hashes are not those that the lists were made of."""
         every = self.train + self.test
-        splits = [name for name, part in self._parts.items() for _ in part.paths]
+        parts = {"train": self.train, **self._tested}
+        splits = [name for name, part in parts.items() for _ in part.paths]
         if fingerprint_of(splits, every.paths, every.labels.tolist(), digests) != self.fingerprint:
             stages = f"download@{self.lists.name} build_lists@{self.lists.name}"
             raise UserError(
