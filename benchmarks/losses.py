@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from pydantic import TypeAdapter
 
 from cbml.errors import UserError
 from cbml.losses import build_loss, config_union, needs
+from cbml.spec.params import option_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -37,7 +37,7 @@ def batch(size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def load(name: str) -> torch.nn.Module | None:
     """The loss of an option; None if it is a method that needs more than embeddings and labels."""
-    config = yaml.safe_load((ROOT / "conf" / "loss" / f"{name}.yaml").read_text())[name]
+    config = option_file(ROOT / "conf", "loss", name)
     config = TypeAdapter(config_union()).validate_python(config)
     if config.head or config.batches:
         return None

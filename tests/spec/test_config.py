@@ -11,8 +11,10 @@ from helpers import ROOT, TINY_RECIPE, ended, tiny_params
 
 from cbml.errors import UserError
 from cbml.report.tables.rows import published
-from cbml.spec.params import load_cell, load_params
+from cbml.spec.params import load_cell, load_params, option_file
 from cbml.workspace import Workspace
+
+OPTIONS = [file for group in ("dataset", "backbone", "loss", "recipe") for file in sorted(ROOT.glob(f"conf/{group}/*"))]
 
 
 def test_params_yaml_is_what_conf_composes_to(tmp_path):
@@ -21,14 +23,17 @@ def test_params_yaml_is_what_conf_composes_to(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", sorted(ROOT.glob("conf/[!p]*/*.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}"
+    "file",
+    OPTIONS,
+    ids=lambda file: f"{file.parent.name}-{file.stem}",
 )
 def test_every_option_of_a_group_defines_itself_and_is_valid(file, tmp_path):
-    option = yaml.safe_load(file.read_text())
-    assert list(option) == [file.stem]
-    params = tiny_params(**{file.parent.name: option}, embedding_dim=[48])  # three heads share it
+    group, option = file.parent.name, option_file(ROOT / "conf", file.parent.name, file.stem)
+    entry = option if group == "recipe" else {file.stem: option}
+    params = tiny_params(**{group: entry}, embedding_dim=[48])  # three heads share it
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    assert list(getattr(load_params(tmp_path / "params.yaml"), file.parent.name)) == [file.stem]
+    read = getattr(load_params(tmp_path / "params.yaml"), group)
+    assert read.name == file.stem if group == "recipe" else list(read) == [file.stem]
 
 
 def changed(path, value):
@@ -53,13 +58,12 @@ def changed(path, value):
         ("loss.cbml_log.form", "exp", r"loss\.cbml_log\.form: .*'log', 'sqrt' or 'const'.*'exp'"),
         ("backbone.resnet18.poolin", "avg", r"backbone\.resnet18.*poolin.*allowed: .*pooling"),
         ("dataset.glyphs.clases", 8, r"dataset\.glyphs.*clases.*allowed: .*classes"),
-        ("recipe.tiny.iteratons", 5, r"recipe\.tiny: unknown parameter iteratons; allowed: weights, iterations"),
-        ("recipe.tiny.lr", "fast", r"recipe\.tiny\.lr: .*valid number.*'fast'"),
-        ("recipe.tiny.batch_size", 9, r"recipe\.tiny: batch_size 9 is not a multiple of instances 2"),
-        ("recipe.tiny.crop", 30, r"recipe\.tiny: crop 30 is larger than resize 24"),
-        ("recipe.tiny.optimizer", "adamp", r"recipe\.tiny\.optimizer: .*'adam', 'adamw' or 'sgd'"),
-        ("recipe.tiny.color_jitter", [0.1, 0.1, 0.1, 0.6], r"recipe\.tiny\.color_jitter.*less than or equal to 0.5"),
-        ("recipe.other", TINY_RECIPE, r"recipe: .*at most 1 item"),
+        ("recipe.iteratons", 5, r"recipe: unknown parameter iteratons; allowed: name, weights, iterations"),
+        ("recipe.lr", "fast", r"recipe\.lr: .*valid number.*'fast'"),
+        ("recipe.batch_size", 9, r"recipe: batch_size 9 is not a multiple of instances 2"),
+        ("recipe.crop", 30, r"recipe: crop 30 is larger than resize 24"),
+        ("recipe.optimizer", "adamp", r"recipe\.optimizer: .*'adam', 'adamw' or 'sgd'"),
+        ("recipe.color_jitter", [0.1, 0.1, 0.1, 0.6], r"recipe\.color_jitter.*less than or equal to 0.5"),
         ("seed.0", -1, r"seed\.0: .*greater than or equal to 0"),
         ("loss.cbml_log.head", {"type": "groups", "shares": [1, 2]}, r"loss\.cbml_log: .*do not divide"),
     ],
@@ -91,15 +95,15 @@ def test_a_cell_survives_its_file(project):
     assert load_cell(Path("cell.yaml")) == cell and cell.name == "resnet18-cbml_log-16-0"
 
 
-def cell_of(*, conf=None, **changes):
+def cell_of(**changes):
     """The one cell of the tiny parameters with some groups replaced."""
     Path("params.yaml").write_text(yaml.safe_dump(tiny_params(**changes)))
-    (cell,) = load_params(Path("params.yaml"), conf).cells("glyphs")
+    (cell,) = Workspace().cells("glyphs")
     return cell
 
 
 def with_recipe(**changes):
-    return {"recipe": {"tiny": TINY_RECIPE | changes}}
+    return {"recipe": TINY_RECIPE | changes}
 
 
 def with_entry(**changes):
@@ -116,7 +120,7 @@ def test_the_key_follows_everything_that_a_result_depends_on(project):
         key(weights="content"),
         key(seed=[1]),
         key(**with_recipe(lr=0.1)),
-        key(recipe={"other": TINY_RECIPE}),
+        key(**with_recipe(name="other")),
         key(loss={"cbml_log": {"type": "cbml", "margin": 0.2}}),
         key(**with_entry(pooling="max")),
     ]
@@ -142,35 +146,35 @@ def test_a_backbone_brings_its_own_pixels_and_changes_to_the_recipe(project):
         "interpolation": ("bilinear", "bicubic", "backbone.resnet18"),
         "lr_steps": ([], [3], "backbone.resnet18"),
     }
-    with pytest.raises(UserError, match=r"backbone\.resnet18 with recipe\.tiny: .*unknown parameter lr_step"):
+    with pytest.raises(UserError, match=r"backbone\.resnet18 with recipe=tiny: .*unknown parameter lr_step"):
         cell_of(**with_entry(recipe={"tiny": {"lr_step": [3]}}))
 
 
 def test_a_loss_changes_the_recipe_after_the_backbone_and_what_is_set_for_a_run_wins(project):
     Path("conf/recipe").mkdir(parents=True)
-    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": TINY_RECIPE}))
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump(TINY_RECIPE))
     loss = {"loss": {"cbml_log": {"type": "cbml", "recipe": {"tiny": {"lr_steps": [4], "flip": False}}}}}
     entry = with_entry(recipe={"tiny": {"lr_steps": [3]}}) | loss
-    cell = cell_of(conf=Path("conf"), **entry)
+    cell = cell_of(**entry)
     assert cell.changes == {"lr_steps": ([], [4], "loss.cbml_log"), "flip": (True, False, "loss.cbml_log")}
-    assert cell_of(conf=Path("conf"), **entry, **with_recipe(lr_steps=[2])).recipe.lr_steps == [2]
+    assert cell_of(**entry, **with_recipe(lr_steps=[2])).recipe.lr_steps == [2]
     # What the recipe came to is what counts, not by whom.
     same = cell_of(**with_recipe(lr_steps=[4], flip=False), loss={"cbml_log": {"type": "cbml"}})
     assert cell.key("images", None) == same.key("images", None)
     loss["loss"]["cbml_log"]["recipe"]["tiny"] = {"lr_step": [4]}
-    with pytest.raises(UserError, match=r"loss\.cbml_log with recipe\.tiny: .*unknown parameter lr_step"):
-        cell_of(conf=Path("conf"), **loss)
+    with pytest.raises(UserError, match=r"loss\.cbml_log with recipe=tiny: .*unknown parameter lr_step"):
+        cell_of(**loss)
 
 
 def test_what_is_set_for_a_run_wins_over_the_backbones_entry(project):
     """Else `-S recipe.paper.lr_steps=[2000]` would do nothing, in silence, for GoogLeNet."""
     Path("conf/recipe").mkdir(parents=True)
-    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": TINY_RECIPE}))
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump(TINY_RECIPE))
     own = tiny_params()["backbone"]["resnet18"]["input"] | {"crop": 16}
     entry = with_entry(recipe={"tiny": {"lr_steps": [3]}}, input=own)
-    untouched = cell_of(conf=Path("conf"), **entry)
+    untouched = cell_of(**entry)
     assert (untouched.recipe.lr_steps, untouched.recipe.crop) == ([3], 16)
-    cell = cell_of(conf=Path("conf"), **entry, **with_recipe(lr_steps=[2], crop=24))
+    cell = cell_of(**entry, **with_recipe(lr_steps=[2], crop=24))
     assert (cell.recipe.lr_steps, cell.recipe.crop) == ([2], 24) and not cell.changes
 
 
@@ -202,7 +206,7 @@ PRESETS_WITHOUT_LABELS = [
 @pytest.mark.parametrize(("preset", "labelled"), PRESETS_WITHOUT_LABELS)
 def test_the_presets_without_labels_use_none(preset, labelled, tmp_path):
     compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper={preset}"])
-    params = load_params(tmp_path / "params.yaml", ROOT / "conf")
+    params = load_params(tmp_path / "params.yaml")
     cells = params.cells(*params.dataset)
     assert {cell.seed for cell in cells} == {0, 1, 2}
     batches = {cell.loss: cell.loss_config.batches for cell in cells}
@@ -238,7 +242,7 @@ def test_a_bad_method_is_one_line(config, message, project):
 @pytest.mark.parametrize(("dataset", "instances"), [("cars196", 8), ("sop", 4), ("inshop", 4)])
 def test_the_presets_of_other_datasets_are_the_papers_recipe(dataset, instances, tmp_path):
     compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper={dataset}"])
-    cells = load_params(tmp_path / "params.yaml", ROOT / "conf").cells(dataset)
+    cells = load_params(tmp_path / "params.yaml").cells(dataset)
     assert len(cells) == 9 and {cell.recipe.instances for cell in cells} == {instances}
     assert {(cell.recipe_name, cell.recipe.iterations, cell.recipe.batch_size) for cell in cells} == {
         ("paper", 5000, 120)
@@ -251,13 +255,13 @@ def test_the_presets_of_other_datasets_are_the_papers_recipe(dataset, instances,
         ({"seed": [0, 0]}, r"seed: \[0, 0\] holds a value twice"),
         ({"seed": [True]}, r"seed is \[true\], but is not a switch"),
         (
-            {"recipe": {"tiny": TINY_RECIPE | {"iterations": True}}},
-            r"recipe\.tiny: iterations is true, but is not a switch",
+            {"recipe": TINY_RECIPE | {"iterations": True}},
+            r"recipe: iterations is true, but is not a switch",
         ),
         ({"loss": {}}, "loss: .*at least 1 item"),
         (
-            {"recipe": {"tiny": TINY_RECIPE | {"schedule": "cosine", "lr_steps": [3]}}},
-            r"recipe\.tiny: lr_steps \[3\] are for schedule steps, not for cosine",
+            {"recipe": TINY_RECIPE | {"schedule": "cosine", "lr_steps": [3]}},
+            r"recipe: lr_steps \[3\] are for schedule steps, not for cosine",
         ),
         ({"validation_classes": 0.2}, "unknown parameter validation_classes; allowed: .*"),
         ({"seed": [2**32]}, "seed.0: .*less than 4294967296"),
@@ -265,14 +269,14 @@ def test_the_presets_of_other_datasets_are_the_papers_recipe(dataset, instances,
         ({"embedding_dim": [10**9]}, "embedding_dim.0: .*less than or equal to 65536"),
         ({"loss": {"a/b": {"type": "cbml"}}}, r"loss\.a/b: .*match pattern"),
         ({"loss": {"..": {"type": "cbml"}}}, r"loss\.\.\.: .*match pattern"),
-        ({"recipe": {"x" * 101: TINY_RECIPE}}, "recipe.x*: .*at most 100 characters"),
+        ({"recipe": TINY_RECIPE | {"name": "x" * 101}}, r"recipe\.name: .*at most 100 characters"),
         (
-            {"recipe": {"tiny": TINY_RECIPE | {"select_by": {"metric": "nmi"}}}},
-            r"recipe\.tiny\.select_by\.metric: .*'recall_at_1' or 'map_at_r'",
+            {"recipe": TINY_RECIPE | {"select_by": {"metric": "nmi"}}},
+            r"recipe\.select_by\.metric: .*'recall_at_1' or 'map_at_r'",
         ),
         (
-            {"recipe": {"tiny": TINY_RECIPE | {"select_by": {"metric": "map_at_r", "validation_classes": 1}}}},
-            r"recipe\.tiny\.select_by\.validation_classes: .*less than 1",
+            {"recipe": TINY_RECIPE | {"select_by": {"metric": "map_at_r", "validation_classes": 1}}},
+            r"recipe\.select_by\.validation_classes: .*less than 1",
         ),
     ],
 )
@@ -320,7 +324,7 @@ def test_a_recipe_says_what_backbones_start_from_that_do_not_say_themselves(tmp_
     def weights(entry, recipe):
         content = tiny_params()
         content["backbone"]["resnet18"]["weights"] = entry
-        content["recipe"]["tiny"] = content["recipe"]["tiny"] | {"weights": recipe}
+        content["recipe"] = content["recipe"] | {"weights": recipe}
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
         return load_params(tmp_path / "params.yaml").cell("glyphs", "resnet18", "cbml_log", 16, 0)
 

@@ -45,10 +45,8 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
             loss is not finite.
     """
     for name, (value, used, owner) in cell.changes.items():
-        recipe = f"recipe.{cell.recipe_name}.{name}"
-        message(
-            f"{cell.name}: {recipe} is {used} by {owner}, not {value} (to keep that: -S '++{owner}.{recipe}={value}')"
-        )
+        setting = f"'++{owner}.recipe.{cell.recipe_name}.{name}={value}'"
+        message(f"{cell.name}: recipe.{name} is {used} by {owner}, not {value} (to keep that: -S {setting})")
     selection = cell.recipe.select_by
     train_list, (scored, scoring) = training_list(workspace, cell), test_list(workspace, cell)
     train_on_all, code = _prepare(cell, workspace, train_list, scored, scoring)
