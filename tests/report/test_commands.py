@@ -78,6 +78,9 @@ SETTINGS = {
         "backbone=[googlenet]",
         "++backbone.googlenet.recipe.paper.lr_steps=[1200]",
     ],
+    "the recipe's file against a loss's variant": ["loss=[center]", "loss.center.recipe.quick.lr=0.001"],
+    "another value in a loss's variant": ["loss=[center]", "loss.center.recipe.quick.lr=0.002"],
+    "a recipe of one's own": ["recipe.name=mine", "recipe.lr=0.002"],
     "nothing against the backbone's own": ["recipe=paper", "backbone=[googlenet]", "recipe.lr_steps=[]"],
     "another crop than a timm model's": ["recipe=quick", "backbone=[timm]", "recipe.crop=24"],
     "the recipe's crop, not a timm model's": [
@@ -161,3 +164,8 @@ def test_an_option_without_a_file_is_added_by_one_setting(compose, group):
     settings = settings_of(command(cell, [0], ROOT / "conf"))
     assert settings[6].startswith(f"+{group}.mine=") and len(settings) == 7
     assert compose(settings).cells("glyphs") == [cell]
+
+
+def test_the_command_of_a_loss_whose_file_is_a_base_and_a_difference_names_what_was_set_alone(compose):
+    cell = compose(["loss=[cbml_sqrt]", "loss.cbml_sqrt.margin=0.2"]).cells("glyphs")[0]
+    assert settings_of(command(cell, [0], ROOT / "conf"))[6:] == ["loss.cbml_sqrt.margin=0.2"]

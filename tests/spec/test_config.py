@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from helpers import ROOT, TINY_RECIPE, ended, tiny_params
 
 from cbml.errors import UserError
 from cbml.report.tables.rows import published
-from cbml.spec.params import load_cell, load_params, option_file
+from cbml.spec.params import Params, load_cell, load_params, option_file
 from cbml.workspace import Workspace
 
 OPTIONS = [file for group in ("dataset", "backbone", "loss", "recipe") for file in sorted(ROOT.glob(f"conf/{group}/*"))]
@@ -22,11 +23,7 @@ def test_params_yaml_is_what_conf_composes_to(tmp_path):
     assert yaml.safe_load((tmp_path / "params.yaml").read_text()) == yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
-@pytest.mark.parametrize(
-    "file",
-    OPTIONS,
-    ids=lambda file: f"{file.parent.name}-{file.stem}",
-)
+@pytest.mark.parametrize("file", OPTIONS, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_option_of_a_group_defines_itself_and_is_valid(file, tmp_path):
     group, option = file.parent.name, option_file(ROOT / "conf", file.parent.name, file.stem)
     entry = option if group == "recipe" else {file.stem: option}
@@ -331,3 +328,118 @@ def test_a_recipe_says_what_backbones_start_from_that_do_not_say_themselves(tmp_
     assert weights(None, None).backbone_config.weights is None
     assert weights(None, "imagenet").backbone_config.weights == "imagenet"
     assert weights("a.pth", "imagenet").backbone_config.weights == "a.pth"
+
+
+def test_a_dot_in_the_name_of_an_option_is_refused_at_once_and_read_in_old_records(tmp_path):
+    """DVC takes it for a level below, and ends in "Parameters are missing" after the lists."""
+    entries = tiny_params()
+    dotted = {
+        "dataset.glyphs_2.0": {"dataset": {"glyphs_2.0": entries["dataset"]["glyphs"]}},
+        "backbone.resnet_1.5": {"backbone": {"resnet_1.5": entries["backbone"]["resnet18"]}},
+        "loss.cbml_m0.2": {"loss": {"cbml_m0.2": {"type": "cbml", "margin": 0.2}}},
+        "recipe.name 'v1.1'": {"recipe": TINY_RECIPE | {"name": "v1.1"}},
+    }
+    for where, changes in dotted.items():
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(**changes)))
+        with pytest.raises(
+            UserError, match=f"{re.escape(where)}: .*a dot .*allowed: letters, digits, _ and -"
+        ) as caught:
+            load_params(tmp_path / "params.yaml")
+        assert "\n" not in str(caught.value)
+        cell = load_cell(tmp_path / "params.yaml")
+        assert "." in cell.dataset + cell.backbone + cell.loss + cell.recipe_name
+
+
+# A finished cell as it was written when a recipe was {name: parameters}, and the key that it had then.
+BEFORE = tiny_params() | {"recipe": {"tiny": {name: TINY_RECIPE[name] for name in TINY_RECIPE if name != "name"}}}
+KEY = "resnet18-cbml_log-16-0-67373c9fc4"
+
+
+def test_a_record_from_before_recipes_were_flat_is_read_and_keeps_its_key(tmp_path):
+    (tmp_path / "cell.yaml").write_text(yaml.safe_dump(BEFORE))
+    cell = load_cell(tmp_path / "cell.yaml")
+    (tmp_path / "cell.yaml").write_text(cell.to_yaml())
+    assert load_cell(tmp_path / "cell.yaml") == cell and cell.recipe_name == "tiny" and cell.recipe.lr == 1e-3
+    now = Params.model_validate(tiny_params()).cell("glyphs", "resnet18", "cbml_log", 16, 0)
+    assert cell.key("images", "weights") == now.key("images", "weights") == KEY
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [BEFORE["recipe"], TINY_RECIPE | BEFORE["recipe"], TINY_RECIPE | {"quick": {"lr": 0.1}}],
+    ids=["in the file", "added to it", "set for a run"],
+)
+def test_a_recipe_that_is_not_flat_is_told_the_new_form(recipe, tmp_path):
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(recipe=recipe)))
+    with pytest.raises(UserError, match=r"a recipe is flat: -S recipe=(tiny|quick) .*-S recipe\.lr=") as caught:
+        load_params(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_names_that_are_shown_are_the_names_to_set(tmp_path):
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    settings = ["recipe=paper", "recipe.iterations=20", "loss=[cbml_log]", "loss.cbml_log.margin=0.2"]
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, settings)
+    flat = Workspace(tmp_path, tmp_path).cells("glyphs")[0].flat()
+    assert (flat["recipe"], flat["recipe.iterations"], flat["loss.margin"]) == ("paper", 20, 0.2)
+    assert "recipe.name" not in flat
+
+
+def test_a_number_is_a_number_however_it_is_written(tmp_path):
+    """To YAML 1.1, and so to PyYAML, 1e-5 is text; Hydra and DVC read a number."""
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump(tiny_params(backbone={"vit": {"type": "timm", "model": "m", "arguments": {"a": 7, "b": 8}}}))
+        .replace("a: 7", "a: 1e-5")
+        .replace("b: 8", "b: -2E6")
+    )
+    assert load_params(tmp_path / "params.yaml").backbone["vit"].arguments == {"a": 1e-5, "b": -2e6}
+
+
+def test_what_a_record_has_as_text_stays_text(tmp_path):
+    """PyYAML writes 1378e020 without quotes, and it is a number to Hydra."""
+    cell = Params.model_validate(tiny_params()).cell("glyphs", "resnet18", "cbml_log", 16, 0)
+    published = cell.backbone_config.published.model_copy(update={"sha256": "1378e020"})
+    cell = replace(cell, backbone_config=cell.backbone_config.model_copy(update={"published": published}))
+    (tmp_path / "cell.yaml").write_text(cell.to_yaml())
+    assert load_cell(tmp_path / "cell.yaml") == cell
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("2024_01_15", r"got 20240115; .*quotes of its own: -S 'dataset.mine.path=\"…\"'"),
+        ("0.5", r"got 0\.5; .*quotes of its own"),
+        ("[1, 2]", r"Input should be a valid string, got \[1, 2\]$"),
+    ],
+)
+def test_text_that_reads_like_a_number(value, message, tmp_path):
+    """`-S dataset.folder.path=2024_01_15` is a number to Hydra."""
+    option = {"mine": {"type": "folder", "path": "PLACE"}}
+    text = yaml.safe_dump(tiny_params(dataset=option)).replace("PLACE", value)
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"dataset\.mine\.path: " + ".*" + message):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_what_dvc_looks_at_is_text_also_if_a_path_reads_like_a_number(tmp_path):
+    """Else DVC ends with "'int' object has no attribute 'decode'"."""
+    settings = ["dataset=folder", "dataset.folder.path=2024_01_15"]
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, settings)
+    assert yaml.safe_load((tmp_path / "params.yaml").read_text())["dataset"]["folder"]["watch"] == "20240115"
+
+
+@pytest.mark.parametrize(("loss", "lr"), [("center", 5e-4), ("triplet", 1e-4)])
+def test_a_loss_that_needs_another_rate_takes_up_a_variant_of_the_recipe(loss, lr, tmp_path):
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"loss=[{loss}]"])
+    (cell,) = Workspace(tmp_path, tmp_path).cells("glyphs")
+    assert (cell.recipe.lr, cell.recipe.iterations, cell.recipe.lr_steps) == (lr, 400, [300])
+    assert cell.changes["lr"] == (1e-3, lr, f"loss.{loss}")
+
+
+def test_a_file_of_an_option_that_hydra_cannot_compose_is_one_line(project):
+    Path("conf/recipe").mkdir(parents=True)
+    Path("conf/recipe/tiny.yaml").write_text("defaults:\n  - absent\n  - _self_\n")
+    with pytest.raises(UserError, match=r"conf/recipe/tiny\.yaml: Hydra cannot compose it: .*absent") as caught:
+        Workspace().cells("glyphs")
+    assert "\n" not in str(caught.value)
