@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from cbml.errors import UserError
 from cbml.losses import build_loss, config_union, needs
-from cbml.spec.params import option_file
+from cbml.spec.options import option_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

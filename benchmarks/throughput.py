@@ -25,7 +25,8 @@ from cbml.data.images import PackedImages
 from cbml.network import build
 from cbml.samplers import ClassesConfig
 from cbml.spec.cell import Cell
-from cbml.spec.params import Params, option_file
+from cbml.spec.options import option_file
+from cbml.spec.params import Params
 from cbml.training import loop
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.device import numerics

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cbml.evaluation import queries
 from cbml.evaluation.retrieval import retrieve
 from cbml.models import BackboneConfig
-from cbml.spec.params import option_file
+from cbml.spec.options import option_file
 from cbml.stages.train import train_cell
 from cbml.training import loop
 

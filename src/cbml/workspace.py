@@ -8,7 +8,8 @@ from typing import Any
 from cbml.data.sources import Dataset
 from cbml.errors import UserError
 from cbml.spec.cell import Cell
-from cbml.spec.params import Params, load_params, recipe_file
+from cbml.spec.options import recipe_file
+from cbml.spec.params import Params, load_params
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, Field, ValidationError
 
 from cbml.data.sources import Dataset
@@ -17,6 +13,7 @@ from cbml.losses import LossConfig, config_union
 from cbml.models import BackboneConfig, input_convention
 from cbml.schema import Name, Schema, Seed, first_error
 from cbml.spec.cell import Cell
+from cbml.spec.options import read_yaml
 from cbml.spec.recipe import Recipe, adapt
 
 
@@ -152,36 +149,6 @@ def _check_name(name: str, where: str) -> None:
         raise UserError(f"{where}: to DVC a dot in a name is a level below; allowed: letters, digits, _ and -")
 
 
-def read_yaml(path: Path) -> Any:
-    """A YAML file as Hydra reads it: to PyYAML alone, 1e-5 is text.
-
-    Raises:
-        UserError: it is not YAML.
-    """
-    try:
-        return OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not YAML: {_line(error)}") from None
-
-
-def option_file(conf: Path, group: str, name: str) -> dict[str, Any]:
-    """The entry of an option's own file, conf/<group>/<name>.yaml, with what it builds on; empty without a file."""
-    if not (conf / group / f"{name}.yaml").is_file():
-        return {}
-    try:
-        with initialize_config_dir(str(conf.resolve()), version_base=None):
-            option: Any = OmegaConf.to_container(compose(f"{group}/{name}")[group])
-    except (yaml.YAMLError, HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{conf / group / name}.yaml: Hydra cannot compose it: {_line(error)}") from None
-    return option if group == "recipe" else option.get(name, {})
-
-
-def recipe_file(conf: Path, name: str) -> Recipe | None:
-    """A recipe as its own file has it; None without a file."""
-    entry = option_file(conf, "recipe", name)
-    return Recipe.model_validate(entry) if entry else None
-
-
 def load_cell(path: Path) -> Cell:
     """The cell of a file that `Cell.to_yaml` was written to, also if a recipe was not flat then.
 
@@ -194,7 +161,7 @@ def load_cell(path: Path) -> Cell:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))  # PyYAML wrote it; to Hydra some of its text is numbers
         params = _validated(_flat(data), path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {_line(error)}; {WRITTEN}") from None
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}; {WRITTEN}") from None
     except UserError as error:
         raise UserError(f"{error}; {WRITTEN}") from None
     dataset, backbone, loss = (next(iter(group)) for group in (params.dataset, params.backbone, params.loss))
@@ -219,7 +186,3 @@ def _flat(data: Any) -> Any:
         if isinstance(parameters, dict):
             return data | {"recipe": {"name": name, **parameters}}
     return data
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

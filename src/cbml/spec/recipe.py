@@ -100,8 +100,8 @@ class Recipe(Schema):
     def _flat(cls, data: Any) -> Any:
         for name, values in data.items() if isinstance(data, dict) else ():
             if isinstance(values, dict) and name not in cls.model_fields:
-                new = "".join(f" -S recipe.{key}=…" for key in values)
-                raise ValueError(f"recipe.{name}.… is of the past, a recipe is flat: -S recipe={name}{new}")
+                key, value = next(iter(values.items()), ("lr", "…"))
+                raise ValueError(f"no parameter {name}: a recipe is flat, -S recipe={name} -S recipe.{key}={value}")
         return data
 
     @model_validator(mode="after")

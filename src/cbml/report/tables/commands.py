@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from cbml.spec.cell import Cell, flatten
-from cbml.spec.params import Params, option_file
+from cbml.spec.options import option_file
+from cbml.spec.params import Params
 
 PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z/][\w./+-]*", re.ASCII | re.IGNORECASE)  # a string to Hydra
 ABSENT = object()
