@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 
 from cbml.errors import UserError
 from cbml.losses import Sizes, build_loss, needs
 from cbml.spec.method import parse_method
+from cbml.spec.options import option_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -37,8 +37,7 @@ def batch(size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def load(name: str) -> torch.nn.Module | None:
     """The loss of an option; None if it is a method that needs more than embeddings and labels."""
-    config = yaml.safe_load((ROOT / "conf" / "loss" / f"{name}.yaml").read_text())[name]
-    config = parse_method(config)
+    config = parse_method(option_file(ROOT / "conf", "loss", name))
     if config.head or config.batches:
         return None
     loss = build_loss(config, Sizes(DIM, CLASSES, feature_dim=DIM))

@@ -18,7 +18,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -28,6 +27,7 @@ from cbml.data.images import PackedImages
 from cbml.network import build
 from cbml.samplers.classes import ClassesConfig
 from cbml.spec.cell import Cell
+from cbml.spec.options import option_file
 from cbml.spec.params import Params
 from cbml.training import loop
 from cbml.training.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ CUDA = torch.cuda.is_available()
 
 
 def option(group: str, name: str) -> dict:
-    return {name: yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())[name]}
+    return {name: option_file(ROOT / "conf", group, name)}
 
 
 def make_cell(arguments: argparse.Namespace, precision: str, compiled: bool) -> Cell:
@@ -55,7 +55,7 @@ def make_cell(arguments: argparse.Namespace, precision: str, compiled: bool) -> 
         "compile": compiled,
     }
     backbone, loss = option("backbone", arguments.backbone), option("loss", "cbml_log")
-    groups = {"dataset": option("dataset", "glyphs"), "backbone": backbone, "loss": loss, "recipe": {"paper": recipe}}
+    groups = {"dataset": option("dataset", "glyphs"), "backbone": backbone, "loss": loss, "recipe": recipe}
     params = Params.model_validate(groups | {"embedding_dim": [512], "seed": [0]})
     return params.cell("glyphs", arguments.backbone, "cbml_log", 512, 0)
 

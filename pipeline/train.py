@@ -12,7 +12,7 @@ def main() -> None:
     for axis, kind in (("dataset", str), ("backbone", str), ("loss", str), ("embedding-dim", int), ("seed", int)):
         parser.add_argument(f"--{axis}", type=kind, required=True)
     workspace = Workspace.here()
-    train_cell(workspace.params().cell(**vars(parser.parse_args())), workspace)
+    train_cell(workspace.cell(**vars(parser.parse_args())), workspace)
 
 
 if __name__ == "__main__":

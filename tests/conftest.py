@@ -91,7 +91,7 @@ def repository(tmp_path_factory):
     for name, seed in (("glyphs", 0), ("runes", 1)):
         option = {name: TINY_GLYPHS | {"seed": seed}}
         (folder / "conf" / "dataset" / f"{name}.yaml").write_text(yaml.safe_dump(option))
-    (folder / "conf" / "recipe" / "quick.yaml").write_text(yaml.safe_dump({"quick": TINY_RECIPE}))
+    (folder / "conf" / "recipe" / "quick.yaml").write_text(yaml.safe_dump(TINY_RECIPE | {"name": "quick"}))
     for command in (
         "git init -q",
         "git config user.name x",

@@ -1,5 +1,7 @@
 """What tests of several rooms share."""
 
+import copy
+import functools
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cbml.evaluation.retrieval import retrieve
 from cbml.models import BackboneConfig
 from cbml.report.common.queries import judge
+from cbml.spec.options import option_file
 from cbml.stages.train import train_cell
 from cbml.training import loop
 
@@ -31,6 +34,7 @@ TINY_GLYPHS |= {"ks": [1, 2, 4, 8], "watch": "src/cbml/data/sources/glyphs.py"}
 
 
 TINY_RECIPE = {
+    "name": "tiny",
     "iterations": 6,
     "batch_size": 8,
     "instances": 2,
@@ -82,17 +86,22 @@ def ending(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def entry(group, name):
+    """What an option's file in conf/ comes to."""
+    return copy.deepcopy(_entry(ROOT / "conf", group, name))
+
+
+_entry = functools.cache(option_file)
+
+
 def tiny_params(**changes):
     """The content of a params.yaml with one cell, glyphs × resnet18 × cbml_log × 16 × 0; `changes` replace groups."""
 
-    def entry(group, name):
-        return {name: yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())[name]}
-
     return {
         "dataset": {"glyphs": TINY_GLYPHS},
-        "backbone": entry("backbone", "resnet18"),
-        "loss": entry("loss", "cbml_log"),
-        "recipe": {"tiny": dict(TINY_RECIPE)},
+        "backbone": {"resnet18": entry("backbone", "resnet18")},
+        "loss": {"cbml_log": entry("loss", "cbml_log")},
+        "recipe": dict(TINY_RECIPE),
         "embedding_dim": [16],
         "seed": [0],
     } | changes

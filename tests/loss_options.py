@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-import yaml
+from helpers import entry
 from pydantic import TypeAdapter
 from torch.nn.functional import normalize
 
@@ -19,9 +19,7 @@ CLASSES, DIM = 6, 8
 
 def parse_option(name):
     """The method in `conf/loss/NAME.yaml`."""
-    config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
-    assert list(config) == [name]
-    return TypeAdapter(AnyMethod).validate_python(config[name])
+    return TypeAdapter(AnyMethod).validate_python(entry("loss", name))
 
 
 OPTIONS = sorted(path.stem for path in CONF.glob("*.yaml"))

@@ -112,7 +112,7 @@ def test_a_step_is_that_of_the_cpu(step):
 
 @on_a_gpu
 def test_broken_off_it_ends_with_the_same_bits_if_it_is_to_be_deterministic(workspace, monkeypatch):
-    recipe = {"tiny": TINY_RECIPE | {"checkpoint_every": 1, "deterministic": True}}
+    recipe = TINY_RECIPE | {"checkpoint_every": 1, "deterministic": True}
     unbroken = from_the_beginning(workspace, recipe=recipe)
     break_at(monkeypatch, 3)
     broken(workspace, recipe=recipe)
@@ -121,7 +121,7 @@ def test_broken_off_it_ends_with_the_same_bits_if_it_is_to_be_deterministic(work
 
 @on_a_gpu
 def test_a_compiled_cell_is_trained(workspace, capsys):
-    folder = run(workspace, recipe={"tiny": TINY_RECIPE | {"compile": True}})
+    folder = run(workspace, recipe=TINY_RECIPE | {"compile": True})
     assert "compile: not possible" not in capsys.readouterr().err
     assert evaluate_cell(folder, workspace)["final"]["map_at_r"] > 0
 
@@ -132,7 +132,7 @@ def test_a_compiled_cell_is_trained(workspace, capsys):
 def test_a_cell_is_trained_continued_and_evaluated(workspace, monkeypatch, precision, resident):
     if not resident:
         monkeypatch.setattr(loop, "place", lambda images, device: images)
-    recipe = {"tiny": VALIDATING | {"precision": precision, "channels_last": True}}
+    recipe = VALIDATING | {"precision": precision, "channels_last": True}
     records = []
     for _ in range(2):  # the second time from the checkpoint of the last iteration
         folder = run(workspace, recipe=recipe)

@@ -48,4 +48,6 @@ def first_error(error: ValidationError, data: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
     got = f", got {value!r}" if isinstance(value, str | int | float | list | None) and "got" not in message else ""
+    if problem["type"] == "string_type" and isinstance(value, int | float):  # 2024_01_15 is a number to YAML and Hydra
+        got += f"; text that reads like a number takes quotes of its own: -S '{'.'.join(path)}=\"…\"'"
     return ": ".join(filter(None, [".".join(path), message])) + got

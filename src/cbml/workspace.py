@@ -3,10 +3,12 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cbml.data.sources import Dataset
 from cbml.errors import UserError
 from cbml.spec.cell import Cell
+from cbml.spec.options import recipe_file
 from cbml.spec.params import Params, load_params
 
 
@@ -30,12 +32,22 @@ class Workspace:
     def params(self) -> Params:
         """The validated parameters; see `load_params`."""
         try:
-            return load_params(self.tree / "params.yaml", self.conf)
+            return load_params(self.tree / "params.yaml")
         except UserError as error:
             if not (absent := self._not_copied()):
                 raise
             hint = f"a queued experiment has only what git knows: `git add {' '.join(absent)}`, and queue it again"
             raise UserError(f"{error}; {hint}") from None
+
+    def cell(self, **names: Any) -> Cell:
+        """The cell of params.yaml that these name; see `Params.cell`."""
+        params = self.params()
+        return params.cell(**names, recipe_file=recipe_file(self.conf, params.recipe.name))
+
+    def cells(self, dataset: str) -> list[Cell]:
+        """Every cell of a dataset in params.yaml."""
+        params = self.params()
+        return params.cells(dataset, recipe_file(self.conf, params.recipe.name))
 
     def _not_copied(self) -> list[str]:
         """Source and options of the repository that DVC's copy of it lacks."""

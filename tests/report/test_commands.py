@@ -13,17 +13,19 @@ from dvc.utils.hydra import compose_and_dump, get_hydra_sweeps
 from helpers import ROOT
 
 from cbml.report.tables.commands import command
-from cbml.spec.params import Params, load_params
+from cbml.spec.params import Params
+from cbml.workspace import Workspace
 
 
 @pytest.fixture
 def compose(tmp_path):
-    """The parameters that `dvc exp run -S …` runs with, for settings in addition to the default configuration."""
+    """The workspace that `dvc exp run -S …` runs in, for settings in addition to the default configuration."""
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
 
     def compose_settings(settings):
         overrides = to_path_overrides(settings).get("params.yaml", [])
         compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, overrides)
-        return load_params(tmp_path / "params.yaml", ROOT / "conf")
+        return Workspace(tmp_path, tmp_path)
 
     return compose_settings
 
@@ -38,7 +40,7 @@ def test_it_names_what_differs_from_the_files(compose):
     changed = yaml.safe_load((ROOT / "params.yaml").read_text())
     changed["loss"]["cbml_log"]["margin"] = 0.2
     changed["backbone"]["resnet18"] |= {"weights": "my weights.pth", "recipe": {"quick": {"lr": 0.01}}}
-    changed["recipe"]["quick"] |= {"scale": [0.5, 0.8], "select_by": "map_at_r"}
+    changed["recipe"] |= {"scale": [0.5, 0.8], "select_by": "map_at_r"}
     cell = Params.model_validate(changed).cell("glyphs", "resnet18", "cbml_log", 512, 0)
     settings = settings_of(command(cell, [0, 1], ROOT / "conf"))
     assert settings == [
@@ -50,12 +52,13 @@ def test_it_names_what_differs_from_the_files(compose):
         "seed=[0,1]",
         'backbone.resnet18.weights="my weights.pth"',
         "loss.cbml_log.margin=0.2",
-        "recipe.quick.lr=0.01",
-        "recipe.quick.scale=[0.5,0.8]",
-        "recipe.quick.select_by={metric:map_at_r,validation_classes:0.2}",
+        "recipe.lr=0.01",
+        "recipe.scale=[0.5,0.8]",
+        "recipe.select_by={metric:map_at_r,validation_classes:0.2}",
     ]
     again = compose(settings)
-    assert again.cell("glyphs", "resnet18", "cbml_log", 512, 0) == cell and again.seed == [0, 1]
+    names = {"dataset": "glyphs", "backbone": "resnet18", "loss": "cbml_log", "embedding_dim": 512, "seed": 0}
+    assert again.cell(**names) == cell and again.params().seed == [0, 1]
 
 
 TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
@@ -66,30 +69,33 @@ SETTINGS = {
         "backbone=[resnet50_caffe]",
         "backbone.resnet50_caffe.weights=resnet50_caffe.safetensors",
     ],
-    "a metric alone to select by": ["recipe.quick.select_by=map_at_r"],
-    "a mapping to select by": ["recipe.quick.select_by={metric:recall_at_1,validation_classes:0.3}"],
+    "a metric alone to select by": ["recipe.select_by=map_at_r"],
+    "a mapping to select by": ["recipe.select_by={metric:recall_at_1,validation_classes:0.3}"],
     "the backbone's own": ["recipe=paper", "backbone=[googlenet]"],
-    "against the backbone's own": ["recipe=paper", "backbone=[googlenet]", "recipe.paper.lr_steps=[2000]"],
+    "against the backbone's own": ["recipe=paper", "backbone=[googlenet]", "recipe.lr_steps=[2000]"],
     "the recipe's file against the backbone's own": [
         "recipe=paper",
         "backbone=[googlenet]",
         "++backbone.googlenet.recipe.paper.lr_steps=[1200]",
     ],
-    "nothing against the backbone's own": ["recipe=paper", "backbone=[googlenet]", "recipe.paper.lr_steps=[]"],
-    "another crop than a timm model's": ["recipe=quick", "backbone=[timm]", "recipe.quick.crop=24"],
+    "the recipe's file against a loss's variant": ["loss=[center]", "loss.center.recipe.quick.lr=0.001"],
+    "another value in a loss's variant": ["loss=[center]", "loss.center.recipe.quick.lr=0.002"],
+    "a recipe of one's own": ["recipe.name=mine", "recipe.lr=0.002"],
+    "nothing against the backbone's own": ["recipe=paper", "backbone=[googlenet]", "recipe.lr_steps=[]"],
+    "another crop than a timm model's": ["recipe=quick", "backbone=[timm]", "recipe.crop=24"],
     "the recipe's crop, not a timm model's": [
         "recipe=cpu",
         "backbone=[timm]",
         "++backbone.timm.recipe.cpu={crop:96,resize:112}",
     ],
-    "a timm backbone with an entry": ["recipe=cpu", "backbone=[tf_efficientnet_lite0]", "recipe.cpu.crop=64"],
+    "a timm backbone with an entry": ["recipe=cpu", "backbone=[tf_efficientnet_lite0]", "recipe.crop=64"],
     "a timm model's arguments": ["recipe=cpu", "backbone=[timm]", "backbone.timm.model=test_vit"]
     + ["+backbone.timm.arguments={img_size: 96, drop_path_rate: 0.1}"],
-    "a crop against a timm entry's": ["recipe=cpu", "backbone=[vit_small_patch14_dinov2]", "recipe.cpu.crop=84"],
-    "another optimizer and schedule": ["recipe=paper", "recipe.paper.optimizer=adamw", "recipe.paper.weight_decay=0.05"]
-    + ["recipe.paper.schedule=cosine", "recipe.paper.lr_steps=[]", "recipe.paper.warmup=250"]
-    + ["recipe.paper.clip_norm=1", "recipe.paper.head_lr_factor=10"],
-    "colours": ["recipe.quick.color_jitter=[0.4,0.4,0.4,0.1]"],
+    "a crop against a timm entry's": ["recipe=cpu", "backbone=[vit_small_patch14_dinov2]", "recipe.crop=84"],
+    "another optimizer and schedule": ["recipe=paper", "recipe.optimizer=adamw", "recipe.weight_decay=0.05"]
+    + ["recipe.schedule=cosine", "recipe.lr_steps=[]", "recipe.warmup=250"]
+    + ["recipe.clip_norm=1", "recipe.head_lr_factor=10"],
+    "colours": ["recipe.color_jitter=[0.4,0.4,0.4,0.1]"],
     "weights of one's own": ["recipe=cpu", "backbone.resnet18.weights=/data/my-weights.pth"],
     "odd characters": ['backbone.resnet18.weights="é $x {a}, \'b\' \\"c\\" \\\\d:%.pth"'],
     "words that are not words": ["backbone.resnet18.weights='null'", "dataset.glyphs.seed=1"],
@@ -108,14 +114,14 @@ SETTINGS = {
     + [f"~loss.triplet.{name}" for name in ("mining", "average", "one_sided")],
     "a head of fewer parts": ["loss=[hdc]", "embedding_dim=[512]", "loss.hdc.head.weights=[1,1]"]
     + ["loss.hdc.head.taps={googlenet:[inception4a],bn_inception:[inception_4a],resnet:[layer2]}"],
-    "no head": ["embedding_dim=[0]", "loss.cbml_log.margin=1e-5", "recipe.quick.flip=true"],
+    "no head": ["embedding_dim=[0]", "loss.cbml_log.margin=1e-5", "recipe.flip=true"],
 }
 
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=TIMM if "timm" in name else ()) for name in SETTINGS])
 def test_hydra_makes_the_same_cell_of_it(compose, case):
-    params = compose(SETTINGS[case])
-    cell = params.cells(*params.dataset)[-1]
+    workspace = compose(SETTINGS[case])
+    cell = workspace.cells(*workspace.params().dataset)[-1]
     again = compose(settings_of(command(cell, [cell.seed], ROOT / "conf")))
     assert again.cells(cell.dataset) == [cell]
 
@@ -135,8 +141,8 @@ def test_a_command_of_the_readme_makes_cells(compose, line):
     overrides = to_path_overrides(settings)
     sweeps = get_hydra_sweeps(overrides) if "--queue" in words else [overrides]
     for sweep in sweeps:
-        params = compose(list(itertools.chain(*sweep.values())))
-        assert params.cells(*params.dataset)
+        workspace = compose(list(itertools.chain(*sweep.values())))
+        assert workspace.cells(*workspace.params().dataset)
 
 
 def test_images_of_ones_own_need_no_parameter_but_their_place(compose):
@@ -158,3 +164,8 @@ def test_an_option_without_a_file_is_added_by_one_setting(compose, group):
     settings = settings_of(command(cell, [0], ROOT / "conf"))
     assert settings[6].startswith(f"+{group}.mine=") and len(settings) == 7
     assert compose(settings).cells("glyphs") == [cell]
+
+
+def test_the_command_of_a_loss_whose_file_is_a_base_and_a_difference_names_what_was_set_alone(compose):
+    cell = compose(["loss=[cbml_sqrt]", "loss.cbml_sqrt.margin=0.2"]).cells("glyphs")[0]
+    assert settings_of(command(cell, [0], ROOT / "conf"))[6:] == ["loss.cbml_sqrt.margin=0.2"]

@@ -143,9 +143,9 @@ def test_both_variants_of_a_method_are_rows_and_named_in_the_charts(tmp_path):
 @pytest.fixture(scope="module")
 def long_names(folder):
     """The page of three cells that differ in much, with a published figure for each."""
-    tiny, several = tiny_params()["recipe"]["tiny"], cells(embedding_dim=[64])
+    tiny, several = tiny_params()["recipe"], cells(embedding_dim=[64])
     for margin, lr in ((0.2, 0.01), (0.3, 0.02)):
-        recipe = {"tiny": tiny | {"lr": lr, "select_by": "map_at_r"}}
+        recipe = tiny | {"lr": lr, "select_by": "map_at_r"}
         several += cells(loss={"cbml_log": {"type": "cbml", "margin": margin}}, recipe=recipe, embedding_dim=[64])
     evaluated = finish_all(folder / "long", several)
     assert max(len(one.variant) for one in evaluated) > 90

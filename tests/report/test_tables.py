@@ -157,7 +157,7 @@ def losses(**parameters):
 
 
 def recipe(name="tiny", **parameters):
-    return {name: tiny_params()["recipe"]["tiny"] | parameters}
+    return tiny_params()["recipe"] | {"name": name} | parameters
 
 
 def test_cells_of_the_same_names_are_with_variants_by_what_differs(finished):

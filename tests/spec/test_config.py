@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from helpers import ROOT, TINY_RECIPE, ended, tiny_params
 
 from cbml.errors import UserError
 from cbml.report.tables.rows import published
-from cbml.spec.params import load_cell, load_params
+from cbml.spec.options import option_file
+from cbml.spec.params import Params, load_cell, load_params
 from cbml.workspace import Workspace
+
+OPTIONS = [file for group in ("dataset", "backbone", "loss", "recipe") for file in sorted(ROOT.glob(f"conf/{group}/*"))]
 
 
 def test_params_yaml_is_what_conf_composes_to(tmp_path):
@@ -20,15 +24,14 @@ def test_params_yaml_is_what_conf_composes_to(tmp_path):
     assert yaml.safe_load((tmp_path / "params.yaml").read_text()) == yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
-@pytest.mark.parametrize(
-    "file", sorted(ROOT.glob("conf/[!p]*/*.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}"
-)
+@pytest.mark.parametrize("file", OPTIONS, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_option_of_a_group_defines_itself_and_is_valid(file, tmp_path):
-    option = yaml.safe_load(file.read_text())
-    assert list(option) == [file.stem]
-    params = tiny_params(**{file.parent.name: option}, embedding_dim=[48])  # three heads share it
+    group, option = file.parent.name, option_file(ROOT / "conf", file.parent.name, file.stem)
+    entry = option if group == "recipe" else {file.stem: option}
+    params = tiny_params(**{group: entry}, embedding_dim=[48])  # three heads share it
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    assert list(getattr(load_params(tmp_path / "params.yaml"), file.parent.name)) == [file.stem]
+    read = getattr(load_params(tmp_path / "params.yaml"), group)
+    assert read.name == file.stem if group == "recipe" else list(read) == [file.stem]
 
 
 def changed(path, value):
@@ -53,13 +56,12 @@ def changed(path, value):
         ("loss.cbml_log.form", "exp", r"loss\.cbml_log\.form: .*'log', 'sqrt' or 'const'.*'exp'"),
         ("backbone.resnet18.poolin", "avg", r"backbone\.resnet18.*poolin.*allowed: .*pooling"),
         ("dataset.glyphs.clases", 8, r"dataset\.glyphs.*clases.*allowed: .*classes"),
-        ("recipe.tiny.iteratons", 5, r"recipe\.tiny: unknown parameter iteratons; allowed: weights, iterations"),
-        ("recipe.tiny.lr", "fast", r"recipe\.tiny\.lr: .*valid number.*'fast'"),
-        ("recipe.tiny.batch_size", 9, r"recipe\.tiny: batch_size 9 is not a multiple of instances 2"),
-        ("recipe.tiny.crop", 30, r"recipe\.tiny: crop 30 is larger than resize 24"),
-        ("recipe.tiny.optimizer", "adamp", r"recipe\.tiny\.optimizer: .*'adam', 'adamw' or 'sgd'"),
-        ("recipe.tiny.color_jitter", [0.1, 0.1, 0.1, 0.6], r"recipe\.tiny\.color_jitter.*less than or equal to 0.5"),
-        ("recipe.other", TINY_RECIPE, r"recipe: .*at most 1 item"),
+        ("recipe.iteratons", 5, r"recipe: unknown parameter iteratons; allowed: name, weights, iterations"),
+        ("recipe.lr", "fast", r"recipe\.lr: .*valid number.*'fast'"),
+        ("recipe.batch_size", 9, r"recipe: batch_size 9 is not a multiple of instances 2"),
+        ("recipe.crop", 30, r"recipe: crop 30 is larger than resize 24"),
+        ("recipe.optimizer", "adamp", r"recipe\.optimizer: .*'adam', 'adamw' or 'sgd'"),
+        ("recipe.color_jitter", [0.1, 0.1, 0.1, 0.6], r"recipe\.color_jitter.*less than or equal to 0.5"),
         ("seed.0", -1, r"seed\.0: .*greater than or equal to 0"),
         ("loss.cbml_log.head", {"type": "groups", "shares": [1, 2]}, r"loss\.cbml_log: .*do not divide"),
     ],
@@ -91,15 +93,15 @@ def test_a_cell_survives_its_file(project):
     assert load_cell(Path("cell.yaml")) == cell and cell.name == "resnet18-cbml_log-16-0"
 
 
-def cell_of(*, conf=None, **changes):
+def cell_of(**changes):
     """The one cell of the tiny parameters with some groups replaced."""
     Path("params.yaml").write_text(yaml.safe_dump(tiny_params(**changes)))
-    (cell,) = load_params(Path("params.yaml"), conf).cells("glyphs")
+    (cell,) = Workspace().cells("glyphs")
     return cell
 
 
 def with_recipe(**changes):
-    return {"recipe": {"tiny": TINY_RECIPE | changes}}
+    return {"recipe": TINY_RECIPE | changes}
 
 
 def with_entry(**changes):
@@ -116,7 +118,7 @@ def test_the_key_follows_everything_that_a_result_depends_on(project):
         key(weights="content"),
         key(seed=[1]),
         key(**with_recipe(lr=0.1)),
-        key(recipe={"other": TINY_RECIPE}),
+        key(**with_recipe(name="other")),
         key(loss={"cbml_log": {"type": "cbml", "margin": 0.2}}),
         key(**with_entry(pooling="max")),
     ]
@@ -142,35 +144,35 @@ def test_a_backbone_brings_its_own_pixels_and_changes_to_the_recipe(project):
         "interpolation": ("bilinear", "bicubic", "backbone.resnet18"),
         "lr_steps": ([], [3], "backbone.resnet18"),
     }
-    with pytest.raises(UserError, match=r"backbone\.resnet18 with recipe\.tiny: .*unknown parameter lr_step"):
+    with pytest.raises(UserError, match=r"backbone\.resnet18 with recipe=tiny: .*unknown parameter lr_step"):
         cell_of(**with_entry(recipe={"tiny": {"lr_step": [3]}}))
 
 
 def test_a_loss_changes_the_recipe_after_the_backbone_and_what_is_set_for_a_run_wins(project):
     Path("conf/recipe").mkdir(parents=True)
-    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": TINY_RECIPE}))
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump(TINY_RECIPE))
     loss = {"loss": {"cbml_log": {"type": "cbml", "recipe": {"tiny": {"lr_steps": [4], "flip": False}}}}}
     entry = with_entry(recipe={"tiny": {"lr_steps": [3]}}) | loss
-    cell = cell_of(conf=Path("conf"), **entry)
+    cell = cell_of(**entry)
     assert cell.changes == {"lr_steps": ([], [4], "loss.cbml_log"), "flip": (True, False, "loss.cbml_log")}
-    assert cell_of(conf=Path("conf"), **entry, **with_recipe(lr_steps=[2])).recipe.lr_steps == [2]
+    assert cell_of(**entry, **with_recipe(lr_steps=[2])).recipe.lr_steps == [2]
     # What the recipe came to is what counts, not by whom.
     same = cell_of(**with_recipe(lr_steps=[4], flip=False), loss={"cbml_log": {"type": "cbml"}})
     assert cell.key("images", None) == same.key("images", None)
     loss["loss"]["cbml_log"]["recipe"]["tiny"] = {"lr_step": [4]}
-    with pytest.raises(UserError, match=r"loss\.cbml_log with recipe\.tiny: .*unknown parameter lr_step"):
-        cell_of(conf=Path("conf"), **loss)
+    with pytest.raises(UserError, match=r"loss\.cbml_log with recipe=tiny: .*unknown parameter lr_step"):
+        cell_of(**loss)
 
 
 def test_what_is_set_for_a_run_wins_over_the_backbones_entry(project):
     """Else `-S recipe.paper.lr_steps=[2000]` would do nothing, in silence, for GoogLeNet."""
     Path("conf/recipe").mkdir(parents=True)
-    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": TINY_RECIPE}))
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump(TINY_RECIPE))
     own = tiny_params()["backbone"]["resnet18"]["input"] | {"crop": 16}
     entry = with_entry(recipe={"tiny": {"lr_steps": [3]}}, input=own)
-    untouched = cell_of(conf=Path("conf"), **entry)
+    untouched = cell_of(**entry)
     assert (untouched.recipe.lr_steps, untouched.recipe.crop) == ([3], 16)
-    cell = cell_of(conf=Path("conf"), **entry, **with_recipe(lr_steps=[2], crop=24))
+    cell = cell_of(**entry, **with_recipe(lr_steps=[2], crop=24))
     assert (cell.recipe.lr_steps, cell.recipe.crop) == ([2], 24) and not cell.changes
 
 
@@ -202,7 +204,7 @@ PRESETS_WITHOUT_LABELS = [
 @pytest.mark.parametrize(("preset", "labelled"), PRESETS_WITHOUT_LABELS)
 def test_the_presets_without_labels_use_none(preset, labelled, tmp_path):
     compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper={preset}"])
-    params = load_params(tmp_path / "params.yaml", ROOT / "conf")
+    params = load_params(tmp_path / "params.yaml")
     cells = params.cells(*params.dataset)
     assert {cell.seed for cell in cells} == {0, 1, 2}
     batches = {cell.loss: cell.loss_config.batches for cell in cells}
@@ -238,7 +240,7 @@ def test_a_bad_method_is_one_line(config, message, project):
 @pytest.mark.parametrize(("dataset", "instances"), [("cars196", 8), ("sop", 4), ("inshop", 4)])
 def test_the_presets_of_other_datasets_are_the_papers_recipe(dataset, instances, tmp_path):
     compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"+paper={dataset}"])
-    cells = load_params(tmp_path / "params.yaml", ROOT / "conf").cells(dataset)
+    cells = load_params(tmp_path / "params.yaml").cells(dataset)
     assert len(cells) == 9 and {cell.recipe.instances for cell in cells} == {instances}
     assert {(cell.recipe_name, cell.recipe.iterations, cell.recipe.batch_size) for cell in cells} == {
         ("paper", 5000, 120)
@@ -251,13 +253,13 @@ def test_the_presets_of_other_datasets_are_the_papers_recipe(dataset, instances,
         ({"seed": [0, 0]}, r"seed: \[0, 0\] holds a value twice"),
         ({"seed": [True]}, r"seed is \[true\], but is not a switch"),
         (
-            {"recipe": {"tiny": TINY_RECIPE | {"iterations": True}}},
-            r"recipe\.tiny: iterations is true, but is not a switch",
+            {"recipe": TINY_RECIPE | {"iterations": True}},
+            r"recipe: iterations is true, but is not a switch",
         ),
         ({"loss": {}}, "loss: .*at least 1 item"),
         (
-            {"recipe": {"tiny": TINY_RECIPE | {"schedule": "cosine", "lr_steps": [3]}}},
-            r"recipe\.tiny: lr_steps \[3\] are for schedule steps, not for cosine",
+            {"recipe": TINY_RECIPE | {"schedule": "cosine", "lr_steps": [3]}},
+            r"recipe: lr_steps \[3\] are for schedule steps, not for cosine",
         ),
         ({"validation_classes": 0.2}, "unknown parameter validation_classes; allowed: .*"),
         ({"seed": [2**32]}, "seed.0: .*less than 4294967296"),
@@ -265,14 +267,14 @@ def test_the_presets_of_other_datasets_are_the_papers_recipe(dataset, instances,
         ({"embedding_dim": [10**9]}, "embedding_dim.0: .*less than or equal to 65536"),
         ({"loss": {"a/b": {"type": "cbml"}}}, r"loss\.a/b: .*match pattern"),
         ({"loss": {"..": {"type": "cbml"}}}, r"loss\.\.\.: .*match pattern"),
-        ({"recipe": {"x" * 101: TINY_RECIPE}}, "recipe.x*: .*at most 100 characters"),
+        ({"recipe": TINY_RECIPE | {"name": "x" * 101}}, r"recipe\.name: .*at most 100 characters"),
         (
-            {"recipe": {"tiny": TINY_RECIPE | {"select_by": {"metric": "nmi"}}}},
-            r"recipe\.tiny\.select_by\.metric: .*'recall_at_1' or 'map_at_r'",
+            {"recipe": TINY_RECIPE | {"select_by": {"metric": "nmi"}}},
+            r"recipe\.select_by\.metric: .*'recall_at_1' or 'map_at_r'",
         ),
         (
-            {"recipe": {"tiny": TINY_RECIPE | {"select_by": {"metric": "map_at_r", "validation_classes": 1}}}},
-            r"recipe\.tiny\.select_by\.validation_classes: .*less than 1",
+            {"recipe": TINY_RECIPE | {"select_by": {"metric": "map_at_r", "validation_classes": 1}}},
+            r"recipe\.select_by\.validation_classes: .*less than 1",
         ),
     ],
 )
@@ -320,10 +322,125 @@ def test_a_recipe_says_what_backbones_start_from_that_do_not_say_themselves(tmp_
     def weights(entry, recipe):
         content = tiny_params()
         content["backbone"]["resnet18"]["weights"] = entry
-        content["recipe"]["tiny"] = content["recipe"]["tiny"] | {"weights": recipe}
+        content["recipe"] = content["recipe"] | {"weights": recipe}
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
         return load_params(tmp_path / "params.yaml").cell("glyphs", "resnet18", "cbml_log", 16, 0)
 
     assert weights(None, None).backbone_config.weights is None
     assert weights(None, "imagenet").backbone_config.weights == "imagenet"
     assert weights("a.pth", "imagenet").backbone_config.weights == "a.pth"
+
+
+def test_a_dot_in_the_name_of_an_option_is_refused_at_once_and_read_in_old_records(tmp_path):
+    """DVC takes it for a level below, and ends in "Parameters are missing" after the lists."""
+    entries = tiny_params()
+    dotted = {
+        "dataset.glyphs_2.0": {"dataset": {"glyphs_2.0": entries["dataset"]["glyphs"]}},
+        "backbone.resnet_1.5": {"backbone": {"resnet_1.5": entries["backbone"]["resnet18"]}},
+        "loss.cbml_m0.2": {"loss": {"cbml_m0.2": {"type": "cbml", "margin": 0.2}}},
+        "recipe.name 'v1.1'": {"recipe": TINY_RECIPE | {"name": "v1.1"}},
+    }
+    for where, changes in dotted.items():
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(**changes)))
+        with pytest.raises(
+            UserError, match=f"{re.escape(where)}: .*a dot .*allowed: letters, digits, _ and -"
+        ) as caught:
+            load_params(tmp_path / "params.yaml")
+        assert "\n" not in str(caught.value)
+        cell = load_cell(tmp_path / "params.yaml")
+        assert "." in cell.dataset + cell.backbone + cell.loss + cell.recipe_name
+
+
+# A finished cell as it was written when a recipe was {name: parameters}, and the key that it had then.
+BEFORE = tiny_params() | {"recipe": {"tiny": {name: TINY_RECIPE[name] for name in TINY_RECIPE if name != "name"}}}
+KEY = "resnet18-cbml_log-16-0-67373c9fc4"
+
+
+def test_a_record_from_before_recipes_were_flat_is_read_and_keeps_its_key(tmp_path):
+    (tmp_path / "cell.yaml").write_text(yaml.safe_dump(BEFORE))
+    cell = load_cell(tmp_path / "cell.yaml")
+    (tmp_path / "cell.yaml").write_text(cell.to_yaml())
+    assert load_cell(tmp_path / "cell.yaml") == cell and cell.recipe_name == "tiny" and cell.recipe.lr == 1e-3
+    now = Params.model_validate(tiny_params()).cell("glyphs", "resnet18", "cbml_log", 16, 0)
+    assert cell.key("images", "weights") == now.key("images", "weights") == KEY
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [BEFORE["recipe"], TINY_RECIPE | BEFORE["recipe"], TINY_RECIPE | {"quick": {"lr": 0.1}}],
+    ids=["in the file", "added to it", "set for a run"],
+)
+def test_a_recipe_that_is_not_flat_is_told_the_new_form(recipe, tmp_path):
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(recipe=recipe)))
+    with pytest.raises(UserError, match=r"a recipe is flat, -S recipe=(tiny|quick) -S recipe\.\w+=[\d.]+$") as caught:
+        load_params(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_names_that_are_shown_are_the_names_to_set(tmp_path):
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    settings = ["recipe=paper", "recipe.iterations=20", "loss=[cbml_log]", "loss.cbml_log.margin=0.2"]
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, settings)
+    flat = Workspace(tmp_path, tmp_path).cells("glyphs")[0].flat()
+    assert (flat["recipe"], flat["recipe.iterations"], flat["loss.margin"]) == ("paper", 20, 0.2)
+    assert "recipe.name" not in flat
+
+
+def test_a_number_is_a_number_however_it_is_written(tmp_path):
+    """To YAML 1.1, and so to PyYAML, 1e-5 is text; Hydra and DVC read a number."""
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump(tiny_params(backbone={"vit": {"type": "timm", "model": "m", "arguments": {"a": 7, "b": 8}}}))
+        .replace("a: 7", "a: 1e-5")
+        .replace("b: 8", "b: -2E6")
+    )
+    assert load_params(tmp_path / "params.yaml").backbone["vit"].arguments == {"a": 1e-5, "b": -2e6}
+
+
+def test_what_a_record_has_as_text_stays_text(tmp_path):
+    """PyYAML writes 1378e020 without quotes, and it is a number to Hydra."""
+    cell = Params.model_validate(tiny_params()).cell("glyphs", "resnet18", "cbml_log", 16, 0)
+    published = cell.backbone_config.published.model_copy(update={"sha256": "1378e020"})
+    cell = replace(cell, backbone_config=cell.backbone_config.model_copy(update={"published": published}))
+    (tmp_path / "cell.yaml").write_text(cell.to_yaml())
+    assert load_cell(tmp_path / "cell.yaml") == cell
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("2024_01_15", r"got 20240115; .*quotes of its own: -S 'dataset.mine.path=\"…\"'"),
+        ("0.5", r"got 0\.5; .*quotes of its own"),
+        ("[1, 2]", r"Input should be a valid string, got \[1, 2\]$"),
+    ],
+)
+def test_text_that_reads_like_a_number(value, message, tmp_path):
+    """`-S dataset.folder.path=2024_01_15` is a number to Hydra."""
+    option = {"mine": {"type": "folder", "path": "PLACE"}}
+    text = yaml.safe_dump(tiny_params(dataset=option)).replace("PLACE", value)
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"dataset\.mine\.path: " + ".*" + message):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_what_dvc_looks_at_is_text_also_if_a_path_reads_like_a_number(tmp_path):
+    """Else DVC ends with "'int' object has no attribute 'decode'"."""
+    settings = ["dataset=folder", "dataset.folder.path=2024_01_15"]
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, settings)
+    assert yaml.safe_load((tmp_path / "params.yaml").read_text())["dataset"]["folder"]["watch"] == "20240115"
+
+
+@pytest.mark.parametrize(("loss", "lr"), [("center", 5e-4), ("triplet", 1e-4)])
+def test_a_loss_that_needs_another_rate_takes_up_a_variant_of_the_recipe(loss, lr, tmp_path):
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    compose_and_dump(tmp_path / "params.yaml", str(ROOT / "conf"), None, "config", None, [f"loss=[{loss}]"])
+    (cell,) = Workspace(tmp_path, tmp_path).cells("glyphs")
+    assert (cell.recipe.lr, cell.recipe.iterations, cell.recipe.lr_steps) == (lr, 400, [300])
+    assert cell.changes["lr"] == (1e-3, lr, f"loss.{loss}")
+
+
+def test_a_file_of_an_option_that_hydra_cannot_compose_is_one_line(project):
+    Path("conf/recipe").mkdir(parents=True)
+    Path("conf/recipe/tiny.yaml").write_text("defaults:\n  - absent\n  - _self_\n")
+    with pytest.raises(UserError, match=r"conf/recipe/tiny\.yaml: Hydra cannot compose it: .*absent") as caught:
+        Workspace().cells("glyphs")
+    assert "\n" not in str(caught.value)

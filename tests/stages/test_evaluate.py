@@ -52,7 +52,7 @@ def write_run(workspace, **changes):
     fingerprint = json.loads((workspace.lists("glyphs") / "summary.json").read_text())["fingerprint"]
     folder = workspace.tree / "runs/glyphs/resnet18-cbml_log-16-0"
     folder.mkdir(parents=True)
-    (folder / "cell.yaml").write_text(yaml.safe_dump(tiny_params(recipe={"tiny": TINY_RECIPE | changes})))
+    (folder / "cell.yaml").write_text(yaml.safe_dump(tiny_params(recipe=TINY_RECIPE | changes)))
     (folder / "run.json").write_text(json.dumps(RECORD | {"fingerprint": fingerprint}))
     cell = load_cell(folder / "cell.yaml")
     for seed, name in enumerate(("final", "best_on_test")):

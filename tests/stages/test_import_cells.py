@@ -118,7 +118,7 @@ def test_two_values_of_a_parameter_are_two_rows_of_all_cells(workspace):
 
 def test_two_recipes_of_a_cell_are_two_rows(workspace):
     compute(workspace)
-    compute(workspace, recipe={"other": TINY_RECIPE | {"lr": 1e-4, "iterations": 4}})
+    compute(workspace, recipe=TINY_RECIPE | {"name": "other", "lr": 1e-4, "iterations": 4})
     text = table(tabulate(workspace, "glyphs", all_cells=True))
     assert "cbml_log (recipe=tiny)" in text and "cbml_log (recipe=other)" in text
 

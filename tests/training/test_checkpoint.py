@@ -25,7 +25,7 @@ from cbml.stages.evaluate import evaluate_cell
 from cbml.training import checkpoint, loop
 from cbml.training.checkpoint import Checkpoint, acquire
 
-OFTEN = {"recipe": {"tiny": TINY_RECIPE | {"checkpoint_every": 1}}}
+OFTEN = {"recipe": TINY_RECIPE | {"checkpoint_every": 1}}
 
 
 @pytest.fixture

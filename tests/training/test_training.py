@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from helpers import (
-    ROOT,
     TINY_RECIPE,
     VALIDATING,
     break_at,
@@ -22,6 +21,7 @@ from helpers import (
     checkpoints,
     ended,
     ending,
+    entry,
     environment,
     forked,
     from_the_beginning,
@@ -96,13 +96,13 @@ WITHOUT_LABELS = ["cbml_clusters", "isif", "moco", "multi_similarity_clusters", 
 
 def method(name, **recipe):
     """A method on the tiny cell; batches that look at the images do so every three iterations."""
-    config = yaml.safe_load((ROOT / "conf" / "loss" / f"{name}.yaml").read_text())[name]
+    config = entry("loss", name)
     small = {"horde": {"width": 64}, "moco": {"queue": 16}, "stml": {"projection_dim": 8, "neighbours": 4}}
     config |= small.get(name, {})
     if "batches" in config:
         config["batches"]["refresh"] = 0.375 if config["batches"]["type"] in ("instances", "neighbours") else 0.75
         config["batches"] |= {"clusters": {"k": 6}, "neighbours": {"count": 2}}.get(config["batches"]["type"], {})
-    return {"loss": {name: config}, "embedding_dim": [48], "recipe": {"tiny": TINY_RECIPE | recipe}}
+    return {"loss": {name: config}, "embedding_dim": [48], "recipe": TINY_RECIPE | recipe}
 
 
 @pytest.mark.parametrize("loss", ["cbml_log", "softtriple", "xbm_contrastive", *METHODS, *WITHOUT_LABELS])
@@ -146,7 +146,7 @@ def test_what_only_training_has_does_not_reach_the_trained_network(workspace, lo
 
 
 def test_validated_is_the_run_on_all_classes_as_long_as_held_out_classes_say(workspace):
-    folder = run(workspace, recipe={"tiny": VALIDATING})
+    folder = run(workspace, recipe=VALIDATING)
     selection = pd.read_csv(folder / "selection.csv")
     assert selection.iteration.tolist() == [0, 2, 4, 6] and set(selection.queries) == {2 * 6}
     trained = selection[selection.iteration > 0]
@@ -158,7 +158,7 @@ def test_validated_is_the_run_on_all_classes_as_long_as_held_out_classes_say(wor
 
     kept = folder / ("final.pt" if chosen == 6 else "validated.pt")
     digest = weights_sha256(torch.load(kept, weights_only=True))
-    short = run(workspace, recipe={"tiny": TINY_RECIPE | {"iterations": chosen}})
+    short = run(workspace, recipe=TINY_RECIPE | {"iterations": chosen})
     assert digest == record(short)["final_weights_sha256"]
     assert not (short / "selection.csv").exists()
 
@@ -166,9 +166,9 @@ def test_validated_is_the_run_on_all_classes_as_long_as_held_out_classes_say(wor
 def test_selection_does_not_touch_the_other_protocols_and_survives_interruptions(workspace, monkeypatch):
     plain = from_the_beginning(workspace)
     calls = break_at(monkeypatch, 3, 7)  # once in each half
-    broken(workspace, recipe={"tiny": VALIDATING})
-    broken(workspace, recipe={"tiny": VALIDATING})
-    assert result(run(workspace, recipe={"tiny": VALIDATING})) == plain
+    broken(workspace, recipe=VALIDATING)
+    broken(workspace, recipe=VALIDATING)
+    assert result(run(workspace, recipe=VALIDATING)) == plain
     assert len(calls) == 4 + 4 + 2  # nothing was done twice but what broke
 
 
@@ -177,17 +177,17 @@ def test_the_share_of_validation_classes_concerns_only_runs_that_ask_for_them(wo
     keys = set()
     for share in (0.34, 0.5):
         recipe = VALIDATING | {"select_by": {"metric": "map_at_r", "validation_classes": share}}
-        Path("params.yaml").write_text(yaml.safe_dump(tiny_params(recipe={"tiny": recipe})))
+        Path("params.yaml").write_text(yaml.safe_dump(tiny_params(recipe=recipe)))
         keys.add(workspace.params().cells("glyphs")[0].key("data", None))
     assert len(keys) == 2
     recipe = TINY_RECIPE | {"select_by": {"metric": "recall_at_1", "validation_classes": 0.9}}
     with pytest.raises(UserError, match="validation_classes=0.9 holds out 5 of 6 training classes"):
-        run(workspace, recipe={"tiny": recipe})
+        run(workspace, recipe=recipe)
 
 
 def test_batches_made_ahead_change_nothing(workspace, monkeypatch):
     """What a GPU does that the images are not on: batches of later iterations in other threads, also after a break."""
-    recipe = {"tiny": TINY_RECIPE | {"checkpoint_every": 1}}
+    recipe = TINY_RECIPE | {"checkpoint_every": 1}
     expected = from_the_beginning(workspace, recipe=recipe)
     monkeypatch.setattr(loop, "load_batches", lambda make, items, *_: prefetch(make, items, 3))
     break_at(monkeypatch, 2)
@@ -205,7 +205,7 @@ def test_the_share_of_time_spent_on_batches_is_logged(workspace, monkeypatch):
             yield batch
 
     monkeypatch.setattr(loop, "load_batches", slow_load)
-    run(workspace, recipe={"tiny": TINY_RECIPE | {"iterations": 2, "checkpoint_every": 2}})
+    run(workspace, recipe=TINY_RECIPE | {"iterations": 2, "checkpoint_every": 2})
     (speed,) = [row for row in rows if "train_data_percent" in row]
     assert speed["iteration"] == 2 and speed["train_images_per_second"] < 8 / 0.5
     seconds = 2 * 8 / speed["train_images_per_second"]
@@ -213,7 +213,7 @@ def test_the_share_of_time_spent_on_batches_is_logged(workspace, monkeypatch):
 
 
 def test_killed_it_continues_to_the_same_bits(workspace):
-    recipe = {"tiny": TINY_RECIPE | {"iterations": 40, "validate_every": 20}}
+    recipe = TINY_RECIPE | {"iterations": 40, "validate_every": 20}
     unbroken = from_the_beginning(workspace, recipe=recipe)
     Path("runs").rename("unbroken")
     process = subprocess.Popen(train_command(), env=environment(), stderr=subprocess.DEVNULL)
@@ -278,14 +278,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_iteration(workspa
 
 
 def test_no_iterations_is_the_untrained_network(workspace):
-    folder = run(workspace, recipe={"tiny": TINY_RECIPE | {"iterations": 0}})
+    folder = run(workspace, recipe=TINY_RECIPE | {"iterations": 0})
     assert pd.read_csv(folder / "validations.csv").iteration.tolist() == [0]
     assert not (folder / "best_on_test.pt").exists()
     assert evaluate_cell(folder, workspace)["final"]["iteration"] == 0
 
 
 def test_the_lower_rate_starts_at_its_step(workspace):
-    folder = run(workspace, recipe={"tiny": TINY_RECIPE | {"lr": 1e-3, "lr_steps": [3, 5]}})
+    folder = run(workspace, recipe=TINY_RECIPE | {"lr": 1e-3, "lr_steps": [3, 5]})
     assert pd.read_csv(folder / "losses.csv").lr.tolist() == pytest.approx([1e-3] * 2 + [1e-4] * 2 + [1e-5] * 2)
 
 
@@ -299,14 +299,14 @@ def test_the_lower_rate_starts_at_its_step(workspace):
     ],
 )
 def test_the_learning_rate_follows_its_schedule(workspace, changes, expected):
-    folder = run(workspace, recipe={"tiny": TINY_RECIPE | {"lr": 1e-3} | changes})
+    folder = run(workspace, recipe=TINY_RECIPE | {"lr": 1e-3} | changes)
     assert (pd.read_csv(folder / "losses.csv").lr / 1e-3).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_optimizers_differ_and_continue_to_the_same_bits(workspace, monkeypatch):
     results = set()
     for optimizer in ("adam", "adamw", "sgd"):
-        recipe = {"tiny": TINY_RECIPE | {"optimizer": optimizer, "checkpoint_every": 1, "weight_decay": 0.1}}
+        recipe = TINY_RECIPE | {"optimizer": optimizer, "checkpoint_every": 1, "weight_decay": 0.1}
         unbroken = from_the_beginning(workspace, recipe=recipe)
         with monkeypatch.context() as patch:
             break_at(patch, 3)
@@ -319,8 +319,8 @@ def test_optimizers_differ_and_continue_to_the_same_bits(workspace, monkeypatch)
 def one_step(workspace, **changes):
     """How far each parameter moves in one step of plain gradient descent."""
     recipe = TINY_RECIPE | {"optimizer": "sgd", "momentum": 0, "weight_decay": 0, "iterations": 1} | changes
-    before = torch.load(run(workspace, recipe={"tiny": recipe | {"iterations": 0}}) / "final.pt")
-    after = torch.load(run(workspace, recipe={"tiny": recipe}) / "final.pt")
+    before = torch.load(run(workspace, recipe=recipe | {"iterations": 0}) / "final.pt")
+    after = torch.load(run(workspace, recipe=recipe) / "final.pt")
     names = ("trunk.conv1.weight", "head.weight")
     return [after[name].double() - before[name].double() for name in names]
 
@@ -341,7 +341,7 @@ def test_gradients_are_clipped_together(workspace):
 def test_what_a_backbone_changes_in_the_recipe_is_said(workspace, capsys):
     entry = tiny_params()["backbone"]["resnet18"] | {"recipe": {"tiny": {"lr": 0.5}}}
     folder = run(workspace, backbone={"resnet18": entry})
-    said = "recipe.tiny.lr is 0.5 by backbone.resnet18, not 0.001"
+    said = "recipe.lr is 0.5 by backbone.resnet18, not 0.001"
     keep = "(to keep that: -S '++backbone.resnet18.recipe.tiny.lr=0.001')"
     assert f"{said} {keep}" in capsys.readouterr().err
     assert pd.read_csv(folder / "losses.csv").lr.tolist() == [0.5] * 6
@@ -351,15 +351,15 @@ def test_a_vision_transformer_is_trained_at_its_own_size_which_is_said_or_at_any
     pytest.importorskip("timm", reason="timm is not installed (pip install 'cbml[timm]')")
     vit = {"vit": {"type": "timm", "model": "test_vit", "arguments": {"img_size": 48}}}
     recipe = TINY_RECIPE | {"iterations": 1, "validate_every": 0}
-    folder = run(workspace, backbone=vit, recipe={"tiny": recipe})
+    folder = run(workspace, backbone=vit, recipe=recipe)
     text = capsys.readouterr().err
-    assert "recipe.tiny.crop is 48 by backbone.vit, not 20" in text and "recipe.tiny.resize is 50" in text
+    assert "recipe.crop is 48 by backbone.vit, not 20" in text and "recipe.resize is 50" in text
     assert evaluate_cell(folder, workspace)["final"]["queries"] == 36
 
     Path("conf/recipe").mkdir(parents=True)
-    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump({"tiny": recipe}))
-    folder = run(workspace, backbone=vit, recipe={"tiny": recipe | {"crop": 32, "resize": 40}})
-    assert "recipe.tiny.crop" not in capsys.readouterr().err
+    Path("conf/recipe/tiny.yaml").write_text(yaml.safe_dump(recipe))
+    folder = run(workspace, backbone=vit, recipe=recipe | {"crop": 32, "resize": 40})
+    assert "recipe.crop" not in capsys.readouterr().err
     assert torch.load(folder / "final.pt")["trunk.pos_embed"].shape[1] == 1 + (32 // 16) ** 2
     assert evaluate_cell(folder, workspace)["final"]["queries"] == 36
 
@@ -382,7 +382,7 @@ def test_without_a_network_it_says_how_to_name_a_file_of_weights(workspace, monk
 
 def test_colours_are_jittered_by_the_seed(workspace):
     plain, jittered, again = (
-        result(run(workspace, recipe={"tiny": TINY_RECIPE | {"color_jitter": jitter}}))
+        result(run(workspace, recipe=TINY_RECIPE | {"color_jitter": jitter}))
         for jitter in (None, [0.4, 0.4, 0.4, 0.1], [0.4, 0.4, 0.4, 0.1])
     )
     assert jittered == again != plain
@@ -390,7 +390,7 @@ def test_colours_are_jittered_by_the_seed(workspace):
 
 def test_a_batch_of_more_classes_than_exist(workspace):
     with pytest.raises(UserError, match="= 8 classes a batch, but the training list has 6"):
-        run(workspace, recipe={"tiny": TINY_RECIPE | {"batch_size": 16}})
+        run(workspace, recipe=TINY_RECIPE | {"batch_size": 16})
 
 
 @pytest.mark.parametrize(
@@ -469,7 +469,7 @@ def types_in_the_trunk(workspace, monkeypatch, **recipe):
     monkeypatch.setattr(tracking.Run, "log_model", lambda *_, **__: None)  # which serves in float32 everywhere
     monkeypatch.setattr(network, "build_loss", lambda *_, **__: criterion)
     loss = {"cbml_log": tiny_params()["loss"]["cbml_log"] | {"teacher": 0.9}}
-    folder = run(workspace, loss=loss, recipe={"tiny": TINY_RECIPE | recipe})
+    folder = run(workspace, loss=loss, recipe=TINY_RECIPE | recipe)
     where.append("evaluation")
     evaluate_cell(folder, workspace)
     return found, criterion.seen
@@ -507,7 +507,7 @@ def test_a_run_in_bf16_stays_near_that_in_float32(workspace):
     losses = {}
     for precision in ("32-true", "bf16-mixed"):
         recipe = {"precision": precision, "iterations": 20, "lr": 1e-5, "freeze_bn": True}  # else differences grow
-        folder = run(workspace, recipe={"tiny": TINY_RECIPE | recipe})
+        folder = run(workspace, recipe=TINY_RECIPE | recipe)
         losses[precision] = pd.read_csv(folder / "losses.csv").loss
     difference = (losses["bf16-mixed"] / losses["32-true"] - 1).abs()
     assert 0 < difference.max() < 0.1
@@ -532,7 +532,7 @@ def test_fresh_memory_that_is_not_filled_changes_no_bit(workspace, monkeypatch, 
 
 def test_compile_changes_nothing_but_speed(workspace, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    names = torch.load(run(workspace, recipe={"tiny": TINY_RECIPE | {"compile": True}}) / "final.pt")
+    names = torch.load(run(workspace, recipe=TINY_RECIPE | {"compile": True}) / "final.pt")
     assert names.keys() == torch.load(run(workspace) / "final.pt").keys()
 
 
@@ -541,7 +541,7 @@ def test_without_a_compiler_it_runs_uncompiled_and_says_so(workspace, monkeypatc
         raise RuntimeError("No working C++ compiler found\ndetails")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    compiled = result(run(workspace, recipe={"tiny": TINY_RECIPE | {"compile": True}}))
+    compiled = result(run(workspace, recipe=TINY_RECIPE | {"compile": True}))
     assert (
         "compile: not possible here, running without (RuntimeError: No working C++ compiler found)"
         in capsys.readouterr().err

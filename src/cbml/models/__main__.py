@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +34,7 @@ def main() -> None:
         raise UserError(f"{arguments.folder}: no *.yaml there; run this in the repository's root or name the folder")
     print(f"{'backbone':24}{'parameters':>12}{'GFLOPs':>9}{'features':>10}{'crop':>6}")
     for file in files:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+        entries = OmegaConf.to_container(OmegaConf.load(file))  # as Hydra reads it
         try:
             configs = TypeAdapter(dict[str, BackboneConfig]).validate_python(entries)
         except ValidationError as error:

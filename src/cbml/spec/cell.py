@@ -26,8 +26,7 @@ def flatten(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
 class Cell:
     """One training run: a point of the matrix with everything that determines it.
 
-    `changes` is what the entries of backbone and loss changed in the recipe, by name: the recipe's value, the one in
-    use, and the entry.
+    `changes` is what the entries of backbone and loss changed in the recipe; see `adapt`.
     """
 
     dataset: str
@@ -38,9 +37,13 @@ class Cell:
     dataset_config: Dataset
     backbone_config: BackboneConfig
     loss_config: MethodConfig
-    recipe_name: str
     recipe: Recipe
     changes: dict[str, tuple[Any, Any, str]] = field(default_factory=dict, compare=False)
+
+    @property
+    def recipe_name(self) -> str:
+        """The name of the recipe."""
+        return self.recipe.name
 
     @property
     def name(self) -> str:
@@ -57,7 +60,7 @@ class Cell:
             fingerprint: of the dataset's images and lists.
             weights: identifies the content of the weights that the backbone starts from.
         """
-        config = self.to_dict()
+        config = self._by_name()
         backbone = config["backbone"][self.backbone]
         del config["dataset"], config["seed"], backbone["weights"], backbone["published"]
         content = json.dumps([config, fingerprint, weights], sort_keys=True)
@@ -69,7 +72,7 @@ class Cell:
             "dataset": {self.dataset: self.dataset_config.model_dump(mode="json")},
             "backbone": {self.backbone: self.backbone_config.model_dump(mode="json")},
             "loss": {self.loss: self.loss_config.model_dump(mode="json")},
-            "recipe": {self.recipe_name: self.recipe.model_dump(mode="json")},
+            "recipe": self.recipe.model_dump(mode="json"),
             "embedding_dim": [self.embedding_dim],
             "seed": [self.seed],
         }
@@ -81,7 +84,14 @@ class Cell:
     def flat(self) -> dict[str, Any]:
         """The configuration as `loss`, `loss.margin`, `recipe.lr`, …: the same names whatever option was chosen."""
         flat: dict[str, Any] = {"embedding_dim": self.embedding_dim, "seed": self.seed}
+        config = self._by_name()
         for group in ("dataset", "backbone", "loss", "recipe"):
-            ((name, option),) = self.to_dict()[group].items()
+            ((name, option),) = config[group].items()
             flat |= {group: name, **flatten(group, option)}
         return flat
+
+    def _by_name(self) -> dict[str, Any]:
+        """`to_dict` with the recipe under its name, as the other groups are. Keys hash this shape: it stays."""
+        config = self.to_dict()
+        recipe = config["recipe"]
+        return config | {"recipe": {recipe.pop("name"): recipe}}

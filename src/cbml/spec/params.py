@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from cbml.data.sources import Dataset
 from cbml.errors import UserError
@@ -13,7 +13,8 @@ from cbml.models import BackboneConfig, input_convention
 from cbml.schema import Name, Schema, Seed, first_error
 from cbml.spec.cell import Cell
 from cbml.spec.method import AnyMethod
-from cbml.spec.recipe import Recipe
+from cbml.spec.options import read_yaml
+from cbml.spec.recipe import Recipe, adapt
 
 
 def _distinct(values: list[int]) -> list[int]:
@@ -22,11 +23,12 @@ def _distinct(values: list[int]) -> list[int]:
     return values
 
 
+WRITTEN = "run the stage train again, which writes it"
 Distinct = (Field(min_length=1), AfterValidator(_distinct))
 
 
 class Params(Schema):
-    """The whole of params.yaml. Every group maps names to options; a cell is one choice from each axis.
+    """The whole of params.yaml. Three groups map names to options; a cell is one choice from each axis.
 
     `embedding_dim` 0 leaves the head out: an embedding is then the backbone's pooled features. `register_models` puts
     each evaluated model into MLflow's registry.
@@ -35,11 +37,10 @@ class Params(Schema):
     dataset: Annotated[dict[Name, Dataset], Field(min_length=1)]
     backbone: Annotated[dict[Name, BackboneConfig], Field(min_length=1)]
     loss: Annotated[dict[Name, AnyMethod], Field(min_length=1)]
-    recipe: Annotated[dict[Name, Recipe], Field(min_length=1, max_length=1)]
+    recipe: Recipe
     embedding_dim: Annotated[list[Annotated[int, Field(ge=0, le=2**16)]], *Distinct]
     seed: Annotated[list[Seed], *Distinct]
     register_models: bool = False
-    _recipe_file: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     def option(self, group: str, name: str) -> Any:
         """The option `name` of a group.
@@ -51,92 +52,101 @@ class Params(Schema):
             raise UserError(f"params.yaml: {group} {name!r} is not there; allowed: {', '.join(options)}")
         return options[name]
 
-    def cell(self, dataset: str, backbone: str, loss: str, embedding_dim: int, seed: int) -> Cell:
+    def cell(
+        self,
+        dataset: str,
+        backbone: str,
+        loss: str,
+        embedding_dim: int,
+        seed: int,
+        recipe_file: Recipe | None = None,
+    ) -> Cell:
         """The cell of these names.
 
+        Args:
+            recipe_file: the recipe as its own file has it; see `adapt`.
+
         Raises:
-            UserError: a name is not in params.yaml, or what the backbone changes in the recipe does not fit it.
+            UserError: a name is not in params.yaml, or the options do not fit together.
         """
-        dataset_config, network, loss_config = (
-            self.option(*choice) for choice in (("dataset", dataset), ("backbone", backbone), ("loss", loss))
-        )
-        ((recipe_name, recipe),) = self.recipe.items()
-        given, changes, changed_by = recipe.model_dump(), {}, {}
+        dataset_config = self.option("dataset", dataset)
+        network = self.option("backbone", backbone)
+        loss_config = self.option("loss", loss)
+        name = self.recipe.name
         own = input_convention(network).model_dump(include={"resize", "crop", "interpolation"}, exclude_none=True)
-        for owner, values in (
-            (f"backbone.{backbone}", own | network.recipe.get(recipe_name, {})),
-            (f"loss.{loss}", loss_config.recipe.get(recipe_name, {})),
-        ):
-            for name, value in values.items():
-                # What differs from the recipe's file was set for this run, and wins.
-                if given.get(name) == self._recipe_file.get(name, given.get(name)):
-                    changes[name], changed_by[name] = value, owner
-        started: dict[str, Any] = {"weights": network.weights or (given | changes).get("weights"), "recipe": {}}
-        try:
-            recipe = Recipe.model_validate(given | changes)
-            network = BackboneConfig.model_validate(network.model_dump() | started)
-        except ValidationError as error:
-            where = f"{' and '.join(dict.fromkeys(changed_by.values()))} with recipe.{recipe_name}"
-            raise UserError(f"params.yaml: {where}: {first_error(error, given | changes)}") from None
+        entries = {
+            f"backbone.{backbone}": own | network.recipe.get(name, {}),
+            f"loss.{loss}": loss_config.recipe.get(name, {}),
+        }
+        recipe, changes = adapt(self.recipe, entries, recipe_file)
         if recipe.select_by and loss_config.batches and not loss_config.batches.needs_labels:
             raise UserError(
-                f"params.yaml: recipe.{recipe_name}.select_by {recipe.select_by.metric} needs labels, loss.{loss} is "
-                "trained without; allowed: null"
+                f"params.yaml: recipe.select_by {recipe.select_by.metric} needs labels, loss.{loss} is trained "
+                "without; allowed: null"
             )
-        changes = {
-            name: (given[name], used, owner)
-            for name, owner in changed_by.items()
-            if (used := getattr(recipe, name)) != given[name]
-        }
-        names = (dataset, backbone, loss, embedding_dim, seed)
-        loss_config = loss_config.model_copy(update={"recipe": {}})
-        return Cell(*names, dataset_config, network, loss_config, recipe_name, recipe, changes)
+        started = network.model_dump() | {"weights": network.weights or recipe.weights, "recipe": {}}
+        try:
+            network = BackboneConfig.model_validate(started)
+        except ValidationError as error:
+            raise UserError(
+                f"params.yaml: backbone.{backbone} with recipe={name}: {first_error(error, started)}"
+            ) from None
+        return Cell(
+            dataset=dataset,
+            backbone=backbone,
+            loss=loss,
+            embedding_dim=embedding_dim,
+            seed=seed,
+            dataset_config=dataset_config,
+            backbone_config=network,
+            loss_config=loss_config.model_copy(update={"recipe": {}}),
+            recipe=recipe,
+            changes=changes,
+        )
 
-    def cells(self, dataset: str) -> list[Cell]:
-        """Every cell of a dataset, in the order of params.yaml."""
+    def cells(self, dataset: str, recipe_file: Recipe | None = None) -> list[Cell]:
+        """Every cell of a dataset, in the order of params.yaml; see `cell`."""
         axes = itertools.product(self.backbone, self.loss, self.embedding_dim, self.seed)
-        return [self.cell(dataset, *axis) for axis in axes]
+        return [self.cell(dataset, *axis, recipe_file=recipe_file) for axis in axes]
 
 
-def load_params(path: Path, conf: Path | None = None) -> Params:
+def load_params(path: Path) -> Params:
     """Read and validate params.yaml.
-
-    Args:
-        conf: the folder of the options' own files: what differs from them was set for this run.
 
     Raises:
         UserError: the file is missing, is not YAML, or holds an unknown, missing or ill-typed parameter.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; run from the repository's root, one stage after another")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        params = Params.model_validate(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        raise UserError(f"{path}: {first_error(error, data)}") from None
+    params = _validated(read_yaml(path), path)
+    for group in ("dataset", "backbone", "loss"):
+        for name in getattr(params, group):
+            _check_name(name, f"{path}: {group}.{name}")
+    _check_name(params.recipe.name, f"{path}: recipe.name {params.recipe.name!r}")
     for (name, loss), size in itertools.product(params.loss.items(), params.embedding_dim):
         try:  # now, and not in the train stage of a late cell
             if loss.head:
                 loss.head.parts(size)
         except UserError as error:
             raise UserError(f"{path}: loss.{name}: {error}") from None
-    if conf:
-        ((name, recipe),) = params.recipe.items()
-        entry = option_file(conf, "recipe", name)
-        params._recipe_file = Recipe.model_validate(entry).model_dump() if entry else {}
     return params
 
 
-def option_file(conf: Path, group: str, name: str) -> dict[str, Any]:
-    """The entry of an option's own file, conf/<group>/<name>.yaml; empty if it has none."""
-    file = conf / group / f"{name}.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8"))[name] if file.is_file() else {}
+def _validated(data: Any, path: Path) -> Params:
+    try:
+        return Params.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_error(error, data)}") from None
+
+
+def _check_name(name: str, where: str) -> None:
+    """Not in `Name`: records have such names, from before they were refused."""
+    if "." in name:
+        raise UserError(f"{where}: to DVC a dot in a name is a level below; allowed: letters, digits, _ and -")
 
 
 def load_cell(path: Path) -> Cell:
-    """The cell of a file that `Cell.to_yaml` was written to.
+    """The cell of a file that `Cell.to_yaml` was written to, also if a recipe was not flat then.
 
     Raises:
         UserError: it is missing or damaged.
@@ -144,11 +154,31 @@ def load_cell(path: Path) -> Cell:
     if not path.is_file():
         raise UserError(f"{path}: no such file; the stage train writes it")
     try:
-        params = load_params(path)
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))  # PyYAML wrote it; to Hydra some of its text is numbers
+        params = _validated(_flat(data), path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}; {WRITTEN}") from None
     except UserError as error:
-        raise UserError(f"{error}; run the stage train again, which writes it") from None
-    (dataset, backbone, loss, (recipe_name, recipe)) = (
-        next(iter(getattr(params, group).items())) for group in ("dataset", "backbone", "loss", "recipe")
+        raise UserError(f"{error}; {WRITTEN}") from None
+    dataset, backbone, loss = (next(iter(group)) for group in (params.dataset, params.backbone, params.loss))
+    return Cell(
+        dataset=dataset,
+        backbone=backbone,
+        loss=loss,
+        embedding_dim=params.embedding_dim[0],
+        seed=params.seed[0],
+        dataset_config=params.dataset[dataset],
+        backbone_config=params.backbone[backbone],
+        loss_config=params.loss[loss],
+        recipe=params.recipe,
     )
-    names = (dataset[0], backbone[0], loss[0], params.embedding_dim[0], params.seed[0])
-    return Cell(*names, dataset[1], backbone[1], loss[1], recipe_name, recipe)
+
+
+def _flat(data: Any) -> Any:
+    """A cell's content with its recipe in today's form; once it was {name: parameters}."""
+    recipe = data.get("recipe") if isinstance(data, dict) else None
+    if isinstance(recipe, dict) and "name" not in recipe and len(recipe) == 1:
+        ((name, parameters),) = recipe.items()
+        if isinstance(parameters, dict):
+            return data | {"recipe": {"name": name, **parameters}}
+    return data

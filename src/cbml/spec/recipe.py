@@ -1,10 +1,12 @@
 """How a cell is trained. Knows nothing of datasets, backbones or losses."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from cbml.schema import Count, NonNegative, Positive, PositiveShare, Schema, Share
+from cbml.errors import UserError
+from cbml.schema import Count, Name, NonNegative, Positive, PositiveShare, Schema, Share, first_error
 
 Whole = Annotated[int, Field(ge=0)]
 
@@ -25,6 +27,7 @@ class Recipe(Schema):
     """How a cell is trained.
 
     Attributes:
+        name: of the recipe that the other parameters are from, but for what was set.
         weights: what a backbone starts from if its entry does not say: "imagenet" or None, from scratch.
         iterations: number of batches; 0 evaluates the untrained network.
         batch_size, instances: images per batch, and of each class in it; classes per batch = batch_size / instances.
@@ -56,10 +59,10 @@ class Recipe(Schema):
         deterministic: the same bits on every run of the same machine. On a CPU that is always so; on a GPU it costs
             speed.
 
-    `resize`, `crop` and `interpolation` of a backbone's own input win over the recipe's file, but not over what is set
-    for a run; so does what a backbone's entry says for this recipe, and what that of a loss says wins over both.
+    See `adapt` for what a cell's backbone and loss change.
     """
 
+    name: Name
     weights: Literal["imagenet"] | None = None
     iterations: Whole
     batch_size: Count
@@ -92,6 +95,15 @@ class Recipe(Schema):
     compile: bool = False
     deterministic: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, data: Any) -> Any:
+        for name, values in data.items() if isinstance(data, dict) else ():
+            if isinstance(values, dict) and name not in cls.model_fields:
+                key, value = next(iter(values.items()), ("lr", "…"))
+                raise ValueError(f"no parameter {name}: a recipe is flat, -S recipe={name} -S recipe.{key}={value}")
+        return data
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.batch_size % self.instances:
@@ -107,3 +119,35 @@ class Recipe(Schema):
         if self.scale[0] > self.scale[1] or self.ratio[0] > self.ratio[1]:
             raise ValueError(f"scale {self.scale} and ratio {self.ratio} must each be (smallest, largest)")
         return self
+
+
+def adapt(
+    recipe: Recipe, entries: Mapping[str, dict[str, Any]], file: Recipe | None = None
+) -> tuple[Recipe, dict[str, tuple[Any, Any, str]]]:
+    """The recipe that a cell is trained by, and what changed in it.
+
+    Args:
+        recipe: of params.yaml.
+        entries: what the entries of backbone and loss want otherwise, by the entry's name; a later one wins.
+        file: the recipe as its own file has it: what differs from it was set for this run, and wins over all entries.
+
+    Returns:
+        The recipe, and the changes by parameter: the value in `recipe`, the one in use, and the name of the entry.
+
+    Raises:
+        UserError: an entry has an unknown parameter, or one that does not fit the others.
+    """
+    given = recipe.model_dump()
+    default = file.model_dump() if file else given
+    wanted, by = {}, {}
+    for entry, values in entries.items():
+        for name, value in values.items():
+            if given.get(name) == default.get(name):
+                wanted[name], by[name] = value, entry
+    try:
+        adapted = Recipe.model_validate(given | wanted)
+    except ValidationError as error:
+        where = f"{' and '.join(dict.fromkeys(by.values()))} with recipe={recipe.name}"
+        raise UserError(f"params.yaml: {where}: {first_error(error, given | wanted)}") from None
+    used = adapted.model_dump()
+    return adapted, {name: (given[name], used[name], by[name]) for name in wanted if used[name] != given[name]}

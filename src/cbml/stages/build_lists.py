@@ -23,14 +23,13 @@ def build_lists(workspace: Workspace, dataset: str) -> dict:
     Raises:
         UserError: the catalogue or an image is missing or damaged, or what remains cannot be trained and tested on.
     """
-    params = workspace.params()
-    config = params.option("dataset", dataset)
-    check_cells(params, dataset, workspace)
+    cells = workspace.cells(dataset)
+    config = cells[0].dataset_config
+    check_cells(cells, workspace)
     text = {"path": str, "name": str, "split": str}
     table = read_csv(workspace.catalogue(dataset), "download", (*text, "label"), dtype=text, keep_default_na=False)
     table = in_lists(table)
     root, cache = ensure_images(workspace, config), workspace.cache
-    cells = params.cells(dataset)
     sizes = list(dict.fromkeys((cell.recipe.resize, cell.recipe.interpolation) for cell in cells))
 
     images = ImageList(table.path.tolist(), table.label.to_numpy(np.int64))

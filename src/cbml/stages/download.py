@@ -21,10 +21,10 @@ def download(workspace: Workspace, dataset: str) -> pd.DataFrame:
     Raises:
         UserError: the images cannot be had, or they cannot be trained and tested on.
     """
-    params = workspace.params()
-    config = params.option("dataset", dataset)
+    cells = workspace.cells(dataset)
+    config = cells[0].dataset_config
     if not workspace.images(config).is_dir():
-        check_cells(params, dataset, workspace)
+        check_cells(cells, workspace)
     folder = ensure_images(workspace, config)
     table = config.catalogue(folder)
     check_catalogue(table, folder)

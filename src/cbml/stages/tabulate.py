@@ -103,7 +103,7 @@ def _here(workspace: Workspace, dataset: str) -> list[Evaluated]:
     """The cells of params.yaml."""
     return [
         Evaluated(cell, record_of(workspace.evaluation(cell)), workspace.evaluation(cell), workspace.page(cell))
-        for cell in workspace.params().cells(dataset)
+        for cell in workspace.cells(dataset)
     ]
 
 

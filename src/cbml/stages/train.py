@@ -47,10 +47,8 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
             is not finite.
     """
     for name, (value, used, owner) in cell.changes.items():
-        recipe = f"recipe.{cell.recipe_name}.{name}"
-        message(
-            f"{cell.name}: {recipe} is {used} by {owner}, not {value} (to keep that: -S '++{owner}.{recipe}={value}')"
-        )
+        setting = f"'++{owner}.recipe.{cell.recipe_name}.{name}={value}'"
+        message(f"{cell.name}: recipe.{name} is {used} by {owner}, not {value} (to keep that: -S {setting})")
     data, selection_job = open_data(workspace, cell), None
     if selection := cell.recipe.select_by:
         remaining, held_out = hold_out(data.train, selection.validation_classes)

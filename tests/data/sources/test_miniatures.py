@@ -148,7 +148,7 @@ def published(tmp_path_factory):
 
 def workspace_of(folder, name, option):
     recipe = TINY_RECIPE | {"iterations": 2}
-    params = tiny_params(dataset={name: option}, recipe={"tiny": recipe})
+    params = tiny_params(dataset={name: option}, recipe=recipe)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     return Workspace(folder, folder)
 
@@ -244,7 +244,7 @@ def test_held_out_training_classes_are_searched_for_among_themselves(published, 
     workspace = workspace_of(tmp_path, "inshop", published["inshop"])
     params = yaml.safe_load((tmp_path / "params.yaml").read_text())
     selection = {"metric": "recall_at_1", "validation_classes": 0.4}
-    params["recipe"]["tiny"] |= {"select_by": selection, "batch_size": 4}
+    params["recipe"] |= {"select_by": selection, "batch_size": 4}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     _, metrics, _ = run_all(workspace, "inshop")
     assert metrics["validated"]["queries"] == 10

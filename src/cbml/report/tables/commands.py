@@ -1,5 +1,6 @@
 """The command that computes a row of a table again."""
 
+import functools
 import json
 import re
 import shlex
@@ -11,8 +12,8 @@ from pydantic import ValidationError
 
 from cbml.progress import message
 from cbml.spec.cell import Cell, flatten
-from cbml.spec.params import Params, option_file
-from cbml.spec.recipe import Recipe
+from cbml.spec.options import option_file
+from cbml.spec.params import Params
 
 PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z/][\w./+-]*", re.ASCII | re.IGNORECASE)  # a string to Hydra
 ABSENT = object()
@@ -32,49 +33,62 @@ def command(cell: Cell, seeds: list[int], conf: Path) -> str | None:
 
 
 def _command(cell: Cell, seeds: list[int], conf: Path) -> str:
-    groups = {"dataset": cell.dataset, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
-    files = {group: option_file(conf, group, name) for group, name in groups.items()}
+    chosen = {"dataset": cell.dataset, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
+    files = {group: _option(conf, group, name) for group, name in chosen.items()}
     # An option without a file, as of a preset, is not one to choose, but can be added.
-    backbone, loss = (groups[group] if files[group] else "" for group in ("backbone", "loss"))
+    backbone, loss = (chosen[group] if files[group] else "" for group in ("backbone", "loss"))
     settings = [
         f"dataset={cell.dataset}",
-        f"recipe={cell.recipe_name}",
+        *([f"recipe={cell.recipe_name}"] if files["recipe"] else []),
         f"backbone=[{backbone}]",
         f"loss=[{loss}]",
         f"embedding_dim=[{cell.embedding_dim}]",
         f"seed=[{','.join(map(str, seeds))}]",
     ]
-    own = cell.to_dict()
-    default = _default(cell, {group: {name: files[group] or own[group][name]} for group, name in groups.items()})
-    for group, name in groups.items():
+    own, default = _options(cell), _default(cell, files)
+    for group, name in chosen.items():
+        owner = group if group == "recipe" else f"{group}.{name}"
         if not files[group]:
-            settings.append(f"+{group}.{name}={_hydra(own[group][name])}")
+            settings.append(f"{'++' if group == 'recipe' else '+'}{owner}={_hydra(own[group])}")
             continue
         known = flatten("", files[group])
-        for path, value in _changed_entries("", own[group][name], default.get(group, {}).get(name, {})):
-            owner = f"{group}.{name}"
-            new = path not in known
+        for path, value in _changed_entries("", own[group], default.get(group, {})):
+            parameter, new = f"{owner}.{path}", path not in known
             if str(known.get(path)).startswith("${"):  # Hydra makes it of another
                 continue
             if group == "recipe" and known.get(path, ...) == value:  # else what backbone or loss has would win
-                owner, new = f"loss.{cell.loss}.{owner}", True
+                parameter, new = f"loss.{cell.loss}.recipe.{name}.{path}", True
             if value is not ABSENT:
-                settings.append(f"{'++' if new else ''}{owner}.{path}={_hydra(value)}")
+                settings.append(f"{'++' if new else ''}{parameter}={_hydra(value)}")
             elif any(name == path or name.startswith(f"{path}.") for name in known):
-                settings.append(f"~{owner}.{path}")
+                settings.append(f"~{parameter}")
     return " ".join(["dvc exp run", *(f"-S {shlex.quote(setting)}" for setting in settings)])
 
 
-def _default(cell: Cell, groups: dict[str, dict[str, dict]]) -> dict[str, Any]:
-    """The configuration that these options have when nothing is set."""
+# Composed once: a table has many rows of the same options.
+_option = functools.cache(option_file)
+
+
+def _options(cell: Cell) -> dict[str, Any]:
+    """A cell's dataset, backbone, loss and recipe, as their files have them."""
+    config = cell.to_dict()
+    return {group: config[group][getattr(cell, group)] for group in ("dataset", "backbone", "loss")} | {
+        "recipe": config["recipe"]
+    }
+
+
+def _default(cell: Cell, files: dict[str, dict]) -> dict[str, Any]:
+    """The options of a cell when nothing is set; empty if a file is no longer an option."""
+    options = {group: files[group] or own for group, own in _options(cell).items()}
     if cell.backbone_config.weights not in (None, "imagenet"):  # a path; what the file means may not be to be had
-        groups |= {"backbone": {cell.backbone: groups["backbone"][cell.backbone] | {"weights": "none"}}}
+        options["backbone"] = options["backbone"] | {"weights": "none"}
+    groups: dict[str, Any] = {name: {getattr(cell, name): options[name]} for name in ("dataset", "backbone", "loss")}
+    groups |= {"recipe": options["recipe"], "embedding_dim": [cell.embedding_dim], "seed": [cell.seed]}
     try:
-        params = Params.model_validate(groups | {"embedding_dim": [cell.embedding_dim], "seed": [cell.seed]})
-    except ValidationError:  # a file that is no longer an option
+        params = Params.model_validate(groups)
+    except ValidationError:
         return {}
-    params._recipe_file = Recipe.model_validate(groups["recipe"][cell.recipe_name]).model_dump()
-    return params.cells(cell.dataset)[0].to_dict()
+    return _options(params.cells(cell.dataset, params.recipe)[0])
 
 
 def _changed_entries(prefix: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
