@@ -117,7 +117,7 @@ VALIDATING = TINY_RECIPE | {
 def run(workspace, **changes):
     """Train the one cell of the tiny parameters with some groups replaced; its run folder."""
     Path("params.yaml").write_text(yaml.safe_dump(tiny_params(**changes)))
-    (cell,) = workspace.params().cells("glyphs")
+    (cell,) = workspace.cells("glyphs")
     return train_cell(cell, workspace)
 
 

@@ -69,7 +69,7 @@ def step(workspace):
     """A function that takes some training steps of the tiny cell on a device, and returns network and state dict."""
 
     def take(where: str, steps: int, watch=None):
-        (cell,) = workspace.params().cells("glyphs")
+        (cell,) = workspace.cells("glyphs")
         recipe, seed = cell.recipe, cell.seed
         torch.manual_seed(seed)
         model, criterion = network.build(cell, num_classes=6, root=Path())

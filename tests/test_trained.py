@@ -21,7 +21,7 @@ from cbml.stages.embed import embed_images, load_model, nearest
 @pytest.fixture
 def folder(workspace):
     """Of a run what is needed here, after no training."""
-    (cell,) = workspace.params().cells("glyphs")
+    (cell,) = workspace.cells("glyphs")
     model, _ = network.build(cell, num_classes=6, root=Path())
     folder = workspace.run(cell)
     folder.mkdir(parents=True)

@@ -27,7 +27,7 @@ SPEED = ("train_images_per_second", "train_data_percent")
 def compute(workspace, **changes):
     """Train and evaluate the one cell of the tiny parameters with some groups replaced; its key."""
     Path("params.yaml").write_text(yaml.safe_dump(tiny_params(**changes)))
-    (cell,) = workspace.params().cells("glyphs")
+    (cell,) = workspace.cells("glyphs")
     folder = train_cell(cell, workspace)
     evaluate_cell(folder, workspace)
     return json.loads((folder / "run.json").read_text())["key"]

@@ -33,7 +33,7 @@ from cbml.tracking import store as tracking
 
 
 def the_cell(workspace):
-    return workspace.params().cells("glyphs")[0]
+    return workspace.cells("glyphs")[0]
 
 
 def open_cell(workspace, **options):

@@ -81,7 +81,7 @@ def test_switches_are_set_for_the_run_alone(workspace, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.use_deterministic_algorithms(False)
-    (cell,) = workspace.params().cells("glyphs")
+    (cell,) = workspace.cells("glyphs")
     with device.device_context(cell.recipe):
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.allow_tf32
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.allow_tf32
@@ -178,7 +178,7 @@ def test_the_share_of_validation_classes_concerns_only_runs_that_ask_for_them(wo
     for share in (0.34, 0.5):
         recipe = VALIDATING | {"select_by": {"metric": "map_at_r", "validation_classes": share}}
         Path("params.yaml").write_text(yaml.safe_dump(tiny_params(recipe=recipe)))
-        keys.add(workspace.params().cells("glyphs")[0].key("data", None))
+        keys.add(workspace.cells("glyphs")[0].key("data", None))
     assert len(keys) == 2
     recipe = TINY_RECIPE | {"select_by": {"metric": "recall_at_1", "validation_classes": 0.9}}
     with pytest.raises(UserError, match="validation_classes=0.9 holds out 5 of 6 training classes"):

@@ -157,7 +157,7 @@ def run_all(workspace, name):
     """All stages; the one cell's evaluation, its metrics, and the table."""
     download(workspace, name)
     build_lists(workspace, name)
-    (cell,) = workspace.params().cells(name)
+    (cell,) = workspace.cells(name)
     metrics = evaluate_cell(train_cell(cell, workspace), workspace)
     draw_cell(workspace.evaluation(cell), workspace)
     return workspace.evaluation(cell), metrics, tabulate(workspace, name)
@@ -344,7 +344,7 @@ def test_images_that_were_deleted_are_brought_again_when_they_are_needed(publish
     root = workspace.images(workspace.params().dataset["sop"])
     for folder in [root, *workspace.cache.glob("*-bilinear")]:
         folder.rename(tmp_path / f"away-{folder.name}")
-    (cell,) = workspace.params().cells("sop")
+    (cell,) = workspace.cells("sop")
     train_cell(cell, workspace)
     assert root.is_dir()
 
@@ -355,7 +355,7 @@ def test_changed_images_are_not_trained_on_under_the_name_of_others(published, t
     build_lists(workspace, "sop")
     root = workspace.images(workspace.params().dataset["sop"])
     photograph(root / paths(workspace, "sop")[0], 77, 7)
-    (cell,) = workspace.params().cells("sop")
+    (cell,) = workspace.cells("sop")
     train_cell(cell, workspace)  # on those that were decoded before
     for folder in workspace.cache.glob("*-bilinear"):
         folder.rename(tmp_path / folder.name)
