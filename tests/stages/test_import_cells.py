@@ -62,7 +62,7 @@ def test_everything_arrives_and_the_tables_are_the_same(other):
     assert run.data.params == there.data.params
     # All but the speed by iteration, which no file of a run holds: run.json has the seconds.
     assert run.data.metrics == {k: v for k, v in there.data.metrics.items() if k not in SPEED}
-    assert run.data.tags["imported_from"] == str(other) and run.data.tags["cell_key"] == key
+    assert run.data.tags["imported_from"] == other.name and run.data.tags["cell_key"] == key
     for name in ("loss", "loss_variance", "recall_at_1"):
         curves = [
             [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, name)]

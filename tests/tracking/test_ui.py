@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
@@ -15,8 +16,9 @@ from helpers import environment, tiny_params
 
 from cbml.errors import UserError
 from cbml.spec.params import Params
-from cbml.tracking import store as tracking
+from cbml.tracking import run as tracking
 from cbml.tracking import ui
+from cbml.tracking.store import Store
 from cbml.workspace import Workspace
 
 LOSSES = {"cbml_log": {"type": "cbml"}, "cbml_sqrt": {"type": "cbml", "form": "sqrt"}}
@@ -44,7 +46,7 @@ def workspace(tmp_path_factory):
 
 
 def test_each_dataset_has_links_and_its_experiment_the_views_that_they_open(workspace):
-    store = tracking.Store(workspace)
+    store = Store(workspace)
     (dataset,) = (found := ui.links(store, "http://here/")).keys()
     assert dataset == "glyphs" and list(found[dataset]) == [name for name, _, _ in ui.VIEWS.values()]
     experiment = store.client.get_experiment_by_name("glyphs")
@@ -65,7 +67,7 @@ def test_each_dataset_has_links_and_its_experiment_the_views_that_they_open(work
 
 def test_a_store_without_cells_says_so(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert ui.listed(tracking.Store(Workspace(tmp_path, tmp_path)), "http://here").startswith("no cells yet in sqlite:")
+    assert ui.listed(Store(Workspace(tmp_path, tmp_path)), "http://here").startswith("no cells yet in sqlite:")
 
 
 def test_a_port_in_use_is_one_line(workspace):
@@ -77,21 +79,42 @@ def test_a_port_in_use_is_one_line(workspace):
             ui.serve(workspace, port)
 
 
-def script(root, *options, **variables):
-    command = [sys.executable, "-m", "pipeline.ui", *map(str, options)]
-    return subprocess.Popen(command, cwd=root, env=environment() | variables, stdout=subprocess.PIPE, text=True)
+def script(root, *options, ignored=(), **variables):
+    """The script, started where these signals are ignored."""
+
+    def ignore():
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+    command, variables = [sys.executable, "-m", "pipeline.ui", *map(str, options)], environment() | variables
+    return subprocess.Popen(
+        command, cwd=root, env=variables, stdout=subprocess.PIPE, text=True, preexec_fn=ignore, start_new_session=True
+    )
+
+
+def serving(root, **options):
+    """The script when its server answers, and the addresses that it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process, lines = script(root, "--port", port, **options), []
+    while process.poll() is None and "Ctrl-C ends it.\n" not in lines:
+        lines.append(process.stdout.readline())
+    return process, re.findall("http://.*", "".join(lines))
+
+
+def answers(address):
+    try:
+        return urllib.request.urlopen(address.partition("#")[0] + "health", timeout=5).status == 200
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="module")
 def served(workspace):
     """The script with its server, and the addresses that it printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process, lines = script(workspace.root, "--port", port), []
-    while process.poll() is None and "Ctrl-C ends it.\n" not in lines:
-        lines.append(process.stdout.readline())
-    yield process, re.findall("http://.*", "".join(lines))
+    process, addresses = serving(workspace.root)
+    yield process, addresses
     process.kill()
 
 
@@ -125,9 +148,32 @@ def test_the_links_open_on_the_cells_and_their_curves(served):
 
 def test_ctrl_c_ends_the_server_too(served):
     process, (address, *_) = served
-    health = address.partition("#")[0] + "health"
-    assert urllib.request.urlopen(health).status == 200
+    assert answers(address)
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 0
-    with pytest.raises(OSError):
-        urllib.request.urlopen(health)
+    assert not answers(address)
+
+
+ENDS = {"Ctrl-C": signal.SIGINT, "kill": signal.SIGTERM, "its terminal": signal.SIGHUP, "kill -9": signal.SIGKILL}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_the_server_ends_with_its_script_however_that_was_started(workspace, how):
+    # As a background job of a script is; a terminal that closes is no end where `nohup` says so.
+    process, (address, *_) = serving(workspace.root, ignored=[signal.SIGINT])
+    assert answers(address)
+    os.kill(process.pid, ENDS[how])
+    process.wait(timeout=60)
+    patience = time.monotonic() + 60
+    while answers(address) and time.monotonic() < patience:
+        time.sleep(0.1)
+    assert not answers(address)
+
+
+def test_nohup_outlives_its_terminal(workspace):
+    process, (address, *_) = serving(workspace.root, ignored=[signal.SIGINT, signal.SIGHUP])
+    os.kill(process.pid, signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None and answers(address)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 0

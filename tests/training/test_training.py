@@ -44,7 +44,7 @@ from cbml.spec.params import load_cell
 from cbml.stages import train as stages_train
 from cbml.stages.evaluate import evaluate_cell
 from cbml.stages.train import weights_sha256
-from cbml.tracking import store as tracking
+from cbml.tracking import run as tracking
 from cbml.training import device, loop
 
 

@@ -11,7 +11,7 @@ from cbml.report.common.pictures import Pictures
 from cbml.spec.params import load_cell
 from cbml.stages.inputs import open_data
 from cbml.stages.records import curves_of, indexed, neighbours_of, record_of
-from cbml.tracking import store as tracking
+from cbml.tracking.run import open_trained
 from cbml.workspace import Workspace
 
 SIDE = 96  # of a thumbnail, in pixels
@@ -80,7 +80,6 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
         for name, svg in svgs.items():
             (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
         (folder / "index.html").write_text(page, encoding="utf-8")
-    opened = tracking.open_cell(workspace, cell, record["key"], record["fingerprint"], run_id=record["run_id"])
-    with opened as run:
+    with open_trained(workspace, cell, record, later="drawing it again brings the page there") as run:
         run.log_folder(out)
     return out

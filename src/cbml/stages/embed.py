@@ -23,9 +23,9 @@ def load_model(model: str, workspace: Workspace) -> trained.Trained:
     """
     if Path(model).is_dir():
         return trained.load(model)
-    from cbml.tracking.store import Store  # MLflow takes seconds to import
+    from cbml.tracking.model import find_model  # MLflow takes seconds to import
 
-    return trained.load(Store(workspace).model(model))
+    return trained.load(find_model(workspace, model))
 
 
 def embed_images(model: trained.Trained, images: list[Path], out: Path) -> tuple[list[Path], np.ndarray]:

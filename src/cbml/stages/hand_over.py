@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -12,8 +11,11 @@ from cbml.report.tables.commands import command
 from cbml.report.tables.markdown import pipe_table
 from cbml.spec.cell import Cell
 from cbml.stages.records import curves_of, record_of
-from cbml.tracking import store as tracking
+from cbml.tracking.model import WEIGHTS
+from cbml.tracking.run import open_trained, summary
 from cbml.workspace import Workspace
+
+LATER = "python -m pipeline.import_cells . brings it there later"
 
 
 def hand_over(
@@ -24,8 +26,8 @@ def hand_over(
     *,
     page: Path | None = None,
     register: bool = False,
-    **tags: Any,
-) -> None:
+    **tags: str,
+) -> bool:
     """Log what evaluation left, and the model of `run_folder` if it is there.
 
     The run is that which training opened, if the store has it. The curves are logged as far as it has not taken them.
@@ -34,17 +36,20 @@ def hand_over(
         page: the folder of its page, if that is drawn already.
         register: put the model into MLflow's registry, as a new version of `<dataset>-<cell>`.
         tags: of a new run.
+
+    Returns:
+        Whether the store has taken everything.
     """
     record, metrics = record_of(evaluation), read_json(evaluation / "metrics.json", "evaluate")
-    id, key = record["run_id"], record["key"]
-    with tracking.open_cell(workspace, cell, key, record["fingerprint"], run_id=id, **tags) as run:
+    with open_trained(workspace, cell, record, later=LATER, tags=tags) as run:
+        run.tag("evaluated", "false")  # until all of it is there
         for curve in curves_of(evaluation, cell):
             run.log(curve.to_dict("records"))
         if (file := evaluation / "pseudo_labels.csv").is_file():
             table = read_csv(file, "evaluate", ("iteration", "nmi", "purity", "changed")).set_index("iteration")
             for iteration, row in table[["nmi", "purity", "changed"]].iterrows():
                 run.log([{"iteration": iteration, **row.dropna().add_prefix("pseudo_label_")}])
-        run.log([tracking.summary(metrics)], replace=True)
+        run.log([summary(metrics)], replace=True)
         # K as the step: one chart has the curves of all runs.
         by_k = {int(name.removeprefix("recall_at_")): metrics["final"][name] for name in recalls(metrics["final"])}
         run.log([{"iteration": k, "recall_at_k": recall} for k, recall in by_k.items()], replace=True)
@@ -53,9 +58,11 @@ def hand_over(
         if page:
             run.log_folder(page)
         if (run_folder / "final.pt").is_file():
-            run.log_model(run_folder, register_as=f"{cell.dataset}-{cell.name}" if register else None)
+            name = f"{cell.dataset}-{cell.name}" if register else None
+            run.log_model(run_folder, weights=record.get(WEIGHTS), register_as=name)
         run.note(_note(cell, metrics, workspace.conf))
-        run.tag("evaluated", "true")
+        run.seal("evaluated")
+    return run.complete
 
 
 def _note(cell: Cell, metrics: dict[str, dict[str, float]], conf: Path) -> str:

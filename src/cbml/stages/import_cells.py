@@ -16,7 +16,7 @@ def import_cells(source: Path, workspace: Workspace) -> list[str]:
     """Bring every evaluated cell of another checkout, or of this one, into the tracking store.
 
     Each becomes a run with its parameters, curves, metrics and files, the versions that it was computed with, its model
-    if its weights are there, and a tag `imported_from`.
+    if its weights are there, and a tag `imported_from`, the name of the folder.
 
     Args:
         source: a folder that holds evaluations/<dataset>/<cell>; and runs/<dataset>/<cell> if the weights are to come,
@@ -27,7 +27,7 @@ def import_cells(source: Path, workspace: Workspace) -> list[str]:
 
     Raises:
         UserError: there is no evaluated cell, MLflow is not installed, or the store has a cell with other results,
-            before anything is brought.
+            before anything is brought; or it does not take a cell, after the others are brought.
     """
     theirs = Workspace(source)
     folders = theirs.evaluations()
@@ -45,8 +45,13 @@ def import_cells(source: Path, workspace: Workspace) -> list[str]:
             raise UserError(f"{folder}: the store has {key} already, with other results ({here})")
         else:
             message(f"{key}: here already")
+    came = []
     for cell, folder, key in new:
         page = theirs.page(cell) if theirs.page(cell).is_dir() else None
-        hand_over(workspace, cell, folder, theirs.run(cell), page=page, imported_from=str(source.resolve()))
-        message(f"{key}: imported")
-    return [key for _, _, key in new]
+        if hand_over(workspace, cell, folder, theirs.run(cell), page=page, imported_from=source.resolve().name):
+            message(f"{key}: imported")
+            came.append(key)
+    if len(came) < len(new):
+        left = ", ".join(key for _, _, key in new if key not in came)
+        raise UserError(f"{len(came)} cells imported, {len(new) - len(came)} not, for the reasons above: {left}")
+    return came

@@ -19,7 +19,8 @@ from cbml.report.tables.rows import Evaluated
 from cbml.spec.params import load_cell
 from cbml.stages.inputs import open_data
 from cbml.stages.records import neighbours_of, record_of
-from cbml.tracking import store as tracking
+from cbml.tracking.run import open_tables
+from cbml.tracking.store import Store
 from cbml.workspace import Workspace
 
 SIDE = 64  # of a thumbnail, in pixels
@@ -62,7 +63,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
         write_text(folder / name, content)
     pages = sorted(workspace.reports.glob("*/index.html"))  # git has the figures of datasets whose page is not here
     write_text(workspace.index, index_page({page.parent.name: _headline(page.parent) for page in pages}))
-    with tracking.open_tables(workspace, dataset, [one.cell for one in evaluated]) as run:
+    with open_tables(workspace, dataset, [one.cell for one in evaluated]) as run:
         for name in contents:
             run.log_file(folder / name)
         run.log_table(table.round(3), "tables.json")
@@ -109,7 +110,7 @@ def _here(workspace: Workspace, dataset: str) -> list[Evaluated]:
 
 def _archived(workspace: Workspace, dataset: str) -> list[Evaluated]:
     """The finished cells in the tracking store that are of the same images and lists as the newest one."""
-    folders = tracking.Store(workspace).finished(dataset).values()
+    folders = Store(workspace).finished(dataset).values()
     found = [Evaluated(load_cell(folder / "cell.yaml"), record_of(folder), folder, folder) for folder in folders]
     if not found:
         raise UserError(f"{dataset}: the tracking store has no evaluated cell of it; the stage evaluate brings them")

@@ -24,7 +24,7 @@ from cbml.samplers.base import BatchSampler
 from cbml.samplers.classes import ClassesConfig
 from cbml.spec.cell import Cell
 from cbml.stages.inputs import open_data
-from cbml.tracking import store as tracking
+from cbml.tracking.run import open_cell
 from cbml.training.checkpoint import Checkpoint, acquire
 from cbml.training.device import device_context, facts
 from cbml.training.history import Row
@@ -59,8 +59,7 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
 
     with acquire(workspace.checkpoint(key), key, code | provenance.packages()) as checkpoint:
         id_file = checkpoint.folder / "run_id"
-        run_id = id_file.read_text(encoding="utf-8") if id_file.is_file() else None
-        opened = tracking.open_cell(workspace, cell, key, data.fingerprint, run_id=run_id, remember=id_file)
+        opened = open_cell(workspace, cell, key, data.fingerprint, remember=id_file)
         with opened as run, device_context(cell.recipe) as fabric:
             selected = None
             if selection_job:

@@ -1,417 +1,325 @@
-"""MLflow: the only module that knows it, beside the model in `serving.py` that it logs and its pages in `ui.py`.
+"""The tracking store: where it is, how it is opened, and the archive of finished cells that it is.
 
-The store is a SQLite file and a folder of artifacts at the root of the repository, also for an experiment that DVC runs
-in a temporary copy of it; `MLFLOW_TRACKING_URI` overrides. It is the archive of finished cells. It may be away: then
-what it should have taken waits in this process, a computed result never does; and without MLflow installed everything
-runs and leaves complete folders, which `import_cells` brings into a store.
+It is a SQLite file and a folder of artifacts at the root of the repository, also for an experiment that DVC runs in a
+temporary copy of it; `MLFLOW_TRACKING_URI` overrides. It goes along when the checkout is moved or copied. Without
+MLflow installed everything runs and leaves complete folders, which `import_cells` brings into a store.
 """
 
-import io
-import json
-import logging
 import os
 import re
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property, partial
-from importlib.metadata import version
+import shlex
+import sqlite3
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
 
-import numpy as np
-import pandas as pd
-import yaml
-from PIL import Image
-
-from cbml import provenance
-from cbml.errors import UserError
-from cbml.files import atomic_write, locked, share, write_text
-from cbml.progress import message
-from cbml.spec.cell import Cell
-from cbml.spec.params import load_cell
+from cbml.errors import UserError, shortage
+from cbml.files import atomic_write, locked
 from cbml.workspace import Workspace
-
-# A store that cannot be reached is to say so within a minute; no bars for copying files between folders, and no word
-# to MLflow's makers.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
-# Tracebacks of what is caught here; remarks on packages, examples, descriptions that are cut, and threads.
-QUIET = ("store.db.utils", "pyfunc", "utils.environment", "utils.validation", "system_metrics.system_metrics_monitor")
-for name in QUIET:
-    logging.getLogger(f"mlflow.{name}").setLevel(logging.CRITICAL)
 
 try:
     import mlflow
-    from mlflow.entities import Dataset, DatasetInput, LoggedModelStatus, Metric, Param, RunStatus
-    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
-    from mlflow.models import ModelSignature
-    from mlflow.tracking import MlflowClient
-    from mlflow.tracking.context.registry import resolve_tags
-    from mlflow.types import ColSpec, Schema, TensorSpec
-    from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
+    import mlflow.artifacts
+    import mlflow.entities
+    import requests
+    import sqlalchemy
+    from mlflow.utils.file_utils import local_file_uri_to_path
 except ModuleNotFoundError:
     mlflow = None  # type: ignore[assignment]
 
-# What the logged model imports.
-SERVING: tuple[str, ...]
-SERVING = ("torch", "torchvision", "pytorch-metric-learning", "pydantic", "safetensors", "matplotlib", "pillow")
-SERVING += ("mlflow", "pandas", "filelock", "requests", "tqdm", "pyyaml")
-METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits
-DVC_VARIABLES = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
-TABLES = "tables"  # the experiment of all table sets
-PATIENCE = 60.0  # seconds between attempts at a store that is away
-LAST_ATTEMPTS = 3  # at the end of a run
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+
+# What the database records of the places of files.
+PLACES = {
+    "experiments": ("artifact_location",),
+    "runs": ("artifact_uri",),
+    "logged_models": ("artifact_location",),
+    "model_versions": ("source", "storage_location"),
+}
+DELETED = "SELECT {} FROM {} WHERE lifecycle_stage = 'deleted'"
+NOT_FOLDERS = ("databricks", "databricks-uc", "uc")  # URIs without a scheme that are none of a folder
+BUSY = 5.0  # seconds that a database may be locked by another process
+HTTP_AWAY = (408, 429, 502, 503, 504)  # statuses of a server that may answer later
+
+
+def installed() -> bool:
+    """Whether MLflow is."""
+    return mlflow is not None
 
 
 def make_database(file: Path) -> None:
     """Write an empty store, for which MLflow takes seconds."""
-    MlflowClient(f"sqlite:///{file}").search_experiments(max_results=1)
+    mlflow.MlflowClient(sqlite_uri(file)).search_experiments(max_results=1)
 
 
 class Store:
-    """The tracking store of a workspace."""
+    """The tracking store of a workspace.
+
+    Attributes:
+        uri: where it is, absolute.
+        database: the file of the repository's own.
+        own: whether it is the repository's own.
+
+    Raises:
+        UserError: MLflow is not installed.
+    """
 
     def __init__(self, workspace: Workspace):
-        self.workspace = workspace
-        own = f"sqlite:///{workspace.database}"
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or own
+        if not installed():
+            raise UserError("MLflow is not installed; pip install mlflow")
+        self.workspace, self.root = workspace, workspace.root.resolve()
+        self.database = self.root / workspace.database.name
+        own = sqlite_uri(self.database)
+        named = os.environ.get("MLFLOW_TRACKING_URI")
+        self.uri = absolute(named, self.root) if named else own
         self.own = self.uri == own
 
     @cached_property
     def client(self) -> "MlflowClient":
-        if mlflow is None:
-            raise UserError("MLflow is not installed; pip install mlflow")
-        database = self.workspace.database
+        """MLflow's client.
+
+        Raises:
+            UserError: the database is damaged, or what it records of its files' places does not fit this checkout.
+        """
         with self._alone():
-            if self.own and not (database.is_file() and database.stat().st_size):
+            if file := sqlite_file(self.uri):
                 # Made beside and renamed: half a database would stop every later run.
-                with atomic_write(database) as temporary:
-                    make_database(temporary)
+                if not (file.is_file() and file.stat().st_size):
+                    with atomic_write(file) as temporary:
+                        make_database(temporary)
+                check_database(file)
+                if self.own:
+                    take_along(file, self.artifacts)
         mlflow.set_tracking_uri(self.uri)
-        return MlflowClient(self.uri)
+        return mlflow.MlflowClient(self.uri)
+
+    @property
+    def artifacts(self) -> Path:
+        """Where this process writes files itself: beside a SQLite file, else in the checkout."""
+        file = sqlite_file(self.uri)
+        return (file.parent if file else self.root) / self.workspace.artifacts.name
 
     def experiment(self, name: str) -> str:
         """The id of an experiment, made on first use."""
+        client = self.client
         with self._alone():
-            if found := self.client.get_experiment_by_name(name):
+            if found := self._experiment(name):
                 return found.experiment_id
-            artifacts = (self.workspace.artifacts / name).as_uri() if self.own else None
+            database = self.uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
+            # A server, or a store that is a folder, has a place of its own.
+            artifacts = (self.artifacts / name).as_uri() if database else None
             # Else the UI takes the experiment for one of language models and opens on their pages.
             kind = {"mlflow.experimentKind": "custom_model_development"}
-            return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
+            return client.create_experiment(name, artifact_location=artifacts, tags=kind)
+
+    def _experiment(self, name: str) -> "Experiment | None":
+        found = self.client.get_experiment_by_name(name)
+        if found and found.lifecycle_stage == "deleted":
+            command = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+            raise UserError(
+                f"the experiment {name} was deleted; to have it back: MLFLOW_TRACKING_URI={self.named} {command}"
+                + ("; to remove it for good: python -m pipeline.clean" if self.own else "")
+            )
+        return found
+
+    @property
+    def named(self) -> str:
+        """The URI, for a command that is shown; a password is not."""
+        return shlex.quote(self.uri) if public(self.uri) == self.uri else '"$MLFLOW_TRACKING_URI"'
 
     def _alone(self) -> AbstractContextManager[None]:
         """Hold what two processes might make at once: the database, an experiment."""
         return locked(self.workspace.cache / "mlflow", "MLflow: waiting for another process")
 
-    def finished(self, dataset: str) -> dict[str, Path]:
-        """The files of every evaluated cell of a dataset, the newest of each key, in the order of their keys."""
-        experiment = self.client.get_experiment_by_name(dataset)
-        found: dict[str, Path] = {}
-        token = None
-        while experiment:
-            page = self.client.search_runs(
-                [experiment.experiment_id],
-                "tags.evaluated = 'true' and attributes.status = 'FINISHED'",
-                order_by=["attributes.start_time DESC"],
-                page_token=token,
-            )
-            for run in page:
-                if (key := run.data.tags["cell_key"]) not in found:
-                    found[key] = self.folder(run.info.artifact_uri, run.info.run_id)
-            if not (token := page.token):
-                break
-        return dict(sorted(found.items()))
-
-    def model(self, name: str) -> Path:
-        """The folder with the cell and the weights of a model: the newest of the run with that id, or of a cell's key.
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """What the store answers to the block; one line instead of a traceback if it does not.
 
         Raises:
-            UserError: the store has no such run, or the run no model.
+            UserError: it is away, refuses, or is damaged.
         """
-        if mlflow is None or (self.own and not self.workspace.database.is_file()):
-            raise UserError(f"{name}: no such folder, and no store that could have a run or a cell of this name")
-        client = self.client
         try:
-            experiments = [each.experiment_id for each in client.search_experiments()]
-            wanted = [f"{what} = '{name}'" for what in ("attributes.run_id", "tags.cell_key")]
-            runs = [run for each in wanted for run in client.search_runs(experiments, each)]
-            outputs = [output for run in runs if run.outputs for output in run.outputs.model_outputs]
-            models = [client.get_logged_model(output.model_id) for output in outputs]
-        except mlflow.MlflowException as error:
-            raise UserError(f"{name}: MLflow at {public(self.uri)}: {error}") from None
-        whole = [model for model in models if model.status == LoggedModelStatus.READY]
-        if not whole:
-            raise UserError(f"{name}: neither a folder nor the id of a run or the key of a cell with a model in MLflow")
-        newest = max(whole, key=lambda model: model.creation_timestamp)
-        return self.folder(newest.artifact_location, newest.model_id) / "artifacts"
+            yield
+        except (mlflow.MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
+            if shortage(error):
+                raise
+            answers = " does not answer" if away(error) else ""
+            raise UserError(f"MLflow at {public(self.uri)}{answers}: {self.reason(error)}") from None
+
+    def reason(self, error: Exception) -> str:
+        """Why the store did not do what it was asked: one line, and what helps, if that is known."""
+        text = re.sub(r"\(Background on this error at.*|\[SQL: .*", "", str(error), flags=re.DOTALL)
+        text = public(" ".join(text.split()))
+        if "out-of-date database schema" in text:
+            return (
+                f"its database is of another release of MLflow than {mlflow.__version__}, which is installed; "
+                f"keep a copy of it, then: mlflow db upgrade {self.named}"
+            )
+        if "readonly database" in text or "read-only" in text.lower():
+            return f"{text}: it, or its folder, cannot be written; make it writable, or move it away"
+        if "malformed" in text or "not a database" in text:
+            return f"{text}; {_move_away(sqlite_file(self.uri))}"
+        known = isinstance(error, UserError | mlflow.MlflowException)
+        return text[:400] if known else f"{type(error).__name__}: {text[:400]}"
+
+    def finished(self, dataset: str) -> dict[str, Path]:
+        """The files of every evaluated cell of a dataset, the newest of each key, in the order of their keys.
+
+        Raises:
+            UserError: the store is away, or has no such files.
+        """
+        with self.asked():
+            experiment = self._experiment(dataset)
+            found: dict[str, Path] = {}
+            token = None
+            while experiment:
+                page = self.client.search_runs(
+                    [experiment.experiment_id],
+                    "tags.evaluated = 'true' and attributes.status = 'FINISHED'",
+                    order_by=["attributes.start_time DESC"],
+                    page_token=token,
+                )
+                for run in page:
+                    if (key := run.data.tags["cell_key"]) not in found:
+                        # A run that was opened again ends at another time: its files may be others.
+                        found[key] = self.folder(run.info.artifact_uri, f"{run.info.run_id}-{run.info.end_time}")
+                if not (token := page.token):
+                    break
+            return dict(sorted(found.items()))
+
+    def folder(self, uri: str, name: str) -> Path:
+        """Artifacts: where they are, or a copy of that name of those that are elsewhere.
+
+        Raises:
+            UserError: they should be in a folder of this machine, and are not.
+        """
+        if local(uri):
+            folder = Path(local_file_uri_to_path(uri))
+            if not folder.is_dir():
+                raise UserError(
+                    f"{folder}: no such folder, and MLflow has it as that of {name}; bring it, or delete that"
+                )
+            return folder
+        copy = self.workspace.cache / "artifacts" / name
+        if not copy.is_dir():
+            with atomic_write(copy) as temporary:
+                into = temporary.with_name("download")
+                into.mkdir()
+                fetched = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(into))
+                os.rename(fetched, temporary)
+        return copy
 
     def clean(self) -> None:
         """Remove for good what was deleted in MLflow: runs and, what `mlflow gc` alone would leave, their models.
 
         Raises:
-            UserError: the store is not this repository's own.
+            UserError: the store is not this repository's own, or files of what was deleted lie outside of it.
         """
         if not self.own:
             raise UserError(f"{public(self.uri)}: not this repository's own store; whoever keeps it cleans it")
-        client = self.client
-        experiments = [each.experiment_id for each in client.search_experiments()]
-        page = client.search_logged_models(experiments)
-        models = [*page]
-        while page.token:
-            page = client.search_logged_models(experiments, page_token=page.token)
-            models += page
-        for model in models:
-            if model.source_run_id and not _exists(client, model.source_run_id):
-                client.delete_logged_model(model.model_id)
-        from mlflow.cli import gc
+        with self.asked():
+            client = self.client
+            experiments = [each.experiment_id for each in client.search_experiments()]
+            page = client.search_logged_models(experiments)
+            models = [*page]
+            while page.token:
+                page = client.search_logged_models(experiments, page_token=page.token)
+                models += page
+            for model in models:
+                if model.source_run_id and not active(client, model.source_run_id):
+                    client.delete_logged_model(model.model_id)
+            self._check_inside()
+            from mlflow.cli import gc
 
-        gc.main(["--backend-store-uri", self.uri, "--tracking-uri", self.uri], standalone_mode=False)
+            gc.main(["--backend-store-uri", self.uri, "--tracking-uri", self.uri], standalone_mode=False)
 
-    def folder(self, uri: str, name: str) -> Path:
-        """Artifacts: where they are, or a copy of that name of those that are elsewhere."""
-        if local(uri):
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-        copy = self.workspace.cache / "archive" / name
-        if not copy.is_dir():
-            with atomic_write(copy) as temporary:
-                temporary.mkdir()
-                mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(temporary))
-        return copy
+    def _check_inside(self) -> None:
+        """Refuse to remove what another checkout, or its owner elsewhere, may need."""
+        deleted = [DELETED.format(PLACES[table][0], table) for table in ("runs", "logged_models", "experiments")]
+        with closing(sqlite3.connect(self.database)) as connection:
+            places = [place for query in deleted for (place,) in connection.execute(query)]
+        for place in places:
+            if not (local(place) and Path(local_file_uri_to_path(place)).resolve().is_relative_to(self.root)):
+                raise UserError(
+                    f"{public(place)}: files of what was deleted, outside this checkout ({self.root}), and perhaps "
+                    f"another one's; to remove them nevertheless: mlflow gc --backend-store-uri {self.named}"
+                )
 
 
-class Run:
-    """One MLflow run, open for logging. What the store does not take now waits, and is sent with what comes later.
+def check_database(file: Path) -> None:
+    """Find out at once what MLflow would try for minutes.
 
-    Attributes:
-        id: of the run, or None as long as the store has not made it.
-        continued: whether the store had it.
+    Raises:
+        UserError: it is no database, or cannot be read.
     """
-
-    def __init__(self, store: Store | None, run_id: str | None = None):
-        self.store, self.id = store, run_id
-        self.waiting: deque[Callable[[], None]] = deque()
-        self._next_attempt = 0.0
-        self.continued = False
-        self._logged: dict[str, dict[int, float]] = {}  # values by metric and step
-
-    @property
-    def complete(self) -> bool:
-        """Whether a store has everything."""
-        return self.store is not None and not self.waiting
-
-    def do(self, operation: Callable[[], None]) -> None:
-        """Do this after all that waits, now or later."""
-        self.waiting.append(operation)
-        if time.monotonic() >= self._next_attempt:
-            self.send()
-
-    def send(self) -> None:
-        """Do all that waits, as far as the store allows."""
-        while self.waiting and self.store:
-            try:
-                self.waiting[0]()
-            except Exception as error:  # MLflow, its database and every kind of remote store have their own types
-                reason = public(f"{type(error).__name__}: {error}".partition("\n")[0])[:200]
-                message(f"MLflow at {public(self.store.uri)} does not answer, going on without: {reason}")
-                self._next_attempt = time.monotonic() + PATIENCE
-                return
-            self.waiting.popleft()
-
-    def log(self, rows: Iterable[dict[str, float]], *, replace: bool = False) -> None:
-        """Log rows of metrics; `iteration` in each is the step. A step that is there already is left.
-
-        Args:
-            replace: log it again if its value is another.
-        """
-        now = int(time.time() * 1000)
-        points = [
-            (name, float(value), now, int(row["iteration"]))
-            for row in rows
-            for name, value in row.items()
-            if name != "iteration"
-        ]
-        for start in range(0, len(points), METRICS_A_CALL):
-            self.do(partial(self._log_points, points[start : start + METRICS_A_CALL], replace))
-
-    def opened(self) -> tuple["MlflowClient", str]:
-        """The client and the id of the run, for what is done by `do`: there is a store then, and the run is made."""
-        assert self.store and self.id
-        return self.store.client, self.id
-
-    def _log_points(self, points: list[tuple[str, float, int, int]], replace: bool) -> None:
-        client, run_id = self.opened()
-        for name in {name for name, *_ in points} - self._logged.keys():
-            history = client.get_metric_history(run_id, name) if self.continued else []
-            self._logged[name] = {point.step: point.value for point in history}
-        new = []
-        for name, value, time_logged, step in points:
-            known = self._logged[name].get(step)
-            if known is None or (replace and known != value):
-                new.append(Metric(name, value, time_logged, step))
-        client.log_batch(run_id, metrics=new)
-        for metric in new:
-            self._logged[metric.key][metric.step] = metric.value
-
-    def call(self, method: str, *args: Any) -> None:
-        """Call that method of MLflow's client for this run."""
-
-        def operation() -> None:
-            client, run_id = self.opened()
-            getattr(client, method)(run_id, *args)
-
-        self.do(operation)
-
-    def tag(self, name: str, value: str) -> None:
-        """Set a tag."""
-        self.call("set_tag", name, value)
-
-    def note(self, text: str) -> None:
-        """Set the run's description, Markdown that the UI shows above everything else."""
-        self.tag("mlflow.note.content", text)
-
-    def log_file(self, path: Path) -> None:
-        """Keep a file as an artifact."""
-        self.call("log_artifact", str(path))
-
-    def log_folder(self, folder: Path) -> None:
-        """Keep the files of a folder as artifacts."""
-        self.call("log_artifacts", str(folder))
-
-    def log_text(self, text: str, name: str) -> None:
-        """Keep a text as an artifact."""
-        self.call("log_text", text, name)
-
-    def log_table(self, table: pd.DataFrame, name: str) -> None:
-        """Keep a table where MLflow's UI shows and compares tables."""
-        self.call("log_table", table, name)
-
-    def log_model(self, folder: Path, *, register_as: str | None = None) -> None:
-        """Log what training a cell left in `folder` as an MLflow model that turns pictures into embeddings."""
-        self.do(lambda: self._log_model(folder, register_as))
-
-    def _log_model(self, folder: Path, register_as: str | None) -> None:
-        cell = load_cell(folder / "cell.yaml")
-        picture = io.BytesIO()
-        Image.new("RGB", (cell.recipe.resize, cell.recipe.resize)).save(picture, "PNG")
-        columns = Schema([ColSpec("binary", "image", required=False), ColSpec("string", "path", required=False)])
-        signature = ModelSignature(columns, Schema([TensorSpec(np.dtype("float32"), (-1, -1))]))
-        needs = [*SERVING, *(["timm"] if cell.backbone_config.type == "timm" else [])]
-        with mlflow.start_run(run_id=self.id, log_system_metrics=False):
-            model = mlflow.pyfunc.log_model(
-                name="model",
-                step=cell.recipe.iterations,  # whose metrics the model's page shows
-                registered_model_name=register_as,
-                python_model=str(Path(__file__).parents[1] / "serving.py"),
-                artifacts={"cell": str(folder / "cell.yaml"), "weights": str(folder / "final.pt")},
-                code_paths=[str(Path(__file__).parents[1])],
-                signature=signature,
-                input_example=pd.DataFrame({"image": [picture.getvalue()]}),
-                pip_requirements=[f"{name}=={version(name)}" for name in needs],
-            )
-        if self.store and local(model.artifact_path):  # else its weights would lie twice on one disk
-            share(folder / "final.pt", self.store.folder(model.artifact_path, model.model_id) / "artifacts/final.pt")
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY)) as connection:
+            connection.execute("SELECT name FROM sqlite_master").fetchall()
+    except sqlite3.DatabaseError as error:
+        if away(error):
+            raise
+        cure = "it cannot be read" if "unable to open" in str(error) else _move_away(file)
+        raise UserError(f"{file}: {error}; {cure}") from None
 
 
-@contextmanager
-def open_run(
-    workspace: Workspace,
-    experiment: str,
-    name: str,
-    *,
-    config: dict[str, Any],
-    params: dict[str, Any],
-    tags: dict[str, str],
-    fingerprint: str | None = None,
-    run_id: str | None = None,
-    remember: Path | None = None,
-) -> Iterator[Run]:
-    """Open a run, or continue that of `run_id` if the store has it; it ends with the block, failed if that raised.
+def _move_away(file: Path | None) -> str:
+    old = shlex.quote(str(file or "mlflow.db"))
+    return f"move it away (mv {old} {old}.damaged) and bring the cells that are here: python -m pipeline.import_cells ."
 
-    Args:
-        config, params: of a new run, logged as the artifact `params.yaml` and as parameters.
-        tags: of a new run, beside the revision and what DVC tells of its experiment, which every run has.
-        fingerprint: of the dataset that the run uses, which is the experiment's.
-        remember: a file for the id of a new run.
+
+def take_along(database: Path, artifacts: Path) -> None:
+    """Correct what a database records of the places of its files, if its checkout was moved or copied.
+
+    Raises:
+        UserError: the files did not come along.
     """
-    if mlflow is None:
-        yield Run(None)
-        return
-    store = Store(workspace)
-    run = Run(store, run_id)
-    run.do(lambda: _start(run, store, experiment, name, tags, remember))
-    run.do(lambda: _describe(run, experiment, config, params, fingerprint))
-    try:
-        with _system_metrics(run):
-            yield run
-    except BaseException as error:
-        run.tag("error", " ".join(str(error).split()) or type(error).__name__)
-        run.call("set_terminated", RunStatus.to_string(RunStatus.FAILED))
-        raise
-    run.call("set_terminated")
-    for attempt in range(LAST_ATTEMPTS):
-        if run.complete:
-            return
-        time.sleep(attempt)
-        run.send()
-    message(f"MLflow at {public(store.uri)} did not take all of {name}; import_cells can bring it there later")
+    with closing(sqlite3.connect(database, timeout=BUSY)) as connection:
+        rows = connection.execute(
+            "SELECT name, experiment_id, artifact_location, EXISTS (SELECT 1 FROM runs WHERE "
+            "runs.experiment_id = experiments.experiment_id) FROM experiments"
+        )
+        moved = set()
+        for name, id, location, has_runs in rows.fetchall():
+            # As `Store.experiment` names them, and MLflow those of its own.
+            for folder in (name, str(id)):
+                root = (location or "").removesuffix(f"/{quote(folder)}")
+                if not local(root) or root == location or not root.endswith(f"/{artifacts.name}"):
+                    continue
+                if root == artifacts.as_uri():
+                    continue
+                there = Path(local_file_uri_to_path(root))
+                if has_runs and there != artifacts and not (artifacts / folder).is_dir():
+                    raise UserError(_left_behind(database, there, artifacts, folder))
+                moved.add(root)
+        for root in moved:
+            for table, columns in PLACES.items():
+                known = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+                for column in known.intersection(columns):
+                    new, length = f"{artifacts.as_uri()}/", len(root) + 1
+                    connection.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                        (new, length + 1, length, f"{root}/"),
+                    )
+        connection.commit()
 
 
-def _start(run: Run, store: Store, experiment: str, name: str, tags: dict[str, str], remember: Path | None) -> None:
-    client = store.client
-    if run.id and _exists(client, run.id):
-        run.continued = True
-        client.update_run(run.id, status=RunStatus.to_string(RunStatus.RUNNING))
-        if "error" in client.get_run(run.id).data.tags:  # of an earlier attempt
-            client.delete_tag(run.id, "error")
-        return
-    tags = tags | {variable.lower(): os.environ[variable] for variable in DVC_VARIABLES if variable in os.environ}
-    tags = resolve_tags(tags | {MLFLOW_GIT_COMMIT: provenance.revision()})  # and user, script, branch, as MLflow does
-    run.id = client.create_run(store.experiment(experiment), run_name=name, tags=tags).info.run_id
-    if remember:
-        write_text(remember, run.id)
+def _left_behind(database: Path, there: Path, artifacts: Path, folder: str) -> str:
+    if (there / folder).is_dir():
+        bring = shlex.join(["cp", "-r", f"{there}/.", str(artifacts)])
+        return f"{database}: its files were left in {there}; to bring them along: {bring}"
+    return (
+        f"{database}: its files were in {there / folder}, and are not in {artifacts / folder}; bring that folder, or "
+        f"have a new store: mv {shlex.quote(str(database))} {shlex.quote(str(database))}.old"
+    )
 
 
-def _describe(
-    run: Run, experiment: str, config: dict[str, Any], params: dict[str, Any], fingerprint: str | None
-) -> None:
-    if run.continued:
-        return
-    client, run_id = run.opened()
-    flat = [Param(key, str(value)) for key, value in params.items()]
-    for start in range(0, len(flat), PARAMS_A_CALL):
-        client.log_batch(run_id, params=flat[start : start + PARAMS_A_CALL])
-    if fingerprint:
-        source = json.dumps({"uri": f"lists/{experiment}"})
-        client.log_inputs(run_id, [DatasetInput(Dataset(experiment, fingerprint, "local", source))])
-    client.log_text(run_id, yaml.safe_dump(config, sort_keys=False), "params.yaml")
-
-
-@contextmanager
-def _system_metrics(run: Run) -> Iterator[None]:
-    """Log the load of this machine meanwhile, as MLflow does, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for it."""
-    monitor = None
-    if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() and run.id and run.store:
-        try:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-            monitor = SystemMetricsMonitor(run.id, resume_logging=run.continued, tracking_uri=run.store.uri)
-            monitor.start()
-        except Exception as error:  # psutil is not installed, or the store is away
-            message(f"system metrics are not logged: {error}")
-    try:
-        yield
-    finally:
-        if monitor:
-            monitor.finish()
-
-
-def _exists(client: "MlflowClient", run_id: str) -> bool:
+def active(client: "MlflowClient", run_id: str) -> bool:
+    """Whether the store has the run, and it was not deleted."""
     try:
         return client.get_run(run_id).info.lifecycle_stage == "active"
     except mlflow.MlflowException as error:
@@ -420,57 +328,51 @@ def _exists(client: "MlflowClient", run_id: str) -> bool:
         return False
 
 
-def open_cell(
-    workspace: Workspace,
-    cell: Cell,
-    key: str,
-    fingerprint: str,
-    *,
-    run_id: str | None = None,
-    remember: Path | None = None,
-    **tags: str,
-) -> AbstractContextManager[Run]:
-    """`open_run` for a cell, under its dataset's experiment; `tags` go with its own."""
-    own = {"cell_key": key, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
-    own |= {"embedding_dim": str(cell.embedding_dim), "seed": str(cell.seed), "dataset_fingerprint": fingerprint}
-    return open_run(
-        workspace,
-        cell.dataset,
-        cell.name,
-        config=cell.to_dict(),
-        params=cell.flat(),
-        tags=own | tags,
-        fingerprint=fingerprint,
-        run_id=run_id,
-        remember=remember,
-    )
+def away(error: Exception) -> bool:
+    """Whether a store may take later what it did not take now: it is not reached, or busy. Else it has refused."""
+    if "sqlite3." in str(error) or isinstance(error, sqlite3.Error):
+        return "is locked" in str(error)
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, requests.exceptions.RetryError):
+            return "too many 500 " not in str(each)
+        unreached = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
+        if isinstance(each, (*unreached, sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)):
+            return True
+        each = each.__cause__ or each.__context__
+    return isinstance(error, mlflow.MlflowException) and error.get_http_status_code() in HTTP_AWAY
 
 
-def open_tables(workspace: Workspace, dataset: str, cells: list[Cell]) -> AbstractContextManager[Run]:
-    """`open_run` for the table set of these cells, in an experiment of their own."""
-    axes: dict[str, list[Any]] = {
-        "dataset": [dataset],
-        "backbone": [cell.backbone for cell in cells],
-        "loss": [cell.loss for cell in cells],
-        "embedding_dim": [cell.embedding_dim for cell in cells],
-        "seed": [cell.seed for cell in cells],
-        "recipe": [cell.recipe_name for cell in cells],
-    }
-    params = {name: ", ".join(map(str, dict.fromkeys(values))) for name, values in axes.items()}
-    config = {"cells": [cell.to_dict() for cell in cells]}
-    return open_run(workspace, TABLES, dataset, config=config, params=params, tags={"dataset": dataset})
+def sqlite_uri(file: Path) -> str:
+    """The URI of a SQLite file, whatever is in its path."""
+    plain = f"sqlite:///{file}"
+    if sqlite_file(plain) == file:
+        return plain
+    # With the driver named, MLflow does not make the folder, which would be one of the quoted name.
+    return f"sqlite+pysqlite:///{quote(str(file))}"
 
 
-def summary(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
-    """A cell's metrics by protocol as one row: those of `final`, and the others' Recall@K as `recall_at_1_<protocol>`.
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite URI, as it will be opened; None of any other store."""
+    url = _sqlite(uri)
+    return Path(url.database) if url and url.database and not url.query and url.database != ":memory:" else None
 
-    MLflow's UI orders charts and columns by name: so the headline comes first.
-    """
-    row = dict(metrics["final"])
-    for protocol, scores in metrics.items():
-        if protocol != "final":
-            row |= {f"{name}_{protocol}": value for name, value in scores.items() if "recall" in name}
-    return row
+
+def _sqlite(uri: str) -> "sqlalchemy.URL | None":
+    with suppress(sqlalchemy.exc.ArgumentError):
+        return sqlalchemy.make_url(uri) if uri.startswith("sqlite") else None
+    return None
+
+
+def absolute(uri: str, root: Path) -> str:
+    """A URI whose path, if it is relative, starts at `root`: not in DVC's temporary copy of it, which goes away."""
+    scheme, colon, path = uri.partition(":")
+    if (url := _sqlite(uri)) and url.database and not url.database.startswith(("/", ":memory:", "file:")):
+        _, question, query = uri.partition("?")
+        return sqlite_uri(root / url.database) + question + query
+    if scheme == "file" and not path.startswith("/"):
+        return (root / unquote(path)).as_uri()
+    return uri if colon or uri in NOT_FOLDERS else str(root / uri)
 
 
 def local(uri: str) -> bool:
@@ -478,6 +380,6 @@ def local(uri: str) -> bool:
     return uri.startswith(("file:", "/"))
 
 
-def public(uri: str) -> str:
-    """A URI without the user and password that may be in it."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+def public(text: str) -> str:
+    """A text without the users, passwords and tokens of the URIs in it."""
+    return re.sub(r"\?[^\s'\"/]*=[^\s'\")]*", "", re.sub(r"//[^/\s]*@", "//", text))

@@ -30,6 +30,9 @@ METRICS += ("recall_at_1_untrained", "recall_at_1_best_on_test")
 PARAMS = ("loss", "backbone", "embedding_dim", "seed", "recipe")
 NAME, CREATED, DATASET = "attributes.`Run Name`", "runDateAndNestInfo", "attributes.`Dataset`"
 STARTS_IN = 120  # seconds, on a busy machine
+# A command that ends, with its whole process group, when the pipe that is its standard input closes: at the latest when
+# the process that started it is gone, even if it was killed.
+AS_LONG_AS_THIS = ["sh", "-c", 'exec 3<&0 </dev/null; { cat <&3 >/dev/null; kill 0; } & exec "$@" 3<&-', "sh"]
 
 
 def view(name: str, charts: tuple[str, ...], number: int) -> str:
@@ -102,21 +105,27 @@ def serve(workspace: Workspace, port: int) -> None:
     """
     store = Store(workspace)
     if store.uri.startswith("http"):
-        print(listed(store, public(store.uri)))
+        with store.asked():
+            print(listed(store, public(store.uri)))
         return
     with socket.socket() as probe:
         if not probe.connect_ex(("127.0.0.1", port)):
             raise UserError(f"port {port} is in use; another one: python -m pipeline.ui --port {port + 1}")
     ui = f"http://127.0.0.1:{port}"
-    text = listed(store, ui)
-    command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"]
+    with store.asked():
+        text = listed(store, ui)
+    command = [*AS_LONG_AS_THIS, sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level warning"]
     settings = {"MLFLOW_BACKEND_STORE_URI": store.uri, "PYTHONWARNINGS": "ignore"}
     # No processes for jobs that judge language models: they take longer to start than the UI.
     settings["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    # However this was started: a script's background jobs ignore SIGINT. Only `nohup` is to outlive its terminal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: sys.exit())
     message(f"MLflow's UI of {public(store.uri)} is starting")
-    server = subprocess.Popen(command, env=os.environ | settings, start_new_session=True)
+    server = subprocess.Popen(command, env=os.environ | settings, stdin=subprocess.PIPE, start_new_session=True)
     try:
         _wait(ui, server)
         print(f"\n{text}\nCtrl-C ends it.", flush=True)
@@ -124,6 +133,8 @@ def serve(workspace: Workspace, port: int) -> None:
     except KeyboardInterrupt:
         pass
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # it is ending
         with suppress(ProcessLookupError):  # it ended by itself
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()
