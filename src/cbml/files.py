@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cbml.errors import UserError
+from cbml.errors import UserError, shortage, trouble
 from cbml.progress import message
 
 
@@ -159,9 +159,19 @@ def read_arrays(path: Path, stage: str, names: tuple[str, ...]) -> Any:
         return {name: arrays[name] for name in names}
 
 
-def damaged(path: Path, reason: str, stage: str) -> UserError:
+class Damaged(UserError):
+    """The content of a file is not what was written."""
+
+
+def damaged(path: Path, reason: str, stage: str) -> Damaged:
     """What to raise where the content of a file is not what `stage` writes."""
-    return UserError(f"{path}: damaged ({reason}); run the stage {stage} again, which writes it")
+    return Damaged(f"{path}: damaged ({reason}); run the stage {stage} again, which writes it")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged, a file or a folder, to a hidden name beside it; nothing is deleted. Returns that name."""
+    asides = (path.with_name(f".damaged-{number}-{path.name}") for number in itertools.count(1))
+    return path.rename(next(aside for aside in asides if not aside.exists()))
 
 
 @contextmanager
@@ -170,8 +180,12 @@ def _reading(path: Path, stage: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the stage {stage} writes it") from None
-    except MemoryError:
-        raise
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, expected a file; move it away, the stage {stage} writes the file") from None
     except Exception as error:  # damage shows in as many types as there are readers
+        if shortage(error):
+            raise
+        if refused := trouble(error):
+            raise UserError(f"{path}: cannot be read ({refused}); nothing says that it is damaged") from error
         reason = " ".join(f"{error}".split())[:200]
         raise damaged(path, f"{type(error).__name__}: {reason}", stage) from error
