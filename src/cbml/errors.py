@@ -10,7 +10,7 @@ from types import TracebackType
 SAME = "the same command continues where it stopped"
 # How PyTorch, oneDNN, C++, the linker and Python say that memory (or room for a thread) is short.
 MEMORY_WORDS = ("can't allocate", "cannot allocate", "bad_alloc", "can't start new thread", "could not create a")
-MEMORY_WORDS += ("failed to map segment", "out of memory", "not enough memory", "failed to create thread")
+MEMORY_WORDS += ("failed to map segment", "error return without exception set", "out of memory", "not enough memory")
 # What the machine may answer although nothing is wrong with a file; errno's names differ between systems.
 REFUSALS = ("EIO", "EACCES", "EPERM", "EMFILE", "ENFILE", "ESTALE", "EAGAIN", "EBUSY", "ETIMEDOUT", "ENODEV", "ENXIO")
 REFUSALS += ("EREMOTEIO", "ENOTCONN", "EHOSTDOWN", "EROFS", "ENOLCK")
@@ -48,6 +48,7 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
 
 
 def _no_room(reason: str) -> str:
+    sys.unraisablehook = lambda _: None  # what else fails for it while Python ends
     return f"error: {reason}: make room, and {SAME}"
 
 
@@ -78,15 +79,17 @@ def shortage(error: BaseException | None) -> str | None:
     """What the machine ran out of, if that is why `error` was raised: disk or memory, in a few words."""
     while error is not None:
         text = str(error)
-        number = error.errno if isinstance(error, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"the disk is full ({error.filename})" if error.filename else "the disk is full"
         if "disk is full" in text:  # SQLite's words for it
             return "the disk is full"
         # PyTorch's class for a GPU, and the words of everybody else.
-        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or number == errno.ENOMEM
-        if known or any(words in text.lower() for words in MEMORY_WORDS):
-            return f"too little memory ({text.strip().partition(chr(10))[0] or type(error).__name__})"
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        known = known or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        said = [line for line in text.splitlines() if any(words in line.lower() for words in MEMORY_WORDS)]
+        if known or said:
+            line = (said or text.strip().splitlines() or [type(error).__name__])[0]
+            return f"too little memory ({line.strip()[:200]})"
         error = error.__cause__ or error.__context__
     return None
 

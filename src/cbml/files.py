@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -115,16 +116,26 @@ def read_json(path: Path, stage: str, names: tuple[str, ...] = ()) -> Any:
         return content
 
 
+def parse_csv(path: Path, **options: Any) -> Any:
+    """pandas' `read_csv`; but where a row has more values than the header, no column becomes an index: a ValueError."""
+    import pandas as pd
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            return pd.read_csv(path, index_col=False, **options)
+        except pd.errors.ParserWarning:
+            raise ValueError("a row has more values than the header; one with a comma in it needs quotes") from None
+
+
 def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options: Any) -> Any:
     """The content of a CSV file as a DataFrame; `options` are pandas'.
 
     Raises:
         UserError: it is missing or damaged, has no rows, or lacks one of `columns`; `stage` is the one that writes it.
     """
-    import pandas as pd
-
     with _reading(path, stage):
-        table = pd.read_csv(path, **options)
+        table = parse_csv(path, **options)
         if absent := [name for name in columns if name not in table]:
             raise ValueError(f"no column {absent[0]}")
         if table.empty:

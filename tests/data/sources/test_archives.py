@@ -536,11 +536,6 @@ def test_a_dataset_is_known_by_its_first_mirror(tmp_path):
     assert folders[0] == folders[1] != folders[2]
 
 
-def test_a_cell_of_before_there_were_mirrors_can_be_read():
-    file = {"url": "http://localhost/a.tgz", "size": 7, "md5": "0" * 32}
-    assert Cub200Config(type="cub200", **file) == Cub200Config(type="cub200", mirrors=[[file]])
-
-
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_file_of_unknown_size_is_complete_when_the_server_says_so(server, tmp_path, ranges):
     server.breaks, server.ranges = [300], ranges

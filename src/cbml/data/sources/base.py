@@ -52,8 +52,11 @@ class DatasetConfig(Schema):
         """
         raise NotImplementedError
 
-    def download(self, folder: Path) -> None:
+    def download(self, folder: Path, root: Path = Path()) -> None:
         """Create `folder`, complete or not at all.
+
+        Args:
+            root: what a relative path of the option is relative to.
 
         Raises:
             UserError: the images cannot be had.
