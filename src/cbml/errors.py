@@ -3,18 +3,21 @@
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from types import TracebackType
 
 SAME = "the same command continues where it stopped"
 # How PyTorch, oneDNN, C++, the linker and Python say that memory (or room for a thread) is short.
-MEMORY_WORDS = ("can't allocate", "cannot allocate", "bad_alloc", "can't start new thread", "could not create a")
-MEMORY_WORDS += ("failed to map segment", "error return without exception set", "out of memory", "not enough memory")
-# What the machine may answer although nothing is wrong with a file; errno's names differ between systems.
-REFUSALS = ("EIO", "EACCES", "EPERM", "EMFILE", "ENFILE", "ESTALE", "EAGAIN", "EBUSY", "ETIMEDOUT", "ENODEV", "ENXIO")
-REFUSALS += ("EREMOTEIO", "ENOTCONN", "EHOSTDOWN", "EROFS", "ENOLCK")
-IO_ERRORS = {getattr(errno, name) for name in REFUSALS if hasattr(errno, name)}
+MEMORY_WORDS = re.compile(
+    "can't allocate|cannot allocate|bad_alloc|out of memory|not enough memory|can't start new thread|"
+    "could not create a primitive|failed to map segment|error return without exception set",
+    re.IGNORECASE,
+)
+# What the machine may answer although nothing is wrong with a file. Not every system has all of these.
+REFUSALS = "EIO EACCES EPERM EMFILE ENFILE ESTALE EAGAIN EBUSY ETIMEDOUT ENODEV ENXIO EREMOTEIO ENOTCONN EHOSTDOWN EROFS"
+IO_ERRORS = {getattr(errno, name) for name in REFUSALS.split() if hasattr(errno, name)}
 IN_THE_WAY = {
     errno.EISDIR: ": a folder is where a file belongs, move it away",
     errno.ENOTDIR: ": a file is where a folder belongs, move it away",
@@ -86,7 +89,7 @@ def shortage(error: BaseException | None) -> str | None:
         # PyTorch's class for a GPU, and the words of everybody else.
         known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         known = known or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        said = [line for line in text.splitlines() if any(words in line.lower() for words in MEMORY_WORDS)]
+        said = [line for line in text.splitlines() if MEMORY_WORDS.search(line)]
         if known or said:
             line = (said or text.strip().splitlines() or [type(error).__name__])[0]
             return f"too little memory ({line.strip()[:200]})"

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from cbml.data.crops import crop_each, crop_together
-from cbml.errors import UserError
+from cbml.errors import UserError, trouble
 
 MOST_PIXELS = 2**28 // 3  # 256 MiB of RGB, from where on Pillow warns of a decompression bomb
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -58,6 +58,8 @@ def decode(source: Path | BinaryIO) -> Image.Image:
                 image = file.convert("RGB")
             return image if turn is None else image.transpose(turn)
     except Exception as error:  # Pillow's decoders raise errors of many types
+        if trouble(error):  # which says nothing of the image
+            raise
         raise UserError(f"{name_of(source)}: not an image that Pillow can read ({error})") from None
 
 

@@ -95,8 +95,8 @@ def check_catalogue(table: pd.DataFrame, origin: str | Path) -> None:
         origin: what a message calls it.
 
     Raises:
-        UserError: splits other than those of `SPLITS`; an image in two rows; a class in training and test; fewer than two classes in
-            either; classes of one image everywhere, so that no image has another one of its class.
+        UserError: splits other than those of `SPLITS`; an image in two rows; a class in training and test; fewer
+            than two classes in either; classes of one image everywhere, so that no image has another one of its class.
     """
     splits = set(table.split)
     if splits not in map(set, SPLITS):

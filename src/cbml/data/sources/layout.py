@@ -47,12 +47,13 @@ def catalogue_of(folder: Path, origin: Path, split: float) -> pd.DataFrame:
             f"{origin}: image id {unpaired[0]} is in only one of images.txt and image_class_labels.txt; "
             "every image needs a line in both"
         )
-    images, first = [], {}
+    images: list[tuple[str, int]] = []
+    first: dict[str, int] = {}
     for image, path in sorted(paths.items()):
         if (one := first.setdefault(os.path.normpath(path), image)) != image:
             raise UserError(f"{origin}/images.txt: {path!r} is image {one} and image {image}; an image has one id")
         label = number(labels[image])
-        if label not in classes:
+        if label is None or label not in classes:
             raise UserError(
                 f"{origin}/image_class_labels.txt: image {image} has class id {labels[image][:100]!r}, "
                 "which classes.txt does not list"
