@@ -2,6 +2,7 @@ import hashlib
 import io
 import stat
 import tarfile
+import tracemalloc
 import zipfile
 from types import SimpleNamespace
 
@@ -312,6 +313,40 @@ def test_names_in_an_archive_that_cannot_be_written(tmp_path, files, message):
     archive.write_bytes(tar({name: content for name, content in files.items() if content is not None}))
     assert message in error_of(config(source=str(archive)), tmp_path / "cub200")
     assert list(tmp_path.iterdir()) == [archive]
+
+
+@pytest.mark.parametrize("names", [("images", "images/a.jpg"), ("images/a.jpg", "images"), ("images/a", "images/a/b")])
+def test_members_that_clash_are_said_with_the_archives_name(tmp_path, names):
+    for name, make in (("mine.tar", tar), ("mine.zip", zipped)):
+        archive = tmp_path / name
+        archive.write_bytes(make({name: b"" for name in names}))
+        message = error_of(config(source=str(archive)), tmp_path / "cub200")
+        assert message.startswith(f"{archive}: '{('CUB_200_2011/' + names[1])}' is a file here and a folder there")
+
+
+def test_a_member_without_a_name(tmp_path):
+    archive = tmp_path / "mine.zip"
+    archive.write_bytes(zipped(members=[(zipfile.ZipInfo(""), b"evil")]))
+    assert f"{archive}: unsafe member ''" in error_of(config(source=str(archive)), tmp_path / "cub200")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_header_of_many_bytes_is_not_read(tmp_path, kind, first):
+    member = tarfile.TarInfo("images/x")
+    member.type, member.size = kind, 2**28
+    with (tmp_path / "mine.tar").open("wb") as file:
+        if not first:
+            file.write(tarfile.TarInfo("attributes/x").tobuf())
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(2**29)  # a hole
+    tracemalloc.start()
+    try:
+        message = error_of(config(source=str(tmp_path / "mine.tar")), tmp_path / "cub200")
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+    assert "mine.tar: not a complete tar or zip archive (ValueError: a header of 268435456 bytes, at most" in message
 
 
 def test_a_member_with_a_nul_in_its_name(tmp_path):
