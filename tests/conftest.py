@@ -3,6 +3,9 @@
 import os
 import shutil
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 # Only a CPU repeats bits; before torch looks for GPUs. tests/test_cuda.py is run on its own, with CBML_TEST_GPU=1.
 if os.environ.get("CBML_TEST_GPU") != "1":
@@ -13,6 +16,7 @@ import torch
 import yaml
 from helpers import FOREIGN, ROOT, TINY_GLYPHS, TINY_RECIPE, tiny_params
 
+from cbml import fetch
 from cbml.stages.build_lists import build_lists
 from cbml.stages.download import download
 from cbml.tracking import store as tracking
@@ -119,3 +123,66 @@ def project(tiny_dataset, tmp_path, monkeypatch):
 @pytest.fixture
 def workspace(project):
     return Workspace.here()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Serves `state.content`; `state.breaks` lists after how many bytes each of the next answers breaks off.
+
+    The next answers start as `state.stalls` names them, and then neither end nor break off.
+    """
+    monkeypatch.setattr(fetch, "BACKOFF", 0.0)
+    monkeypatch.setattr(fetch, "CHUNK", 100)
+    state = SimpleNamespace(content=b"", breaks=[], stalls=[], ranges=True, status=None, location=None, log=[])
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def stall(self, kind, body):
+            if kind == "hang":
+                over.wait()
+                return
+            if kind in ("header", "100 Continue"):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX: " if kind == "header" else b"")
+                while not over.wait(0.02):
+                    self.wfile.write(b"x" if kind == "header" else b"HTTP/1.1 100 Continue\r\n\r\n")
+                return
+            self.send_response(206)
+            self.send_header(*{"drip": ("Content-Length", "9999"), "chunks": ("Transfer-Encoding", "chunked")}[kind])
+            self.end_headers()
+            while not over.wait(0.02):
+                byte, body = body[:1], body[1:]
+                self.wfile.write({"drip": byte, "chunks": b"1\r\n" + byte + b"\r\n"}[kind])
+
+        def do_GET(self):
+            if state.location and self.path != state.location:
+                self.send_response(302)
+                self.send_header("Location", state.location)
+                self.end_headers()
+                return
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            state.log.append(start)
+            if state.stalls:
+                self.stall(state.stalls.pop(0), state.content[start:])
+                return
+            start = start if state.ranges else 0
+            out_of_range = start > 0 and start >= len(state.content)
+            self.send_response(state.status or (416 if out_of_range else 206 if start else 200))
+            if out_of_range:
+                self.send_header("Content-Range", f"bytes */{len(state.content)}")
+            body = b"" if state.status or out_of_range else state.content[start:]
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: state.breaks.pop(0)] if state.breaks else body)
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    state.url = f"http://127.0.0.1:{http.server_port}/CUB_200_2011.tgz?download=1"
+    yield state
+    over.set()
+    http.shutdown()
+    thread.join()
+    http.server_close()

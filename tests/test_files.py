@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import environment, run
+import yaml
+from helpers import environment, run, tiny_params
+from PIL import Image
 
 from cbml.errors import UserError, run_main, shortage
-from cbml.files import atomic_write, read_tensors, share, write_tensors, write_text
+from cbml.files import atomic_write, read_csv, read_json, read_tensors, share, write_tensors, write_text
 from cbml.stages.evaluate import evaluate_cell
 from cbml.workspace import Workspace
 
@@ -120,6 +122,96 @@ def test_what_the_machine_has_too_little_of_is_one_line():
     assert "too little memory" in ended(allocation.value) and "\n" not in ended(allocation.value)
     assert ended(NotADirectoryError(errno.ENOTDIR, "Not a directory", "data/x")).startswith("error: [Errno 20]")
     assert shortage(ValueError("x")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("can't start new thread"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    ],
+    ids=str,
+)
+def test_little_memory_in_other_words_is_one_line(error):
+    assert ended(error).startswith("error: too little memory (") and str(error) in ended(error)
+
+
+@pytest.mark.parametrize("gigabytes", [0.1, 0.5, 1, 2])
+def test_little_memory_for_the_packages_themselves_is_one_line(workspace, gigabytes):
+    limit = int(gigabytes * 2**20)
+    command = f"ulimit -v {limit}; exec {sys.executable} -m pipeline.build_lists glyphs"
+    done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 0 or (len(lines) == 1 and "too little memory" in lines[0]), done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("read", [read_json, read_csv, read_tensors])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, read, number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    file = tmp_path / "final.pt"
+    file.write_text("{}")
+    for place in ("builtins.open", "io.open", "pathlib.Path.open", "pathlib.Path.read_text"):
+        monkeypatch.setattr(place, fail)
+    monkeypatch.setattr("pandas.read_csv", fail)
+    with pytest.raises(UserError, match=rf"final\.pt: cannot be read \({os.strerror(number)}\); nothing says"):
+        read(file, "train")
+
+
+def test_a_folder_where_a_file_belongs_is_to_be_moved_away(tmp_path):
+    for read in (read_json, read_csv, read_tensors):
+        with pytest.raises(UserError, match="a folder, expected a file; move it away, the stage train writes"):
+            read(tmp_path, "train")
+    assert "move it away" in ended(IsADirectoryError(errno.EISDIR, "Is a directory", "final.pt"))
+
+
+ANY_NAME = """
+import os, sys
+from cbml.errors import run_main
+run_main(lambda: print("0.5 ± 0.1 …", os.fsdecode(b"\\xff.png")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("ascii", rb"0.5 \xb1 0.1 \u2026 \udcff.png"), ("latin-1", b"0.5 \xb1 0.1 \\u2026 \\udcff.png")],
+)
+def test_what_an_output_cannot_express_ends_nothing(encoding, shown):
+    done = subprocess.run(
+        [sys.executable, "-c", ANY_NAME], env=environment() | {"PYTHONIOENCODING": encoding}, capture_output=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, shown), done.stderr
+
+
+def test_names_of_files_are_utf_8_whatever_the_locale_says(tmp_path):
+    """A class `grün` is not called `grÃ¼n`, and a table's `grün` is found."""
+    made = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(tmp_path / "en_US")]
+    if not shutil.which("localedef") or subprocess.run(made, capture_output=True).returncode:
+        pytest.skip("no locale but of UTF-8 can be made here")
+    for number, name in enumerate(("blau", "grün", "rot", "weiß")):
+        for k in range(2):
+            file = tmp_path / "pictures" / name / f"é{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 8), (40 * number, 70 * k, 5)).save(file)
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump(tiny_params(dataset={"mine": {"type": "folder", "path": "pictures"}}))
+    )
+    latin = environment() | {"LOCPATH": str(tmp_path), "LC_ALL": "en_US"}
+    told = subprocess.run(
+        [sys.executable, "-c", "import sys; print(sys.getfilesystemencoding())"], env=latin, capture_output=True
+    )
+    assert told.stdout.strip() == b"iso8859-1"
+    for stage in ("download", "build_lists"):
+        command = [sys.executable, "-m", f"pipeline.{stage}", "mine"]
+        done = subprocess.run(command, env=latin, cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    classes = (tmp_path / "lists/mine/classes.txt").read_text(encoding="utf-8")
+    assert classes == "0 blau\n1 grün\n2 rot\n3 weiß\n"
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

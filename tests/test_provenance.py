@@ -281,6 +281,73 @@ def test_a_revision_is_a_commit_and_says_whether_the_code_differs(tmp_path, monk
     assert provenance.revision() == "unknown"
 
 
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A function that makes a repository of a folder, and another that puts this source into a folder."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+
+    def repository(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README").write_text("x")
+        for words in (
+            ["init", "-q"],
+            ["add", "-A"],
+            ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"],
+        ):
+            subprocess.run(["git", *words], cwd=folder, check=True)
+        words = ["git", "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+    def source(folder):
+        (folder / "src" / "cbml").mkdir(parents=True)
+        (folder / "pipeline").mkdir()
+        for file in (folder / "src" / "cbml" / "loop.py", folder / "pipeline" / "train.py"):
+            file.write_text("one")
+        monkeypatch.setattr(provenance, "SOURCE", folder / "src" / "cbml")
+
+    return repository, source
+
+
+def test_a_commit_of_another_repository_is_not_that_of_this_source(tmp_path, checkout):
+    repository, source = checkout
+    repository(tmp_path / "theirs")
+    source(tmp_path / "theirs" / "unpacked")
+    assert provenance.revision() == "unknown"
+
+
+@pytest.mark.parametrize("file", ["src/cbml/loop.py", "src/other.py", "pipeline/train.py"])
+def test_an_edit_is_seen_in_a_repository_of_several_projects(tmp_path, checkout, file):
+    repository, source = checkout
+    source(tmp_path / "mono" / "projects" / "cbml")
+    commit = repository(tmp_path / "mono")
+    (tmp_path / "mono" / "src").mkdir()
+    (tmp_path / "mono" / "src" / "theirs.py").write_text("of another project")
+    assert provenance.revision() == commit
+    (tmp_path / "mono" / "projects" / "cbml" / file).write_text("two")
+    assert provenance.revision() == f"{commit}-dirty"
+
+
+@pytest.mark.parametrize("named", ["theirs/.git", "no-such/.git", ".git"])
+def test_a_repository_that_the_environment_names_is_another_matter(tmp_path, checkout, monkeypatch, named):
+    """As in a hook, and in `git rebase --exec`."""
+    repository, source = checkout
+    repository(tmp_path / "theirs")
+    source(tmp_path / "own")
+    commit = repository(tmp_path / "own")
+    monkeypatch.setenv("GIT_DIR", named if named == ".git" else str(tmp_path / named))
+    assert provenance.revision() == commit
+
+
+def test_why_git_does_not_answer_is_said_once(tmp_path, checkout, monkeypatch, capsys):
+    repository, source = checkout
+    source(tmp_path / "own")
+    repository(tmp_path / "own")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert provenance.revision() == provenance.revision() == "unknown"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "dubious ownership" in line and "git config --global --add safe.directory" in line
+
+
 def test_a_package_that_is_not_installed_has_no_version():
     assert provenance.packages(("numpy", "no-such-package")) == {"numpy": importlib.metadata.version("numpy")}
     facts = provenance.versions()

@@ -1,5 +1,7 @@
 """A trained cell used elsewhere: the same embeddings from its run, from an exported folder, and from ONNX."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +95,26 @@ runpy.run_module("pipeline.embed", run_name="__main__", alter_sys=True)
     with np.load("e.npz") as arrays:
         assert arrays["paths"].tolist() == list(map(str, files))
         assert np.abs(arrays["embeddings"][-2:] - expected[-2:]).max() < 1e-5
+
+
+def test_neighbours_are_shown_whatever_their_names_are(folder, pictures, tmp_path):
+    """The work is done by then."""
+    (tmp_path / "mine").mkdir()
+    for name in (b"\xff.png", "grün ±.png".encode()):
+        shutil.copy(pictures[0], os.path.join(os.fsencode(tmp_path / "mine"), name))
+    command = [sys.executable, "-m", "pipeline.embed", str(folder), "mine", "--neighbours", "1"]
+    for encoding, shown in ((None, rb"mine/\udcff.png"), ("ascii", rb"mine/gr\xfcn \xb1.png")):
+        env = environment() | ({"PYTHONIOENCODING": encoding} if encoding else {"PYTHONUTF8": "1"})
+        done = subprocess.run(command, env=env, capture_output=True)
+        assert done.returncode == 0 and shown in done.stdout, done.stderr
+
+
+def test_a_login_node_of_a_cluster_gives_no_hints(folder, workspace, pictures, tmp_path, monkeypatch, recwarn):
+    """Lightning's, about a `srun` that it finds."""
+    (tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    embed_images(load_model(str(folder), workspace), pictures[:1], Path("e.npz"))
+    assert not [each for each in recwarn if "srun" in str(each.message)]
 
 
 def test_neighbours_are_the_most_similar_others(folder, pictures, expected):

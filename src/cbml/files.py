@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cbml.errors import UserError
+from cbml.errors import UserError, shortage, trouble
 from cbml.progress import message
 
 
@@ -115,6 +116,18 @@ def read_json(path: Path, stage: str, names: tuple[str, ...] = ()) -> Any:
         return content
 
 
+def parse_csv(path: Path, **options: Any) -> Any:
+    """pandas' `read_csv`; but where a row has more values than the header, no column becomes an index: a ValueError."""
+    import pandas as pd
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            return pd.read_csv(path, index_col=False, **options)
+        except pd.errors.ParserWarning:
+            raise ValueError("a row has more values than the header; one with a comma in it needs quotes") from None
+
+
 def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options: Any) -> Any:
     """The content of a CSV file as a DataFrame; `options` are pandas'.
 
@@ -122,10 +135,8 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options: A
         UserError: it is missing or damaged, ends within a line, has no rows, or lacks one of `columns`; `stage` is the
             one that writes it.
     """
-    import pandas as pd
-
     with _reading(path, stage):
-        table = pd.read_csv(path, **options)
+        table = parse_csv(path, **options)
         if path.read_bytes()[-1:] != b"\n":
             raise ValueError("it ends within a line")
         if absent := [name for name in columns if name not in table]:
@@ -162,9 +173,19 @@ def read_arrays(path: Path, stage: str, names: tuple[str, ...]) -> Any:
         return {name: arrays[name] for name in names}
 
 
-def damaged(path: Path, reason: str, stage: str) -> UserError:
+class Damaged(UserError):
+    """The content of a file is not what was written."""
+
+
+def damaged(path: Path, reason: str, stage: str) -> Damaged:
     """What to raise where the content of a file is not what `stage` writes."""
-    return UserError(f"{path}: damaged ({reason}); run the stage {stage} again, which writes it")
+    return Damaged(f"{path}: damaged ({reason}); run the stage {stage} again, which writes it")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged, a file or a folder, to a hidden name beside it; nothing is deleted. Returns that name."""
+    asides = (path.with_name(f".damaged-{number}-{path.name}") for number in itertools.count(1))
+    return path.rename(next(aside for aside in asides if not aside.exists()))
 
 
 @contextmanager
@@ -173,8 +194,12 @@ def _reading(path: Path, stage: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the stage {stage} writes it") from None
-    except MemoryError:
-        raise
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, expected a file; move it away, the stage {stage} writes the file") from None
     except Exception as error:  # damage shows in as many types as there are readers
+        if shortage(error):
+            raise
+        if refused := trouble(error):
+            raise UserError(f"{path}: cannot be read ({refused}); nothing says that it is damaged") from error
         reason = " ".join(f"{error}".split())[:200]
         raise damaged(path, f"{type(error).__name__}: {reason}", stage) from error

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib.util
 import io
+import os
 import platform
 import re
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from cbml.progress import message
 
 SOURCE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "pytorch-metric-learning", "timm", "numpy", "pillow")
@@ -36,23 +39,38 @@ NEUTRAL = (
 
 
 def revision() -> str:
-    """The git commit of this source, with `-dirty` if src/ or pipeline/ differ from it; "unknown" without git.
+    """The git commit of this source, with `-dirty` if src/ or pipeline/ differ from it; "unknown" without git, or if
+    the repository around it does not know it. Says once what git has to say against it.
 
     Nothing else counts: DVC writes params.yaml before every experiment, and what is in it is recorded with each cell.
     """
+    if not _git("ls-files", "--", "."):  # unpacked inside another repository
+        return "unknown"
     commit = _git("describe", "--always", "--abbrev=12")
     # With files that git does not know: a loss of one's own is one at first.
-    dirty = commit and _git("status", "--porcelain", "--", ":/src", ":/pipeline")
+    own = [os.path.relpath(folder, SOURCE) for folder in (SOURCE.parent, SOURCE.parents[1] / "pipeline")]
+    dirty = commit and _git("status", "--porcelain", "--untracked-files=normal", "--", *own)
     return f"{commit}-dirty" if dirty else commit or "unknown"
 
 
 def _git(*words: str) -> str:
+    # Not of a repository that the environment names, as it does in a hook or in `git rebase --exec`.
+    named = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
+    environment = {name: value for name, value in os.environ.items() if name not in named} | {"LC_ALL": "C"}
     try:
-        return subprocess.run(
-            ["git", *words], cwd=SOURCE, capture_output=True, text=True, encoding="utf-8"
-        ).stdout.strip()
-    except OSError:
+        done = subprocess.run(
+            ["git", *words], cwd=SOURCE, env=environment, capture_output=True, text=True, encoding="utf-8"
+        )
+    except OSError:  # no git
         return ""
+    if done.returncode and "not a git repository" not in done.stderr:
+        _say_once(f"the git commit of this source is not recorded: {' '.join(done.stderr.split())}")
+    return done.stdout.strip() if not done.returncode else ""
+
+
+@cache
+def _say_once(text: str) -> None:
+    message(text)
 
 
 def packages(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:

@@ -193,6 +193,12 @@ def test_one_image_under_two_classes_is_a_warning_that_names_both(dataset, capsy
         ("images.txt", "1 001.Bird/1.png", "1", "images.txt, line 1: '1'; expected"),
         ("images.txt", "1 001.Bird/1.png", "x 001.Bird/1.png", "images.txt, line 1: 'x 001.Bird/1.png'; expected"),
         ("images.txt", "2 001.Bird/0.png", "1 001.Bird/0.png", "images.txt, line 2: id 1 is listed twice"),
+        (
+            "images.txt",
+            "2 001.Bird/0.png",
+            "2 001.Bird/./1.png",
+            "images.txt: '001.Bird/./1.png' is image 1 and image 2; an image has one id",
+        ),
         ("images.txt", "2 001.Bird/0.png", "2 001.Bird/9.png", "images/001.Bird/9.png is missing"),
         ("image_class_labels.txt", "2 1", "2 99", "image 2 has class id '99', which classes.txt does not list"),
         ("image_class_labels.txt", "2 1", "2 one", "image 2 has class id 'one', which classes.txt does not list"),

@@ -1,10 +1,15 @@
+import errno
 import hashlib
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+from cbml import fetch
 from cbml.errors import UserError
 from cbml.models import BackboneConfig, build_trunk, weights_content
 
@@ -155,6 +160,58 @@ def test_download_fills_the_cache_once(state, hub, tmp_path):
 def test_offline_with_nothing_cached(hub, tmp_path):
     settings = config("imagenet", {"url": (tmp_path / "absent.pth").as_uri(), "sha256": "0" * 8})
     fails(settings, tmp_path, "cannot be downloaded", f"put them at {hub / 'absent.pth'}")
+
+
+@pytest.fixture
+def served(server, state, tmp_path):
+    """A server of a weights file, and what says where it is, with a password."""
+    torch.save(state, tmp_path / "w.pth")
+    server.content = (tmp_path / "w.pth").read_bytes()
+    url = f"{server.url.rpartition('/')[0].replace('://', '://someone:s3cret@')}/w.pth"
+    return config("imagenet", published(tmp_path / "w.pth") | {"url": url})
+
+
+def test_a_download_that_breaks_off_is_continued_and_one_that_stalls_ends(served, server, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "STALL", 0.5)
+    monkeypatch.setattr(fetch, "CHUNK", 2**16)
+    server.breaks, server.stalls = [200_000] + [0] * (fetch.RETRIES + 1), []
+    fails(served, tmp_path, "cannot be downloaded", "bytes arrived in", "run again to continue")
+    have = server.log[-1]
+    assert 200_000 - fetch.CHUNK < have <= 200_000
+    server.log.clear()
+    server.breaks, server.stalls = [], ["hang", "header"]
+    build_trunk(served, tmp_path)
+    assert server.log == [have] * 3 and [path.name for path in hub.glob("[!.]*")] == ["w.pth"]
+    assert not list(hub.glob(".*.part")) and not list(hub.glob(".*.download"))
+
+
+def test_no_line_holds_the_password_of_a_url(served, server, hub, tmp_path, capsys):
+    for fault in ({"status": 404}, {"status": 503}, {"status": None, "content": b"other"}):
+        vars(server).update(fault)
+        with pytest.raises(UserError) as caught:
+            build_trunk(served, tmp_path)
+        said = str(caught.value) + capsys.readouterr().err
+        assert "w.pth" in said and "s3cret" not in said and "someone" not in said
+
+
+def test_waiting_for_another_process_is_said(served, hub, tmp_path, capsys):
+    hub.mkdir(parents=True)
+    code = f"import filelock\nwith filelock.FileLock({str(hub / '.w.pth.lock')!r}): print(flush=True), input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        threading.Timer(2, other.stdin.close).start()
+        build_trunk(served, tmp_path)
+    assert f"waiting for another process, which fetches {hub / 'w.pth'}" in capsys.readouterr().err
+
+
+def test_little_memory_is_no_damage_of_weights(state, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    torch.save(state, tmp_path / "w.pth")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        build_trunk(config("w.pth"), tmp_path)
 
 
 def test_download_of_another_file(hub, tmp_path):

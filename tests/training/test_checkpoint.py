@@ -1,8 +1,10 @@
 """Checkpoints: what is damaged or of other code is not continued, and two processes do not meet."""
 
+import errno
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ from helpers import (
 )
 
 from cbml import provenance
+from cbml.errors import run_main
+from cbml.files import read_tensors
 from cbml.stages import evaluate
 from cbml.stages.evaluate import evaluate_cell
 from cbml.training import checkpoint, loop
@@ -170,3 +174,100 @@ checkpoint.remove(Path({str(folder)!r}))
         assert held.read() == {"iteration": 1}
         assert json.loads((held.folder / "made_with.json").read_text()) == {"torch": "1"}
     assert process.wait(60) == 0 and not folder.exists()
+
+
+SHORT = {
+    "memory": MemoryError(),
+    "memory, in PyTorch's words": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    "EIO": OSError(errno.EIO, "Input/output error"),
+    "EACCES": PermissionError(errno.EACCES, "Permission denied"),
+    "EMFILE": OSError(errno.EMFILE, "Too many open files"),
+    "ESTALE": OSError(errno.ESTALE, "Stale file handle"),
+    "ENOMEM": OSError(errno.ENOMEM, "Cannot allocate memory"),
+}
+
+
+@pytest.mark.parametrize("reason", SHORT)
+def test_a_checkpoint_that_cannot_be_read_now_is_as_good_as_ever(tmp_path, monkeypatch, reason):
+    def fail(*_, **__):
+        raise SHORT[reason]
+
+    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+        kept.write({"iteration": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail)
+        with pytest.raises(SystemExit) as end:
+            run_main(lambda: hold(tmp_path / "cell", "cell", {"torch": "1"}).__enter__())
+    assert end.value.code.startswith("error: ") and "damaged (" not in end.value.code and "\n" not in end.value.code
+    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+        assert kept.read() == {"iteration": 1}
+
+
+def test_too_little_memory_deletes_no_checkpoint(tmp_path):
+    """Under a real limit, wherever it strikes."""
+    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+        kept.write({"tensor": torch.zeros(2**26)})
+    code = f"""
+import resource, sys
+from pathlib import Path
+from cbml.errors import run_main
+from cbml.training.checkpoint import hold
+used = 1024 * int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]) * 2**20,) * 2)
+run_main(lambda: hold(Path({str(tmp_path / "cell")!r}), "cell", {{"torch": "1"}}).__enter__())
+"""
+    for room in (1, 60, 200):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(room)], env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 1 and done.stderr.startswith("error: too little memory"), done.stderr
+        assert done.stderr.count("\n") == 1
+    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+        assert kept.read()
+
+
+def test_what_is_damaged_is_set_aside_and_not_deleted(tmp_path, capsys):
+    for number in (1, 2):
+        with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+            kept.write({"iteration": number})
+        (kept.folder / "state.pt").write_bytes(b"damaged %d" % number)
+    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+        assert kept.read() is None
+    asides = sorted((tmp_path / "cell").glob(".damaged-*"))
+    assert [(aside / "state.pt").read_bytes() for aside in asides] == [b"damaged 1", b"damaged 2"]
+    assert all(str(aside) in capsys.readouterr().err for aside in asides[1:])
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"damaged")])
+def test_weights_that_a_run_will_need_are_looked_at_when_it_goes_on(workspace, interrupted, capsys, damage):
+    (best,) = (file for file in checkpoints() if file.name.startswith("best-"))
+    damage(best)
+    capsys.readouterr()
+    assert result(run(workspace, **OFTEN)) == interrupted
+    assert f"starts again: {best.resolve()}: damaged" in capsys.readouterr().err
+    for file in Path("runs/glyphs/resnet18-cbml_log-16-0").glob("*.pt"):
+        read_tensors(file, "train")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "3", '{"torch": ["9"]}'])
+@pytest.mark.parametrize("resume", [None, "always"])
+def test_damage_in_a_checkpoint_of_other_code_stops_nothing(tmp_path, monkeypatch, content, resume):
+    with hold(tmp_path / "cell", "cell", {"torch": "9"}) as other:
+        other.write({"iteration": 9})
+    (other.folder / "made_with.json").unlink()
+    if content is not None:
+        (other.folder / "made_with.json").write_text(content)
+    if resume:
+        monkeypatch.setenv("CBML_RESUME", resume)
+    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as own:
+        assert own.read() == ({"iteration": 9} if resume else None)
+        assert json.loads((own.folder / "made_with.json").read_text()) == {"torch": "1"}
+
+
+def test_a_checkpoint_of_other_code_that_is_not_continued_is_not_read(tmp_path):
+    with hold(tmp_path / "cell", "cell", {"torch": "9"}) as other:
+        other.write({"iteration": 9})
+    (other.folder / "state.pt").write_bytes(b"damaged")
+    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as own:
+        assert own.read() is None
+    assert (other.folder / "state.pt").read_bytes() == b"damaged"

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from cbml.data.crops import crop_each, crop_together
-from cbml.errors import UserError
+from cbml.errors import UserError, trouble
 
 MOST_PIXELS = 2**28 // 3  # 256 MiB of RGB, from where on Pillow warns of a decompression bomb
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -58,6 +58,8 @@ def decode(source: Path | BinaryIO) -> Image.Image:
                 image = file.convert("RGB")
             return image if turn is None else image.transpose(turn)
     except Exception as error:  # Pillow's decoders raise errors of many types
+        if trouble(error):  # which says nothing of the image
+            raise
         raise UserError(f"{name_of(source)}: not an image that Pillow can read ({error})") from None
 
 
@@ -106,7 +108,13 @@ def load_image(source: Path | BinaryIO, *, resize: int, interpolation: str) -> n
     return resize_to(decode(source), resize, interpolation, name_of(source))
 
 
-@dataclass(frozen=True)
+def one_after_another(sizes: Tensor) -> Tensor:
+    """(N,) int64: where images of these `sizes` (N, 2) begin, in pixels, if each does where the one before it ends."""
+    areas = sizes.prod(1)
+    return areas.cumsum(0) - areas
+
+
+@dataclass
 class PackedImages:
     """Decoded images of a list, in its order.
 
@@ -114,7 +122,7 @@ class PackedImages:
         data: uint8, images' (H, W, 3) RGB values one after another.
         sizes: (N, 2) int64, height and width of each.
         labels: (N,) int64.
-        starts: (N,) int64: where in `data` each image begins, in pixels; None: each where the one before it ends.
+        starts: (N,) int64: where in `data` each image begins, in pixels; by default, each where the one before it ends.
     """
 
     data: Tensor
@@ -122,10 +130,9 @@ class PackedImages:
     labels: Tensor
     starts: Tensor = None  # type: ignore[assignment]  # until `__post_init__`
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.starts is None:
-            areas = self.sizes.prod(1)
-            object.__setattr__(self, "starts", areas.cumsum(0) - areas)
+            self.starts = one_after_another(self.sizes)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -134,9 +141,8 @@ class PackedImages:
     def of(cls, arrays: list[np.ndarray]) -> "PackedImages":
         """Images (H, W, 3) in memory, without labels."""
         data = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-        return cls(
-            data, torch.tensor([array.shape[:2] for array in arrays]), torch.zeros(len(arrays), dtype=torch.int64)
-        )
+        sizes = torch.tensor([array.shape[:2] for array in arrays])
+        return cls(data, sizes, torch.zeros(len(arrays), dtype=torch.int64))
 
     @property
     def nbytes(self) -> int:
@@ -179,7 +185,6 @@ class PackedImages:
 
     def to(self, device: torch.device) -> "PackedImages":
         """The same images on `device`, without what else is in `data`."""
-        areas = self.sizes.prod(1)
         order = self.starts.argsort()
         data = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         filled = 0
@@ -187,7 +192,7 @@ class PackedImages:
             data[filled : filled + len(piece)] = piece
             filled += len(piece)
         starts = torch.empty_like(self.starts)
-        starts[order] = areas[order].cumsum(0) - areas[order]
+        starts[order] = one_after_another(self.sizes[order])
         return replace(self, data=data, starts=starts)
 
     def touch(self) -> None:

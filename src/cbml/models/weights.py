@@ -1,16 +1,17 @@
 """Weights files: fetch with a hash check, read, load strictly."""
 
 import hashlib
-import sys
-from http.client import HTTPException
+import shutil
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
-from cbml.errors import UserError
-from cbml.files import atomic_write
+from cbml.errors import UserError, shortage, trouble
+from cbml.fetch import RemoteFile, fetch, public
+from cbml.files import locked
 from cbml.models.entries import PublishedWeights
 
 CLASSIFIERS = ("fc.", "last_linear.", "classifier.", "aux")
@@ -27,23 +28,34 @@ def fetch_published(published: PublishedWeights) -> Path:
         UserError: it cannot be downloaded, or what is there or came is a web page or has another SHA-256.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / published.file_name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    hidden = path.with_name(f".{path.name}")
+    with locked(hidden, f"waiting for another process, which fetches {path}"):
         if not path.exists():
-            _download(path, published)
+            _download(path, published, hidden.with_name(f"{hidden.name}.download"))
     _verify(path, published, f"{path} (delete it to download it again)")
     return path
 
 
-def _download(path: Path, published: PublishedWeights) -> None:
-    with atomic_write(path) as download:
-        try:
-            torch.hub.download_url_to_file(published.url, str(download), progress=sys.stderr.isatty())
-        except (OSError, HTTPException) as error:
-            raise Unavailable(
-                f"weights {published.url} cannot be downloaded ({error}): fetch them elsewhere and put them at {path}"
-            ) from error
-        _verify(download, published, f"what came from {published.url}")
+def _download(path: Path, published: PublishedWeights, download: Path) -> None:
+    """Fetch a file to `path`, by way of `download`, beside which a transfer that breaks off leaves what has come."""
+    url = public(published.url)
+    try:
+        if url.startswith("file:"):
+            shutil.copyfile(url2pathname(urlsplit(url).path), download)
+        else:
+            fetch(RemoteFile(url=published.url), download)
+    except (OSError, UserError) as error:
+        if shortage(error):
+            raise
+        raise Unavailable(
+            f"weights {url} cannot be downloaded ({error}): fetch them elsewhere and put them at {path}"
+        ) from error
+    try:
+        _verify(download, published, f"what came from {url}")
+    except UserError:
+        download.unlink()
+        raise
+    download.rename(path)
 
 
 def _verify(path: Path, published: PublishedWeights, source: str) -> None:
@@ -83,6 +95,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the two readers raise at least six types on damaged files
+        if trouble(error):
+            raise
         raise UserError(
             f"weights {path}: unreadable: truncated, or neither safetensors nor tensors saved by "
             f"torch.save ({type(error).__name__})"

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from cbml import trained
-from cbml.data.sources.folder import PICTURES
+from cbml.data.sources.folder import EXPECTED, find_images
 from cbml.errors import UserError
 from cbml.evaluation.retrieval import retrieve
 from cbml.files import atomic_write
+from cbml.progress import message
 from cbml.training.device import device_context, set_up
 from cbml.workspace import Workspace
 
@@ -60,7 +61,9 @@ def nearest(files: list[Path], embeddings: np.ndarray, k: int) -> str:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
-    if not found:
-        raise UserError(f"{folder}: no images; expected {', '.join(PICTURES)}")
-    return found
+    found = find_images(folder)
+    if not found.images:
+        raise UserError(f"{folder}: no images; expected {EXPECTED}")
+    if found.others or found.loops:
+        message(f"{folder}: left out: {found.others} files that are no images, {found.loops} links that make a loop")
+    return sorted(map(Path, found.images))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from cbml.errors import UserError
-from cbml.files import locked, read_json, read_tensors, write_tensors, write_text
+from cbml.files import Damaged, damaged, locked, read_json, read_tensors, set_aside, write_tensors, write_text
 from cbml.progress import message
 
 SHARE = 0.05  # of the time, at most, goes into checkpoints
@@ -39,17 +39,26 @@ class Checkpoint:
         """The state, or None before the first one.
 
         Raises:
-            UserError: it is damaged.
+            Damaged: it is, or weights that go with it are damaged or missing.
+            UserError: it cannot be read now.
         """
         file = self.folder / "state.pt"
-        return read_tensors(file, "train") if file.is_file() else None
+        if not file.is_file():
+            return None
+        state = read_tensors(file, "train")
+        for name in state.pop("weights", ()):
+            if not self.weights(name).exists():
+                raise damaged(self.weights(name), "missing", "train")
+            read_tensors(self.weights(name), "train")
+        return state
 
     def write(self, state: dict[str, Any], *, weights: tuple[str, ...] = (), now: bool = False) -> None:
         """Replace the state, and delete kept weights but these; unless the time for it is used up, and not `now`."""
         began = time.monotonic()
         if not now and began < self._not_before:
             return
-        write_tensors(self.folder / "state.pt", state)
+        kept = [name for name in weights if self.weights(name).is_file()]
+        write_tensors(self.folder / "state.pt", state | {"weights": kept})
         for file in self.folder.glob("*.pt"):
             if file.stem not in ("state", *weights):
                 file.unlink()
@@ -69,7 +78,8 @@ def acquire(folder: Path, label: str, made_with: dict[str, str]) -> Iterator[Che
     """The checkpoint of a run, for the time of the block this process's alone; says from where it goes on, and why.
 
     Each code has a checkpoint of its own, so a run does not go on with other code or packages than it began with,
-    unless the environment variable `CBML_RESUME` is `always`. A damaged checkpoint is deleted.
+    unless the environment variable `CBML_RESUME` is `always`. A damaged checkpoint is set aside, not deleted; one that
+    cannot be read for another reason, as an I/O error or too little memory, is an error and stays.
 
     Args:
         folder: named after everything that determines the run: a changed parameter never continues an old one.
@@ -81,34 +91,40 @@ def acquire(folder: Path, label: str, made_with: dict[str, str]) -> Iterator[Che
         resume = os.environ.get(RESUME)
         if resume == "never":
             shutil.rmtree(own, ignore_errors=True)
-        if not _usable(own, label):
-            others = [other for other in folder.glob("[!.]*/") if other != own and _usable(other, label)]
-            if others and resume != "never":
-                other = max(others, key=lambda other: (other / "made_with.json").stat().st_mtime)
-                what = _differences(read_json(other / "made_with.json", "train"), made_with)
-                if resume == "always":
-                    message(f"{label}: goes on from a checkpoint that was made with {what}")
-                    other.rename(own)
-                else:
+        if not _usable(own, label) and resume != "never":
+            # Of these only that is read, and may stop the run, which it is going to continue.
+            others = [other for other in folder.glob("[!.]*/") if other != own and any(other.glob("**/state.pt"))]
+            for other in sorted(others, key=lambda other: other.stat().st_mtime, reverse=True):
+                what = _differences(other / "made_with.json", made_with)
+                if resume != "always":
                     message(
                         f"{label}: starts again: its checkpoint was made with {what}; {RESUME}=always goes on from it"
                     )
+                    break
+                if _usable(other, label):
+                    message(f"{label}: goes on from a checkpoint that was made with {what}")
+                    shutil.rmtree(own, ignore_errors=True)  # begun, and without a state
+                    other.rename(own)
+                    break
         write_text(own / "made_with.json", json.dumps(made_with, indent=2))
         yield Checkpoint(own)
 
 
 def _usable(folder: Path, label: str) -> bool:
-    """Whether there is a checkpoint; if it or a part of it is damaged, it is deleted."""
+    """Whether there is a checkpoint; if it or a part of it is damaged, it is set aside."""
     try:
         states = [Checkpoint(part).read() for part in (folder, *folder.glob("[!.]*/"))]
-    except UserError as error:
-        message(f"{label}: starts again: {error}")
-        shutil.rmtree(folder)
+    except Damaged as error:
+        message(f"{label}: starts again: {error}; the checkpoint is kept as {set_aside(folder)}")
         return False
     return any(states)
 
 
-def _differences(theirs: dict[str, str], ours: dict[str, str]) -> str:
+def _differences(file: Path, ours: dict[str, str]) -> str:
+    try:
+        theirs = dict(read_json(file, "train"))
+    except (UserError, TypeError, ValueError):
+        return f"unknown code ({file} cannot be read)"
     return ", ".join(
         f"{name} {theirs.get(name, 'absent')} (now {ours.get(name, 'absent')})"
         for name in sorted(theirs.keys() | ours.keys())

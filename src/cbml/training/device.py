@@ -1,6 +1,7 @@
 """The device, and everything about it that changes numbers or speed."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}
 @contextmanager
 def device_context(recipe: Recipe) -> Iterator[Fabric]:
     """Yield the device, with PyTorch's switches set for the block."""
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # one process, wherever it runs
     fabric = Fabric(accelerator="auto", devices=1)
     # On a CPU determinism costs next to nothing.
     deterministic = recipe.deterministic or fabric.device.type == "cpu"

@@ -2,13 +2,13 @@ import hashlib
 import io
 import stat
 import tarfile
-import threading
+import tracemalloc
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 
+from cbml import fetch
 from cbml.data.sources import Cub200Config, archives
 from cbml.errors import UserError
 from cbml.stages.inputs import ensure_images
@@ -51,61 +51,9 @@ def contents(folder):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """Serves `state.content`; `state.breaks` lists after how many bytes each of the next answers breaks off.
-
-    The next answers start as `state.stalls` names them, and then neither end nor break off.
-    """
-    monkeypatch.setattr(archives, "BACKOFF", 0.0)
-    monkeypatch.setattr(archives, "CHUNK", 100)
-    state = SimpleNamespace(content=tar(), breaks=[], stalls=[], ranges=True, status=None, location=None, log=[])
-    over = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def stall(self, kind, body):
-            if kind == "hang":
-                over.wait()
-                return
-            self.send_response(206)
-            self.send_header(*{"drip": ("Content-Length", "9999"), "chunks": ("Transfer-Encoding", "chunked")}[kind])
-            self.end_headers()
-            while not over.wait(0.02):
-                byte, body = body[:1], body[1:]
-                self.wfile.write({"drip": byte, "chunks": b"1\r\n" + byte + b"\r\n"}[kind])
-
-        def do_GET(self):
-            if state.location and self.path != state.location:
-                self.send_response(302)
-                self.send_header("Location", state.location)
-                self.end_headers()
-                return
-            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            state.log.append(start)
-            if state.stalls:
-                self.stall(state.stalls.pop(0), state.content[start:])
-                return
-            start = start if state.ranges else 0
-            out_of_range = start > 0 and start >= len(state.content)
-            self.send_response(state.status or (416 if out_of_range else 206 if start else 200))
-            if out_of_range:
-                self.send_header("Content-Range", f"bytes */{len(state.content)}")
-            body = b"" if state.status or out_of_range else state.content[start:]
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: state.breaks.pop(0)] if state.breaks else body)
-
-        def log_message(self, *args):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_port}/CUB_200_2011.tgz?download=1"
-    yield state
-    over.set()
-    http.shutdown()
-    thread.join()
-    http.server_close()
+def server(server):
+    server.content = tar()
+    return server
 
 
 def config(server=None, source=None, **changes):
@@ -135,7 +83,7 @@ def test_a_transfer_that_breaks_off_continues_by_range(server, tmp_path):
 
 
 def test_the_next_run_continues_what_an_earlier_one_left(server, tmp_path):
-    server.breaks = [300] + [0] * (archives.RETRIES + 1)
+    server.breaks = [300] + [0] * (fetch.RETRIES + 1)
     message = error_of(config(server), tmp_path / "cub200")
     assert f"300 of {len(server.content)} bytes arrived" in message
     assert "run again to continue" in message
@@ -180,9 +128,9 @@ def test_a_right_archive_in_the_download_folder_is_not_asked_for_again(server, t
     assert server.log == []
 
 
-@pytest.mark.parametrize("stall", ["hang", "drip", "chunks"])
+@pytest.mark.parametrize("stall", ["hang", "header", "100 Continue", "drip", "chunks"])
 def test_a_transfer_that_stalls_is_given_up_and_continued(server, tmp_path, monkeypatch, stall):
-    monkeypatch.setattr(archives, "STALL", 0.5)
+    monkeypatch.setattr(fetch, "STALL", 0.5)
     server.stalls = [stall]
     part = tmp_path / ".cub200-download" / "CUB_200_2011.tgz.part"
     part.parent.mkdir()
@@ -190,12 +138,12 @@ def test_a_transfer_that_stalls_is_given_up_and_continued(server, tmp_path, monk
     config(server).download(tmp_path / "cub200")
     assert contents(tmp_path / "cub200") == FILES
     first, second = server.log
-    assert first == 300 and second <= 400 and (second > first) == (stall != "hang")
+    assert first == 300 and second <= 400 and (second > first) == (stall in ("drip", "chunks"))
 
 
 def test_a_server_that_drips_for_ever_is_given_up(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "STALL", 0.3)
-    server.stalls = ["drip"] * (archives.RETRIES + 1)
+    monkeypatch.setattr(fetch, "STALL", 0.3)
+    server.stalls = ["drip"] * (fetch.RETRIES + 1)
     message = error_of(config(server), tmp_path / "cub200")
     assert "fewer than 100 bytes in 0.3 s" in message
     assert server.stalls == []
@@ -249,7 +197,7 @@ def test_a_file_shorter_than_expected(server, tmp_path, ranges, message):
     ("status", "message", "requests"),
     [
         (404, "the server answered 404", 1),
-        (503, "503", archives.RETRIES + 1),
+        (503, "503", fetch.RETRIES + 1),
     ],
 )
 def test_a_refusing_server(server, tmp_path, status, message, requests):
@@ -259,7 +207,7 @@ def test_a_refusing_server(server, tmp_path, status, message, requests):
 
 
 def test_an_unreachable_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "BACKOFF", 0.0)
+    monkeypatch.setattr(fetch, "BACKOFF", 0.0)
     message = error_of(config(url="http://127.0.0.1:9/CUB_200_2011.tgz"), tmp_path / "cub200")
     assert "ConnectionError: Connection refused" in message
     assert "source=PATH" in message
@@ -365,6 +313,40 @@ def test_names_in_an_archive_that_cannot_be_written(tmp_path, files, message):
     archive.write_bytes(tar({name: content for name, content in files.items() if content is not None}))
     assert message in error_of(config(source=str(archive)), tmp_path / "cub200")
     assert list(tmp_path.iterdir()) == [archive]
+
+
+@pytest.mark.parametrize("names", [("images", "images/a.jpg"), ("images/a.jpg", "images"), ("images/a", "images/a/b")])
+def test_members_that_clash_are_said_with_the_archives_name(tmp_path, names):
+    for name, make in (("mine.tar", tar), ("mine.zip", zipped)):
+        archive = tmp_path / name
+        archive.write_bytes(make(dict.fromkeys(names, b"")))
+        message = error_of(config(source=str(archive)), tmp_path / "cub200")
+        assert message.startswith(f"{archive}: '{('CUB_200_2011/' + names[1])}' is a file here and a folder there")
+
+
+def test_a_member_without_a_name(tmp_path):
+    archive = tmp_path / "mine.zip"
+    archive.write_bytes(zipped(members=[(zipfile.ZipInfo(""), b"evil")]))
+    assert f"{archive}: unsafe member ''" in error_of(config(source=str(archive)), tmp_path / "cub200")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_header_of_many_bytes_is_not_read(tmp_path, kind, first):
+    member = tarfile.TarInfo("images/x")
+    member.type, member.size = kind, 2**28
+    with (tmp_path / "mine.tar").open("wb") as file:
+        if not first:
+            file.write(tarfile.TarInfo("attributes/x").tobuf())
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(2**29)  # a hole
+    tracemalloc.start()
+    try:
+        message = error_of(config(source=str(tmp_path / "mine.tar")), tmp_path / "cub200")
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+    assert "mine.tar: not a complete tar or zip archive (ValueError: a header of 268435456 bytes, at most" in message
 
 
 def test_a_member_with_a_nul_in_its_name(tmp_path):
@@ -534,11 +516,6 @@ def test_a_dataset_is_known_by_its_first_mirror(tmp_path):
     one, other = (Cub200Config(type="cub200", mirrors=[[file | {"size": size}]]) for size in (7, 8))
     folders = [each.folder(tmp_path, tmp_path) for each in (one, more, other)]
     assert folders[0] == folders[1] != folders[2]
-
-
-def test_a_cell_of_before_there_were_mirrors_can_be_read():
-    file = {"url": "http://localhost/a.tgz", "size": 7, "md5": "0" * 32}
-    assert Cub200Config(type="cub200", **file) == Cub200Config(type="cub200", mirrors=[[file]])
 
 
 @pytest.mark.parametrize("ranges", [True, False])

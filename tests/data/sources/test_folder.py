@@ -1,6 +1,7 @@
 """Images that a user has: class folders or a table, good and bad."""
 
 import os
+import re
 
 import pandas as pd
 import pytest
@@ -15,6 +16,7 @@ from cbml.data.lists import read_list
 from cbml.data.sources import FolderConfig
 from cbml.data.sources.base import check_catalogue
 from cbml.errors import UserError
+from cbml.stages import embed
 from cbml.stages.build_lists import build_lists
 from cbml.stages.download import download
 from cbml.workspace import Workspace
@@ -101,6 +103,42 @@ def test_a_linked_class_folder_is_followed_and_said(pictures, capsys):
     assert "1 class folders are links, behind which DVC does not look" in capsys.readouterr().err
 
 
+def test_links_in_a_class_folder_are_followed_and_said(pictures, capsys):
+    (pictures / "d" / "deeper").rename(pictures.parent / "elsewhere")
+    (pictures / "d" / "deeper").symlink_to(pictures.parent / "elsewhere")
+    _, summary = build(pictures)
+    assert summary["train"]["images"] + summary["test"]["images"] == 18
+    assert "1 folders in class folders are links, behind which DVC does not look" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", [".", "..", "deeper", "../..", "/"])
+def test_links_that_make_a_loop_do_not_loop_and_are_counted(pictures, capsys, target):
+    (pictures / "d" / "loop").symlink_to(target)
+    (pictures / "d" / "deeper" / "loop").symlink_to("..")
+    workspace, summary = build(pictures)
+    train, test = lists(workspace, "train", "test")
+    assert len({(pictures / path).resolve() for path in train.paths + test.paths}) == 18
+    assert summary["train"]["images"] + summary["test"]["images"] == 18
+    assert "left out: 2 links to folders that are in there already" in capsys.readouterr().err
+
+
+def test_one_walk_finds_the_images_of_a_dataset_and_those_to_embed(pictures, tmp_path):
+    """Neither takes what is hidden, nor a folder for an image; both take what Pillow reads."""
+    names = ["a.jfif", "b.JPE", "c.jp2", "d.ppm", "e.webp", "album.jpg/f.png", "linked/g.png"]
+    (tmp_path / "elsewhere").mkdir()
+    (pictures / "d" / "linked").symlink_to(tmp_path / "elsewhere")
+    for name in (*names, "._0.png", ".ipynb_checkpoints/0.png"):
+        file = pictures / "d" / name
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 8)).save(file, format="JPEG" if file.suffix in (".jfif", ".JPE") else None)
+    (pictures / "d" / "film.mpg").write_text("no image")
+    workspace, _ = build(pictures)
+    train, test = lists(workspace, "train", "test")
+    found = {path.removeprefix("d/") for path in train.paths + test.paths if path.startswith("d/")}
+    assert found == {*names, "é 0, a.png", "é 1, a.JPG", "deeper/é 2, a.JPG"}
+    assert {str(file.relative_to(pictures)) for file in embed._pictures(pictures)} == {*train.paths, *test.paths}
+
+
 @pytest.mark.parametrize("name", ["table.csv", "table.parquet"])
 def test_a_table(pictures, name):
     table = table_of(pictures, name)
@@ -117,6 +155,61 @@ def test_labels_of_a_parquet_table_may_be_numbers(pictures):
     write(table.assign(label=table.label.map(CLASSES.index)), pictures / "table.parquet")
     workspace, _ = build(pictures / "table.parquet")
     assert list(lists(workspace, "test")[0].class_names.values()) == ["3", "4", "5"]
+
+
+def test_labels_that_pandas_made_floats_are_in_the_order_of_numbers(pictures):
+    table = table_of(pictures)
+    numbers = table.label.map(CLASSES.index) + 7.0
+    for name in ("table.csv", "table.parquet"):
+        write(table.assign(label=numbers), pictures / name)
+        workspace, _ = build(pictures / name)
+        names = [name for each in lists(workspace, "train", "test") for name in each.class_names.values()]
+        assert names == ["7.0", "8.0", "9.0", "10.0", "11.0", "12.0"]
+
+
+@pytest.mark.parametrize("index", [["path"], ["path", "label"], ["label"]])
+def test_columns_may_be_the_index_of_a_parquet_table(pictures, index):
+    table = table_of(pictures)
+    table.set_index(index).to_parquet(pictures / "table.parquet")
+    workspace, _ = build(pictures / "table.parquet")
+    train, test = lists(workspace, "train", "test")
+    assert sorted(train.paths + test.paths) == sorted(table.path)
+
+
+def test_an_index_of_its_own_is_no_matter_for_a_table(pictures):
+    table = table_of(pictures)
+    table.index = [5] * 18
+    write(table, pictures / "table.parquet")
+    build(pictures / "table.parquet")
+    table.path = [*table.path[:17], table.path.iloc[0]]
+    write(table, pictures / "table.parquet")
+    assert "row 18: " in (said := refused(pictures / "table.parquet")) and "is listed twice" in said
+
+
+@pytest.mark.parametrize("rows", [["d/a.png,Blue, pale", "d/b.png,c"], ["d/b.png,c", "d/a.png,Blue, pale"]])
+def test_a_row_of_more_values_than_the_header_is_refused(pictures, rows):
+    (pictures / "table.csv").write_text("\n".join(["path,label", *rows, ""]))
+    assert re.search("table.csv cannot be read .*(needs quotes|saw 3)", refused(pictures / "table.csv"))
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.parquet"])
+def test_a_path_up_from_behind_a_link_is_what_the_system_makes_of_it(pictures, name):
+    """The text of `link/../x` leads beside the link; the path leads beside the folder that the link names."""
+    table = table_of(pictures)
+    (pictures / "tables").mkdir()
+    write(table.assign(path="../" + table.path), pictures / "tables" / name)
+    work = pictures.parent / "work"
+    work.mkdir()
+    (work / "linked").symlink_to(pictures / "tables")
+    for path in table.path[:3]:  # others, where the text leads
+        (work / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 8)).save(work / path)
+    workspace, _ = build(work / "linked" / name, pictures.parent)
+    train, test = lists(workspace, "train", "test")
+    assert sorted(train.paths + test.paths) == sorted(str(pictures / path) for path in table.path)
+    write(table, pictures / name)
+    workspace, _ = build(work / "linked" / ".." / name, pictures.parent)
+    assert lists(workspace, "train")[0].paths == sorted(table.path)[:9]
 
 
 def test_a_table_says_what_trains(pictures):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os.path
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,8 +53,11 @@ class DatasetConfig(Schema):
         """
         raise NotImplementedError
 
-    def download(self, folder: Path) -> None:
+    def download(self, folder: Path, root: Path = Path()) -> None:
         """Create `folder`, complete or not at all.
+
+        Args:
+            root: what a relative path of the option is relative to.
 
         Raises:
             UserError: the images cannot be had.
@@ -91,13 +95,16 @@ def check_catalogue(table: pd.DataFrame, origin: str | Path) -> None:
         origin: what a message calls it.
 
     Raises:
-        UserError: splits other than those of `SPLITS`; a class in training and test; fewer than two classes in
-            either; classes of one image everywhere, so that no image has another one of its class.
+        UserError: splits other than those of `SPLITS`; an image in two rows; a class in training and test; fewer
+            than two classes in either; classes of one image everywhere, so that no image has another one of its class.
     """
     splits = set(table.split)
     if splits not in map(set, SPLITS):
         allowed = " or ".join(", ".join(names) for names in SPLITS)
         raise UserError(f"{origin}: its images are split into {', '.join(sorted(splits))}; allowed: {allowed}")
+    paths = table.path.map(os.path.normpath)
+    if len(twice := paths[paths.duplicated()]):
+        raise UserError(f"{origin}: {len(twice)} images are in two rows, e.g. {twice.iloc[0]!r}; expected one for each")
     train, test = table[table.split == "train"], table[table.split != "train"]
     counts = [part.label.nunique() for part in (train, test)]
     if min(counts) < 2:

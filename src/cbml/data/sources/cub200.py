@@ -1,10 +1,9 @@
 """CUB-200-2011: 11,788 photographs of 200 bird species (Wah et al., Caltech CNS-TR-2011-001)."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pandas as pd
-from pydantic import model_validator
 
 from cbml.data.sources.base import ClassShare
 from cbml.data.sources.layout import LAYOUT, catalogue_of
@@ -23,14 +22,6 @@ class Cub200Config(PublishedConfig):
     TITLE: ClassVar = "CUB-200-2011"
     TOP: ClassVar = "CUB_200_2011"
     PARTS: ClassVar = LAYOUT
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_mirror(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "url" in data:  # in a cell.yaml of before there were mirrors
-            file = {name: data[name] for name in ("url", "size", "md5") if name in data}
-            data = {name: value for name, value in data.items() if name not in file} | {"mirrors": [[file]]}
-        return data
 
     def read(self, folder: Path, origin: Path) -> pd.DataFrame:
         return catalogue_of(folder, origin, self.split)

@@ -31,7 +31,7 @@ def catalogue_of(folder: Path, origin: Path, split: float) -> pd.DataFrame:
 
     Raises:
         UserError: something of the layout is missing, a table is no text or a line of it malformed, an id is unknown or
-            given twice, a class has no image, or an image file is missing or not under images/.
+            given twice, a path has two ids, a class has no image, or an image file is missing or not under images/.
     """
     kinds = {name: Path.is_dir if name == "images" else Path.is_file for name in LAYOUT}
     if missing := [name for name, is_there in kinds.items() if not is_there(folder / name)]:
@@ -47,10 +47,13 @@ def catalogue_of(folder: Path, origin: Path, split: float) -> pd.DataFrame:
             f"{origin}: image id {unpaired[0]} is in only one of images.txt and image_class_labels.txt; "
             "every image needs a line in both"
         )
-    images = []
+    images: list[tuple[str, int]] = []
+    first: dict[str, int] = {}
     for image, path in sorted(paths.items()):
+        if (one := first.setdefault(os.path.normpath(path), image)) != image:
+            raise UserError(f"{origin}/images.txt: {path!r} is image {one} and image {image}; an image has one id")
         label = number(labels[image])
-        if label not in classes:
+        if label is None or label not in classes:
             raise UserError(
                 f"{origin}/image_class_labels.txt: image {image} has class id {labels[image][:100]!r}, "
                 "which classes.txt does not list"

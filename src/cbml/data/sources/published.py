@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import pandas as pd
 
-from cbml.data.sources.archives import RemoteFile, fetch, unpack
+from cbml.data.sources.archives import unpack
 from cbml.data.sources.base import DatasetConfig, own_folder
 from cbml.errors import UserError
+from cbml.fetch import RemoteFile, fetch
 from cbml.files import atomic_write
 from cbml.progress import message
 
