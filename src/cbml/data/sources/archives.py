@@ -102,7 +102,7 @@ def _transfer(url: str, part: Path, size: int | None) -> tuple[int | None, str]:
         The size of the whole file, given or as the server says, and why this may not be all of it.
     """
     have = _size(part)
-    # identity: a proxy that compresses on the fly would shift every offset
+    # identity: offsets would be wrong if a proxy compressed on the fly
     headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
     with requests.get(url, headers=headers, stream=True, timeout=STALL) as response:
         if response.status_code == 416:
@@ -132,7 +132,7 @@ def _transfer(url: str, part: Path, size: int | None) -> tuple[int | None, str]:
         with part.open("ab" if resumed else "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
-                if file.tell() > (whole or MOST_BYTES):  # not the expected file, and perhaps one without end
+                if file.tell() > (whole or MOST_BYTES):  # not the expected file, and perhaps an endless one
                     break
     # Without any length, an answer that ended was whole.
     return whole or _size(part), "the server sent no more"
