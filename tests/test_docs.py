@@ -211,7 +211,7 @@ def test_every_page_is_in_the_readme():
 def test_every_option_is_described():
     text = "".join(page.read_text() for page in PAGES)
     for file in (ROOT / "conf").glob("*/*.yaml"):
-        assert f"`{file.stem}`" in text, file
+        assert file.parent.name == "base" or f"`{file.stem}`" in text, file
 
 
 CATALOGUE = [
