@@ -10,7 +10,7 @@ from pathlib import Path
 from dvc.utils.cli_parse import to_path_overrides
 from dvc.utils.hydra import compose_and_dump, get_hydra_sweeps
 
-from cbml.spec.params import load_params
+from cbml.workspace import Workspace
 
 TINY = ["-S", "dataset.glyphs.classes=24", "-S", "dataset.glyphs.images_per_class=4"]
 
@@ -23,12 +23,14 @@ def words_of(command):
 
 
 def compose(words, folder, conf):
-    """The parameters that `dvc exp run -S …` runs with; of one that is queued, of each experiment."""
+    """The workspace that `dvc exp run -S …` runs in; of what is queued, that of each experiment."""
+    if not (folder / "conf").exists():
+        (folder / "conf").symlink_to(conf)
     overrides = to_path_overrides([word for option, word in itertools.pairwise(words) if option == "-S"])
     for sweep in get_hydra_sweeps(overrides) if "--queue" in words else [overrides]:
         settings = sweep.get("params.yaml", [])
         compose_and_dump(folder / "params.yaml", str(conf), None, "config", None, settings)
-        yield load_params(folder / "params.yaml", conf)
+        yield Workspace(folder, folder)
 
 
 def main():
@@ -38,16 +40,15 @@ def main():
     from cbml.stages.build_lists import build_lists
     from cbml.stages.download import download
     from cbml.stages.train import train_cell
-    from cbml.workspace import Workspace
 
-    workspace = Workspace.here()
     for line in json.loads(sys.argv[1]):
         words = words_of(line)
-        for params in compose(words if "dataset=digits" in words else words + TINY, Path(), Path("conf").resolve()):
-            for dataset in params.dataset:
+        words += [] if "dataset=digits" in words else TINY
+        for workspace in compose(words, Path.cwd(), Path.cwd() / "conf"):
+            for dataset in workspace.params().dataset:
                 download(workspace, dataset)
                 build_lists(workspace, dataset)
-                for cell in params.cells(dataset):
+                for cell in workspace.cells(dataset):
                     short = cell.recipe.model_copy(update={"iterations": 1, "validate_every": 0})
                     folder = train_cell(replace(cell, recipe=short), workspace)
                     model = network.load(cell, folder / "final.pt")

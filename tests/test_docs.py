@@ -19,7 +19,7 @@ from dvc.cli import parse_args
 from helpers import ROOT, environment
 from torch.nn.functional import normalize
 
-from cbml.spec.params import load_params
+from cbml.workspace import Workspace
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, *sorted(ROOT.glob("reports/reference/*/README.md")), *sorted(ROOT.glob(".github/**/*.md"))]
@@ -91,9 +91,9 @@ def parse_only(monkeypatch, module, arguments):
 def check_dvc(words, folder):
     parse_args(words[1:])  # ends the test where an option is unknown
     if words[1:3] == ["exp", "run"]:
-        for params in compose(words, folder, ROOT / "conf"):
-            assert params.cells(*params.dataset)
-    cells = load_params(ROOT / "params.yaml").cells("glyphs")
+        for workspace in compose(words, folder, ROOT / "conf"):
+            assert workspace.cells(*workspace.params().dataset)
+    cells = Workspace(ROOT, ROOT).cells("glyphs")
     known = {f"train@{cell.name}-glyphs" for cell in cells} | {"download@folder", "download", "train"}
     assert {word for word in words[2:] if re.match(r"(train|download)\b", word)} <= known
 
