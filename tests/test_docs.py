@@ -1,5 +1,6 @@
 """README and docs: commands are parsed and composed, snippets run, links lead somewhere, figures are measured."""
 
+import ast
 import itertools
 import json
 import os
@@ -253,6 +254,22 @@ def test_figures_are_those_of_the_reference():
     rows = [line.split() for line in readme.splitlines() if line.startswith("| resnet18")]
     known = [line.split() for line in (reference / "glyphs" / "tables.md").read_text().splitlines()]
     assert len(rows) == 3 and all(row in known for row in rows)
+
+
+def test_messages_that_are_explained_are_there():
+    """Their first column, between the dots, is what some string of the source says; commands and DVC's are others'."""
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "src").rglob("*.py")]
+    said = "\n".join(
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    rows = re.findall(r"^\| (`.*?) \| ", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)
+    ours = [row for row in rows if not re.search(r"dvc |DVC\)|command not found|No module", row)]
+    pieces = [piece.strip() for row in ours for text in re.findall("`(.+?)`", row) for piece in text.split("…")]
+    assert len(ours) > 20
+    assert [piece for piece in pieces if len(piece) > 11 and piece not in said] == []
 
 
 def test_a_preset_opens_with_its_command():
