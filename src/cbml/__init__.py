@@ -2,6 +2,6 @@
 
 import os
 
-# Threads that wait are to sleep, not to spin: a spinning one holds a core that its own process may be waiting for, as
-# soon as other processes are busy, too. PyTorch looks at this when it is loaded.
+# Waiting threads must sleep, not spin: when other processes are busy, a spinning thread holds the core that its own
+# process is waiting for. PyTorch reads this when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -131,8 +131,8 @@ def _answer(url: str, headers: dict[str, str]) -> tuple[requests.Response, bytes
 
     Raises:
         requests.RequestException, HTTPError: there is none.
-        TimeoutError: it took more than `STALL` seconds. requests' own timeout is one between two bytes, so a header that
-            drips, or one `100 Continue` after another, would be waited for without end.
+        TimeoutError: it took more than `STALL` seconds. requests' own timeout is one between two bytes, so a header
+            that drips, or one `100 Continue` after another, would be waited for without end.
     """
     answers: SimpleQueue[tuple[requests.Response, bytes] | BaseException] = SimpleQueue()
 

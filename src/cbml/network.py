@@ -24,7 +24,7 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
     try:
         network = create_model(cell.backbone_config, root=root, **_shape(cell))
     except Unavailable as error:
-        hint = f"a file does without a network: -S backbone.{cell.backbone}.weights=PATH"
+        hint = f"offline? pass a local file: -S backbone.{cell.backbone}.weights=PATH"
         raise UserError(f"{error}; {hint}") from error
     network.freeze_bn = cell.recipe.freeze_bn
     features = cast(int, network.trunk.num_features)

@@ -1,15 +1,12 @@
 """The command of a row: Hydra, as DVC calls it, makes the same cells of it."""
 
 import importlib.util
-import itertools
-import re
 import shlex
-import subprocess
 
 import pytest
 import yaml
 from dvc.utils.cli_parse import to_path_overrides
-from dvc.utils.hydra import compose_and_dump, get_hydra_sweeps
+from dvc.utils.hydra import compose_and_dump
 from helpers import ROOT
 
 from cbml.report.tables.commands import command
@@ -124,25 +121,6 @@ def test_hydra_makes_the_same_cell_of_it(compose, case):
     cell = workspace.cells(*workspace.params().dataset)[-1]
     again = compose(settings_of(command(cell, [cell.seed], ROOT / "conf")))
     assert again.cells(cell.dataset) == [cell]
-
-
-EXAMPLES = [
-    line.strip() for line in (ROOT / "README.md").read_text().splitlines() if re.match("    dvc exp run.* -S ", line)
-]
-
-
-@pytest.mark.parametrize("line", EXAMPLES)
-def test_a_command_of_the_readme_makes_cells(compose, line):
-    """As the shell splits it and as DVC takes it, without training."""
-    words = subprocess.run(
-        ["bash", "-c", f"printf '%s\\0' {line.partition('&&')[0]}"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split("\0")
-    settings = [word for option, word in itertools.pairwise(words) if option == "-S"]
-    overrides = to_path_overrides(settings)
-    sweeps = get_hydra_sweeps(overrides) if "--queue" in words else [overrides]
-    for sweep in sweeps:
-        workspace = compose(list(itertools.chain(*sweep.values())))
-        assert workspace.cells(*workspace.params().dataset)
 
 
 def test_images_of_ones_own_need_no_parameter_but_their_place(compose):

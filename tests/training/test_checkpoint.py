@@ -192,20 +192,20 @@ def test_a_checkpoint_that_cannot_be_read_now_is_as_good_as_ever(tmp_path, monke
     def fail(*_, **__):
         raise SHORT[reason]
 
-    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+    with acquire(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
         kept.write({"iteration": 1})
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", fail)
         with pytest.raises(SystemExit) as end:
-            run_main(lambda: hold(tmp_path / "cell", "cell", {"torch": "1"}).__enter__())
+            run_main(lambda: acquire(tmp_path / "cell", "cell", {"torch": "1"}).__enter__())
     assert end.value.code.startswith("error: ") and "damaged (" not in end.value.code and "\n" not in end.value.code
-    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+    with acquire(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
         assert kept.read() == {"iteration": 1}
 
 
 def test_too_little_memory_deletes_no_checkpoint(tmp_path):
     """Under a real limit, wherever it strikes."""
-    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+    with acquire(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
         kept.write({"tensor": torch.zeros(2**26)})
     code = f"""
 import resource, sys
@@ -222,16 +222,16 @@ run_main(lambda: hold(Path({str(tmp_path / "cell")!r}), "cell", {{"torch": "1"}}
         )
         assert done.returncode == 1 and done.stderr.startswith("error: too little memory"), done.stderr
         assert done.stderr.count("\n") == 1
-    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+    with acquire(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
         assert kept.read()
 
 
 def test_what_is_damaged_is_set_aside_and_not_deleted(tmp_path, capsys):
     for number in (1, 2):
-        with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+        with acquire(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
             kept.write({"iteration": number})
         (kept.folder / "state.pt").write_bytes(b"damaged %d" % number)
-    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+    with acquire(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
         assert kept.read() is None
     asides = sorted((tmp_path / "cell").glob(".damaged-*"))
     assert [(aside / "state.pt").read_bytes() for aside in asides] == [b"damaged 1", b"damaged 2"]
@@ -252,22 +252,22 @@ def test_weights_that_a_run_will_need_are_looked_at_when_it_goes_on(workspace, i
 @pytest.mark.parametrize("content", [None, "{", "[]", "3", '{"torch": ["9"]}'])
 @pytest.mark.parametrize("resume", [None, "always"])
 def test_damage_in_a_checkpoint_of_other_code_stops_nothing(tmp_path, monkeypatch, content, resume):
-    with hold(tmp_path / "cell", "cell", {"torch": "9"}) as other:
+    with acquire(tmp_path / "cell", "cell", {"torch": "9"}) as other:
         other.write({"iteration": 9})
     (other.folder / "made_with.json").unlink()
     if content is not None:
         (other.folder / "made_with.json").write_text(content)
     if resume:
         monkeypatch.setenv("CBML_RESUME", resume)
-    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as own:
+    with acquire(tmp_path / "cell", "cell", {"torch": "1"}) as own:
         assert own.read() == ({"iteration": 9} if resume else None)
         assert json.loads((own.folder / "made_with.json").read_text()) == {"torch": "1"}
 
 
 def test_a_checkpoint_of_other_code_that_is_not_continued_is_not_read(tmp_path):
-    with hold(tmp_path / "cell", "cell", {"torch": "9"}) as other:
+    with acquire(tmp_path / "cell", "cell", {"torch": "9"}) as other:
         other.write({"iteration": 9})
     (other.folder / "state.pt").write_bytes(b"damaged")
-    with hold(tmp_path / "cell", "cell", {"torch": "1"}) as own:
+    with acquire(tmp_path / "cell", "cell", {"torch": "1"}) as own:
         assert own.read() is None
     assert (other.folder / "state.pt").read_bytes() == b"damaged"

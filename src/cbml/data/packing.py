@@ -24,7 +24,7 @@ from cbml.progress import message, progress
 PACKED_GB = "CBML_PACKED_GB"  # environment variable: the most that decoded images of one size may take of the disk
 DEFAULT_GB = 64
 SPARE_BYTES = 2 * 2**30  # left free on the disk
-CHUNK = 512  # images between two notes of how far decoding is
+CHUNK = 512  # images between two records of progress
 NAMED = 1000  # unreadable images, in a message
 
 Size = tuple[int, str]  # `resize` and `interpolation` of `load_image`
@@ -316,7 +316,7 @@ def _known(cache: Path, size: Size) -> dict[str, Callable[[], np.ndarray]]:
             index, data = _open(file.parent)
             for digest, place in zip(np.load(file).tolist(), index[:-1].tolist(), strict=True):
                 known[digest.decode()] = partial(_pixels, data, *place)
-        except Exception:  # damaged, of which `open` speaks when it is asked for them
+        except Exception:  # damaged: `open` reports it when the images are needed
             continue
     return known
 

@@ -11,7 +11,7 @@ from cbml.data.loading import load_batches
 from cbml.progress import progress
 
 BATCH = 120
-# Pixels of a batch whose feature maps a CPU's caches hold; larger ones take up to 1.7 times as long an image.
+# Pixels of a batch whose feature maps fit a CPU's caches; larger batches take up to 1.7 times as long per image.
 CPU_BATCH_PIXELS = 200_000
 
 

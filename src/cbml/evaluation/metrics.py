@@ -8,7 +8,7 @@ from torch import Tensor
 from cbml.errors import UserError
 from cbml.evaluation.retrieval import BLOCK, RESOLUTION, SPARE, Search, ascending, by_class, check_width, unit_vectors
 
-NMI_BOUND = 2**20  # images × classes: the time of k-means grows with it, and beyond it is longer than all else takes
+NMI_BOUND = 2**20  # images × classes: the time of k-means grows with it; beyond this it exceeds that of everything else
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def evaluate(
     names = [f"recall_at_{k}" for k in ks] + ["r_precision", "map_at_r"]
     metrics = dict(zip(names, (100 * scores.sum(dim=0) / len(scores)).tolist(), strict=True))
     if nmi:
-        from sklearn.cluster import KMeans  # takes a second to import, which what serves a model need not wait for
+        from sklearn.cluster import KMeans  # takes a second to import: serving a model must not wait for it
         from sklearn.metrics import normalized_mutual_info_score
 
         k_means = KMeans(n_clusters=len(in_order.unique()), random_state=0)
@@ -152,7 +152,7 @@ def _negatives_ahead(search: Search, rows: Tensor, thresholds: Tensor, needed: T
     row, place = near.nonzero().unbind(dim=1)
     similarities[row, place] = search.pairs(rows[row], items[row, place])
     ahead = similarities.shape[1] - torch.searchsorted(ascending(similarities), thresholds)
-    # At a threshold this low there may be others ahead, which are no candidates.
+    # At a threshold this low, items that are not candidates may be ahead too.
     unsettled = (thresholds - search.error <= beyond) & (ahead <= needed)
     throughout |= unsettled.any(dim=1)
     for some, similarities in search.whole(rows[throughout]):

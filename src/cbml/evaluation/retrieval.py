@@ -73,7 +73,7 @@ def error_bound(width: int) -> float:
 
     Both factors are rounded, and each term of a sum of `width` as many times at most, in whatever order they are added;
     the terms' absolute values add up to 1 at most (Higham, "Accuracy and Stability of Numerical Algorithms", section
-    3.1). The rest, two more roundings and 1 %, is for what is of second order.
+    3.1). The rest, two more roundings and 1 %, covers second-order terms.
     """
     return 1.01 * (width + 4) * 2.0**-24
 
@@ -83,8 +83,8 @@ def products(queries: Tensor, gallery: Tensor) -> Tensor:
     if queries.dtype == torch.float64:
         return queries @ gallery.T
     with torch.autocast("cpu", enabled=False):
-        # oneDNN, because MKL takes twice the time on processors of AMD; and as PyTorch has no setting that would make
-        # this layer coarser than float32.
+        # oneDNN: MKL takes twice the time on AMD processors, and no setting of PyTorch makes this layer coarser than
+        # float32.
         return F.linear(queries.to_mkldnn(), gallery).to_dense()
 
 
@@ -136,7 +136,7 @@ class Search:
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield the queries' indices, so many at a time as a block has room for."""
-        # What is left out is held several times over.
+        # `left_out` holds several copies of a query's positives.
         width = len(self.gallery) + 8 * (self.last - self.first).max().item()
         indices = torch.arange(len(self.queries), device=self.queries.device)
         yield from progress(indices.split(max(1, self.block // width)), "retrieve", "blocks")
@@ -145,8 +145,8 @@ class Search:
         """The `k` items with the largest products of each query, in no order.
 
         Returns:
-            Products (rows, k), -inf for what is left out, and items (rows, k); all M where they are fewer. And
-            what the product of no other item exceeds, (rows, 1).
+            Products (rows, k), -inf for items that are left out, and items (rows, k); all M if there are fewer.
+            And an upper bound of the products of all other items, (rows, 1).
         """
         size, queries = len(self.gallery), self.vectors[rows]
         found = [products(queries, part) for part in self.parts]
@@ -242,7 +242,7 @@ def retrieve(
     def choose(rows: Tensor, items: Tensor, among: Tensor) -> Tensor:
         """Keep the k nearest of `items` (rows, L), at the similarities `among`; return the scores of the last."""
         different = labels[rows, None] != other_labels[items]
-        # Below half a step of the similarities: the index decides between equals alone.
+        # Less than half a step of the similarities, so that the index decides only between equals.
         scores = among + (RESOLUTION + STEP / 2) * different - items.double() * (STEP / 2 / len(others))
         scores, best = scores.topk(k)
         indices[rows], similarities[rows] = items.gather(1, best), among.gather(1, best)

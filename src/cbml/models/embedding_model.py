@@ -25,7 +25,7 @@ class Normalize(nn.Module):
     def __init__(self, input: InputConvention):
         super().__init__()
         self.input = input
-        # On the network's device, where making them anew would make the host wait; not among its weights.
+        # Buffers move to the network's device once; made anew for each batch they would make the host wait.
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(input, name)).view(3, 1, 1), persistent=False)
 

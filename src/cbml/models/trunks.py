@@ -143,7 +143,7 @@ def _adapted(state: dict[str, Tensor], trunk: nn.Module, path: Path) -> dict[str
     adapt = getattr(inspect.getmodule(type(trunk)), "checkpoint_filter_fn", None)
     try:
         return adapt(state, trunk) if adapt else state
-    except Exception as error:  # what another network's names and shapes lead to
+    except Exception as error:  # names and shapes of another network raise many types
         raise UserError(f"weights {path} do not fit the backbone ({_reason(error)})") from error
 
 

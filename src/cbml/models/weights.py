@@ -123,7 +123,7 @@ def load_state(
         # bn_inception-52deb4733.pth stores the vectors of its BN layers as (1, C)
         if name in own and value.shape == (1, *own[name].shape):
             state[name] = value.squeeze(0)
-    # num_batches_tracked is younger than most published files and unused
+    # most published files are older than num_batches_tracked, which is not used
     missing = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]
     surplus = [name for name in state if name not in own]
     misshapen = [

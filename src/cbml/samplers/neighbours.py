@@ -24,7 +24,7 @@ class NeighboursConfig(BatchSamplerConfig):
     Attributes:
         count: of each chosen image and its neighbours, together.
         views: crops of each.
-        refresh: epochs between searches; in an epoch each image is chosen `count` times less often than it is there.
+        refresh: epochs between searches; an epoch visits 1 / `count` of the images as queries.
     """
 
     needs_labels: ClassVar[bool] = False

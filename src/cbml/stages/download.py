@@ -1,4 +1,4 @@
-"""Bring a dataset's images, and write down which they are."""
+"""Fetch or make a dataset's images, and write a table of them."""
 
 import os
 
@@ -12,11 +12,11 @@ from cbml.workspace import Workspace
 
 
 def download(workspace: Workspace, dataset: str) -> pd.DataFrame:
-    """Bring the images of a dataset if they are not there, and write its catalogue.
+    """Fetch or make the images of a dataset if they are not there, and write its catalogue.
 
-    The images are no output of DVC, which would look at each of them for every stage, keep a copy, and make another one
-    for every queued experiment. The catalogue is: `path`, `label`, `name`, `split`, and `bytes` and `modified` of each
-    file, so that it changes with any of them.
+    The images are not a DVC output: DVC would look at each of them for every stage, keep a copy, and make another copy
+    for every queued experiment. The catalogue is an output: `path`, `label`, `name`, `split`, and `bytes` and
+    `modified` of each file, so that it changes with any of them.
 
     Raises:
         UserError: the images cannot be had, or they cannot be trained and tested on.

@@ -11,10 +11,10 @@ import pytest
 from helpers import ROOT, environment
 from PIL import Image
 
-from cbml.data.open import bring
 from cbml.data.sources import Dataset
 from cbml.data.sources.base import DatasetConfig, check_catalogue
 from cbml.errors import UserError
+from cbml.stages.inputs import ensure_images
 from cbml.workspace import Workspace
 
 
@@ -37,7 +37,7 @@ class Stripes(DatasetConfig):
 
 
 def test_a_dataset_that_is_written_to_the_contract_works(tmp_path):
-    folder = bring(Workspace(tmp_path, tmp_path), Stripes())
+    folder = ensure_images(Workspace(tmp_path, tmp_path), Stripes())
     table = Stripes().catalogue(folder)
     check_catalogue(table, folder)
     assert all((folder / path).is_file() for path in table.path)

@@ -65,15 +65,15 @@ def unpack(archive: Path, folder: Path, top: str, wanted: tuple[str, ...]) -> No
             target = folder.joinpath(*parts)
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                file = target.open("wb")
+                output = target.open("wb")
             except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
                 raise UserError(
                     f"{archive}: {name!r} is a file here and a folder there ({str(error).partition(':')[0]}); "
                     "get the archive again"
                 ) from None
-            with file, open_member() as source:
-                shutil.copyfileobj(source, file)  # `size` bytes, or an error
-                unpacked += file.tell()
+            with output, open_member() as source:
+                shutil.copyfileobj(source, output)  # `size` bytes, or an error
+                unpacked += output.tell()
     except DAMAGES as error:
         if getattr(error, "errno", None):
             raise
@@ -88,7 +88,7 @@ class _Header(tarfile.TarInfo):
     """One of a sensible size: tarfile would read any into memory."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
         header = super().frombuf(buf, encoding, errors)
         if header.type in EXTENDED and header.size > MOST_HEADER:
             raise ValueError(f"a header of {header.size} bytes, at most {MOST_HEADER} are allowed")
