@@ -17,6 +17,7 @@ from cbml.evaluation.metrics import evaluate
 from cbml.evaluation.per_class import sample_images
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
+from cbml.provenance import scoring_code
 from cbml.spec.params import load_cell
 from cbml.stages.build_lists import build_lists
 from cbml.stages.download import download
@@ -99,6 +100,11 @@ def test_the_folder_holds_the_evaluation_and_the_run_without_its_weights(evaluat
     own = ["classes.csv", "map.npz", "metrics.json", "neighbours.npz", "recall_at_k.csv", "summary.json"]
     own += ["similarities.csv", "similarities.json"]
     assert sorted(path.name for path in evaluated[0].iterdir()) == sorted(run + own)
+
+
+def test_the_record_says_which_code_scored_it(evaluated):
+    record = json.loads((evaluated[0] / "run.json").read_text())
+    assert record["scoring_code"] == scoring_code() and record["key"] == RECORD["key"]
 
 
 def test_each_protocol_is_scored_with_its_own_weights(evaluated, embeddings, listed):
