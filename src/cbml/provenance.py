@@ -27,6 +27,7 @@ NEUTRAL = (
     "cbml.errors",  # says what is wrong
     "cbml.progress",  # says how far it is
     "cbml.files",  # writes bytes whole or not at all, whichever they are
+    "cbml.fetch",  # brings files, whose content is told by its hash
     "cbml.workspace",  # where things lie
     "cbml.provenance",  # what is recorded beside a result
     "cbml.tracking",  # records a result elsewhere
