@@ -1,7 +1,6 @@
 """Decoded images: sizes, pixels, modes, the copy that is kept."""
 
 import errno
-import hashlib
 import subprocess
 import sys
 import threading
@@ -155,20 +154,6 @@ def test_an_error_of_the_machine_is_no_damage_of_images(folder, monkeypatch, cap
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the machine"):
         patch.setattr("PIL.Image.open", fail)
         decode(folder / "images" / "0.png")
-
-
-def test_decoded_images_of_a_list_that_has_changed_are_not_taken(folder):
-    """What the list was made with is compared, whether the images are decoded already or not."""
-
-    def check(digests):
-        raise UserError("not those of the list")
-
-    pack(folder, ["0.png"])
-    with pytest.raises(UserError, match="not those of the list"):
-        pack(folder, ["0.png"], check=check)
-    checked = []
-    pack(folder, ["0.png"], check=checked.append)
-    assert checked == [[hashlib.sha256((folder / "images/0.png").read_bytes()).hexdigest()]]
 
 
 def test_waiting_for_another_process_is_said(folder, capsys):

@@ -6,7 +6,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -93,8 +93,7 @@ def pack_images(
 
     Args:
         root, cache, fingerprint: see `Packing`.
-        check: raises a UserError if these hashes of the files are not those that the list was made with. Of decoded
-            images it is asked as well: the list may have changed.
+        check: called with the hashes of the files before they are decoded.
 
     Raises:
         UserError: an image cannot be decoded.
@@ -103,9 +102,7 @@ def pack_images(
     with packing.acquire():
         found = packing.open(size)
         if isinstance(found, PackedImages) or (found and found.nbytes > packing.room):
-            with suppress(UserError, OSError, ValueError):  # or the hashes are damaged: the files are asked
-                check(np.load(packing.folder(size) / "digests.npy").astype(str).tolist())
-                return found
+            return found
         inspected = inspect(packing.files, root.name)
         if unreadable := inspected.unreadable:
             raise unreadable_error(unreadable, len(inspected.sizes))
@@ -146,8 +143,8 @@ class Packing:
 
     def folder(self, size: Size) -> Path:
         """Of the images of a size: `index.npy`, where each begins, its height and its width, all in pixels, and in the
-        last row where they end; `digests.npy`, the hashes of their files; and, if they fit, they themselves,
-        `images.bin`, and `checksums.npy`, the CRC-32 of each."""
+        last row where they end; and, if they fit, they themselves, `images.bin`, the CRC-32 of each,
+        `checksums.npy`, and the hashes of their files, `digests.npy`."""
         return self.cache / f"{self._key}-{_name(size)}"
 
     @property
@@ -291,9 +288,9 @@ class Packing:
                 new.mkdir()
                 index = np.concatenate([index, [[starts[-1], 0, 0]]])
                 np.save(new / "index.npy", index)
-                np.save(new / "digests.npy", digests)
                 if written.is_file():
                     written.rename(new / "images.bin")
+                    np.save(new / "digests.npy", digests)
                     np.save(new / "checksums.npy", _checksums(index, _data(new)))
         self.discard()
 
