@@ -341,7 +341,7 @@ def _data(folder: Path) -> np.ndarray:
 
 
 def _checksums(index: np.ndarray, data: np.ndarray) -> np.ndarray:
-    """(N,) uint32, in as many threads as there are cores."""
+    """(N,) uint32, the CRC-32 of each image, computed in threads."""
     crc = prefetch(lambda place: zlib.crc32(_pixels(data, *place).data), index[:-1].tolist(), 2 * (os.cpu_count() or 1))
     return np.fromiter(crc, dtype=np.uint32, count=len(index) - 1)
 
