@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 from cbml import fetch
-from cbml.data.open import bring
 from cbml.data.sources import Cub200Config, archives
 from cbml.errors import UserError
 from cbml.stages.inputs import ensure_images
