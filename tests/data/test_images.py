@@ -1,5 +1,6 @@
 """Decoded images: sizes, pixels, modes, the copy that is kept."""
 
+import errno
 import subprocess
 import sys
 import threading
@@ -104,6 +105,55 @@ def test_damaged_copies_are_decoded_again(folder, capsys, file, damage):
     assert len(said) == 1 or (file, damage) == ("images.bin", DAMAGES["missing"])  # as after there was no room
     pack(folder, names)
     assert not capsys.readouterr().err
+
+
+def test_flipped_bytes_in_decoded_images_are_seen_and_decoded_again(tmp_path, capsys, decoded):
+    names = numbered(tmp_path, 6)
+    pack(tmp_path, names)
+    (file,) = (tmp_path / "cache").glob("*/images.bin")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    decoded.clear()
+    assert reds(pack(tmp_path, names)) == list(range(6)) and len(decoded) == 1
+    assert "damaged (ValueError: wrong checksums of 1 images, e.g. images/n" in capsys.readouterr().err
+    pack(tmp_path, names)
+    assert not capsys.readouterr().err
+
+
+def test_flipped_bytes_do_not_travel_to_the_decoded_images_of_another_list(tmp_path, decoded):
+    names = numbered(tmp_path, 6)
+    pack(tmp_path, names)
+    (file,) = (tmp_path / "cache").glob("*/images.bin")
+    file.write_bytes(b"\xff" + file.read_bytes()[1:])
+    assert reds(pack(tmp_path, names[:5], fingerprint="1")) == list(range(5))
+
+
+def test_checksums_are_looked_at_once_a_process(folder, monkeypatch):
+    checked = []
+    checksums = packing._checksums
+    monkeypatch.setattr(packing, "_checksums", lambda *args: checked.append(None) or checksums(*args))
+    for _ in range(3):
+        pack(folder, ["0.png"])
+    assert len(checked) == 2  # when they were made, and when they were opened for the first time
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENOMEM, errno.EACCES])
+def test_an_error_of_the_machine_is_no_damage_of_images(folder, monkeypatch, capsys, number):
+    """Neither of decoded ones, nor of files, which would be left out where unreadable ones are."""
+
+    def fail(*_, **__):
+        raise OSError(number, "the machine")
+
+    pack(folder, ["0.png"])
+    for place in ("numpy.memmap", "PIL.Image.open"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="the machine"):
+            patch.setattr(place, fail)
+            pack(folder, ["0.png"], fingerprint="0" if place == "numpy.memmap" else "1")
+    assert "damaged" not in capsys.readouterr().err
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the machine"):
+        patch.setattr("PIL.Image.open", fail)
+        decode(folder / "images" / "0.png")
 
 
 def test_waiting_for_another_process_is_said(folder, capsys):

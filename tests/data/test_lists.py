@@ -277,6 +277,16 @@ def test_broken_names_of_classes_are_named(tmp_path, text, message):
     assert message in (error := error_of(read_list, tmp_path / "train.txt")) and "classes.txt" in error
 
 
+@pytest.mark.parametrize("name", ["train.txt", "classes.txt"])
+def test_a_list_that_is_cut_in_the_middle_of_a_line_is_damaged(dataset, name):
+    """Here the label 12 would become 1, with a name and images of its own."""
+    build(dataset)
+    file = dataset.parent / "lists/birds" / name
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{name}: damaged \(it ends in the middle of a line\); run .* build_lists"):
+        lists(dataset, "train")
+
+
 def test_missing_list(tmp_path):
     (tmp_path / "classes.txt").write_text("0 Bird\n")
     assert "nothing.txt does not exist" in error_of(read_list, tmp_path / "nothing.txt")

@@ -393,6 +393,19 @@ def test_a_batch_of_more_classes_than_exist(workspace):
         run(workspace, recipe=TINY_RECIPE | {"batch_size": 16})
 
 
+@pytest.mark.parametrize("name", ["train.txt", "test.txt"])
+def test_a_list_that_was_cut_is_not_trained_on(workspace, name):
+    run(workspace)
+    shutil.rmtree(".checkpoints")
+    lists = Path("lists").resolve()
+    Path("lists").unlink()
+    shutil.copytree(lists, "lists")
+    file = Path("lists/glyphs") / name
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="the images or the lists have changed since the lists were made"):
+        run(workspace)
+
+
 @pytest.mark.parametrize(
     "line, message",
     [

@@ -17,7 +17,7 @@ import pandas as pd
 from cbml.data.sources.base import SPLITS
 from cbml.data.sources.layout import number, read_lines
 from cbml.errors import UserError
-from cbml.files import atomic_write
+from cbml.files import atomic_write, damaged
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     lines = read_lines(path, path)
     if not lines:
         raise UserError(f"{path} is empty; build_lists writes it")
+    if not path.read_bytes().endswith(b"\n"):  # else a label of 12 may have become one of 1
+        raise damaged(path, "it ends in the middle of a line", "build_lists")
     return enumerate(lines, 1)
 
 

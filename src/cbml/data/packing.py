@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from PIL import Image
 from cbml.data.images import EncodedImages, Images, PackedImages, decode, resize_to, upright_size
 from cbml.data.lists import ImageList
 from cbml.data.loading import prefetch
-from cbml.errors import UserError
+from cbml.errors import UserError, trouble
 from cbml.files import atomic_write, locked, write_text
 from cbml.progress import message, progress
 
@@ -64,6 +65,8 @@ def inspect(files: Sequence[Path], label: str) -> Inspected:
             with Image.open(file) as image:
                 return digest, upright_size(image), None
         except Exception as error:  # Pillow's decoders raise errors of many types
+            if trouble(error):  # which says nothing of the image
+                raise
             reason = f"{file}: not an image that Pillow can read ({error})" if digest else str(error)
             return digest, (0, 0), reason
 
@@ -96,7 +99,7 @@ def pack_images(
         UserError: an image cannot be decoded.
     """
     packing, size = Packing(images, root, cache, fingerprint), (resize, interpolation)
-    with packing.hold():
+    with packing.acquire():
         found = packing.open(size)
         if isinstance(found, PackedImages) or (found and found.nbytes > packing.room):
             return found
@@ -106,7 +109,7 @@ def pack_images(
         check(inspected.digests)
         fitting = packing.fitting([size], inspected)
         if fitting and (unreadable := packing.decode(fitting, inspected)):
-            packing.forget()
+            packing.discard()
             raise unreadable_error(unreadable, len(inspected.sizes))
         packing.keep([size], inspected, np.arange(len(inspected.sizes)), packing)
         packed = packing.open(size)
@@ -140,8 +143,8 @@ class Packing:
 
     def folder(self, size: Size) -> Path:
         """Of the images of a size: `index.npy`, where each begins, its height and its width, all in pixels, and in the
-        last row where they end; and, if they fit, they themselves, `images.bin`, and the hashes of their files,
-        `digests.npy`."""
+        last row where they end; and, if they fit, they themselves, `images.bin`, the CRC-32 of each,
+        `checksums.npy`, and the hashes of their files, `digests.npy`."""
         return self.cache / f"{self._key}-{_name(size)}"
 
     @property
@@ -155,27 +158,39 @@ class Packing:
         allowed = float(os.environ.get(PACKED_GB, DEFAULT_GB)) * 2**30
         return min(allowed, shutil.disk_usage(self.cache).free - SPARE_BYTES)
 
-    def hold(self) -> AbstractContextManager[None]:
+    def acquire(self) -> AbstractContextManager[None]:
         """Keep other processes from decoding the same images for the time of the block."""
         path = self.cache / self._key
         return locked(path, f"waiting for another process, which decodes the same images ({path}.lock)")
 
     def open(self, size: Size) -> Images | None:
         """The images of a size, decoded or, if there was no room for that, from their files; None before `keep`, or if
-        what it kept is damaged."""
+        what it kept is damaged, which is looked for once a process.
+
+        Raises:
+            OSError, MemoryError: they cannot be read for another reason.
+        """
         folder, labels = self.folder(size), torch.from_numpy(self.images.labels)
         if not folder.exists():
             return None
         try:
-            decoded = (folder / "images.bin").exists()
-            index, data = _open(folder) if decoded else (np.load(folder / "index.npy"), None)
+            index, data = np.load(folder / "index.npy"), None
+            if (folder / "images.bin").exists():
+                index, data, checksums = _open(folder)
+                if (state := _state(folder)) not in _whole:
+                    if (wrong := np.flatnonzero(_checksums(index, data) != checksums)).size:
+                        raise ValueError(f"wrong checksums of {wrong.size} images, e.g. {self.images.paths[wrong[0]]}")
+                    _whole.add(state)
             starts, shapes = torch.from_numpy(index[:-1, 0].copy()), torch.from_numpy(index[:-1, 1:].copy())
             if len(shapes) != len(labels) or (shapes.amin(1) != size[0]).any():
                 raise ValueError("of other images")
         except Exception as error:  # NumPy raises errors of many types
-            message(f"{folder}: the decoded images are damaged ({type(error).__name__}); decoding them again")
+            if trouble(error):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            message(f"{folder}: the decoded images are damaged ({reason}); decoding them again")
             return None
-        if not decoded:
+        if data is None:
             return EncodedImages(self.files, shapes, labels, *size)
         return PackedImages(torch.from_numpy(data), shapes, labels, starts)
 
@@ -209,7 +224,7 @@ class Packing:
         starts = {size: inspected.starts(size) for size in sizes}
         done, unreadable = self._progress(starts) or (0, dict(inspected.unreadable))
         if not done:
-            self.forget()
+            self.discard()
             folder.mkdir(parents=True)
         known = [_known(self.cache, size) for size in sizes]
 
@@ -218,7 +233,9 @@ class Packing:
             if i in unreadable:
                 return unreadable[i]
             if known and all(digest in each for each in known):
-                return [each[digest]() for each in known]
+                whole = [array for each in known if (array := each[digest]()) is not None]
+                if len(whole) == len(sizes):
+                    return whole
             try:
                 image = decode(file)
                 arrays = [resize_to(image, *size, str(file)) for size in sizes]
@@ -269,13 +286,15 @@ class Packing:
             index = np.column_stack([starts[:-1], inspected.shapes(size)])[chosen]
             with atomic_write(packing.folder(size)) as new:
                 new.mkdir()
-                np.save(new / "index.npy", np.concatenate([index, [[starts[-1], 0, 0]]]))
+                index = np.concatenate([index, [[starts[-1], 0, 0]]])
+                np.save(new / "index.npy", index)
                 if written.is_file():
                     written.rename(new / "images.bin")
                     np.save(new / "digests.npy", digests)
-        self.forget()
+                    np.save(new / "checksums.npy", _checksums(index, _data(new)))
+        self.discard()
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Delete what `decode` wrote."""
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
@@ -298,27 +317,51 @@ def _name(size: Size) -> str:
     return f"{size[0]}-{size[1]}"
 
 
-def _open(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The index and the bytes of a folder of decoded images."""
-    index = np.load(folder / "index.npy")
-    # Copy-on-write: PyTorch has no read-only tensors and warns about read-only memory.
-    data = np.memmap(folder / "images.bin", dtype=np.uint8, mode="c")
+_whole: set[tuple[str, int, int]] = set()  # the `_state` of the folders whose checksums were right
+
+
+def _state(folder: Path) -> tuple[str, int, int]:
+    facts = (folder / "images.bin").stat()
+    return str(folder.resolve()), facts.st_ino, facts.st_mtime_ns
+
+
+def _open(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The index, the bytes and the checksums of a folder of decoded images."""
+    index, data, checksums = np.load(folder / "index.npy"), _data(folder), np.load(folder / "checksums.npy")
     if len(data) != 3 * index[-1, 0] or index.min() < 0 or (index[:, 0] + index[:, 1:].prod(1)).max() > index[-1, 0]:
         raise ValueError("its sizes do not add up")
-    return index, data
+    if checksums.shape != (len(index) - 1,):
+        raise ValueError("checksums of other images")
+    return index, data, checksums
 
 
-def _known(cache: Path, size: Size) -> dict[str, Callable[[], np.ndarray]]:
-    """What gives each image that was decoded to this size before, by the hash of its file."""
-    known: dict[str, Callable[[], np.ndarray]] = {}
+def _data(folder: Path) -> np.ndarray:
+    # Copy-on-write: PyTorch has no read-only tensors and warns about read-only memory.
+    return np.memmap(folder / "images.bin", dtype=np.uint8, mode="c")
+
+
+def _checksums(index: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """(N,) uint32, the CRC-32 of each image, computed in threads."""
+    crc = prefetch(lambda place: zlib.crc32(_pixels(data, *place).data), index[:-1].tolist(), 2 * (os.cpu_count() or 1))
+    return np.fromiter(crc, dtype=np.uint32, count=len(index) - 1)
+
+
+def _known(cache: Path, size: Size) -> dict[str, Callable[[], np.ndarray | None]]:
+    """What gives each image that was decoded to this size before, if it is whole, by the hash of its file."""
+    known: dict[str, Callable[[], np.ndarray | None]] = {}
     for file in cache.glob(f"*-{_name(size)}/digests.npy"):
         try:
-            index, data = _open(file.parent)
-            for digest, place in zip(np.load(file).tolist(), index[:-1].tolist(), strict=True):
-                known[digest.decode()] = partial(_pixels, data, *place)
+            index, data, checksums = _open(file.parent)
+            for digest, place, checksum in zip(np.load(file).tolist(), index[:-1].tolist(), checksums, strict=True):
+                known[digest.decode()] = partial(_if_whole, data, place, checksum)
         except Exception:  # damaged: `open` reports it when the images are needed
             continue
     return known
+
+
+def _if_whole(data: np.ndarray, place: list[int], checksum: int) -> np.ndarray | None:
+    pixels = _pixels(data, *place)
+    return pixels if zlib.crc32(pixels.data) == checksum else None
 
 
 def _pixels(data: np.ndarray, start: int, height: int, width: int) -> np.ndarray:

@@ -35,13 +35,13 @@ def build_lists(workspace: Workspace, dataset: str) -> dict:
     images = ImageList(table.path.tolist(), table.label.to_numpy(np.int64))
     inspected = inspect([root / path for path in images.paths], dataset)
     packing = Packing(images, root, cache, fingerprint_of(table.split, table.path, table.label, inspected.digests))
-    with packing.hold():
+    with packing.acquire():
         missing = [size for size in sizes if not packing.folder(size).exists()]
         unreadable = inspected.unreadable
         if missing:
             unreadable = packing.decode(packing.fitting(missing, inspected), inspected)
         if unreadable and not config.skip_unreadable:
-            packing.forget()
+            packing.discard()
             hint = f" (dataset.{dataset}.skip_unreadable=true leaves them out)"
             raise unreadable_error(unreadable, len(table), hint)
         kept = np.setdiff1d(np.arange(len(table)), list(unreadable))
