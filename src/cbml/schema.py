@@ -38,7 +38,7 @@ def first_error(error: ValidationError, data: Any) -> str:
     path: list[str] = []
     node = data
     for part in problem["loc"]:
-        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
         if inside:
             path.append(str(part))
             node = node[part]

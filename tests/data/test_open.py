@@ -41,7 +41,7 @@ ONCE = {"train.txt": 1, "test.txt": 1, "summary.json": 1, "images": 1, "params.y
 
 def test_training_and_evaluation_read_each_file_once(workspace, read):
     read["params.yaml"] -= 1  # `run` reads it, too, for the cell
-    folder = run(workspace, recipe={"tiny": VALIDATING})
+    folder = run(workspace, recipe=VALIDATING)
     assert read == ONCE
     read.clear()
     evaluate_cell(folder, workspace)

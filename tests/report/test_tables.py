@@ -26,7 +26,7 @@ from cbml.workspace import Workspace
 
 SEEDS = [0, 1, 2]
 LOSSES = {name: {"type": "cbml", "form": name[5:]} for name in ("cbml_log", "cbml_sqrt")}
-CUB = {"type": "cub200", "url": "http://x/CUB_200_2011.tgz", "size": 1, "md5": "0" * 32}
+CUB = {"type": "cub200", "mirrors": [[{"url": "http://x/CUB_200_2011.tgz", "size": 1, "md5": "0" * 32}]]}
 DATASETS = tiny_params()["dataset"] | {"cub200": CUB}
 TRAIN = "dvc repro -f -s train@resnet18-cbml_log-16-0-glyphs"
 

@@ -211,10 +211,10 @@ def test_too_little_memory_deletes_no_checkpoint(tmp_path):
 import resource, sys
 from pathlib import Path
 from cbml.errors import run_main
-from cbml.training.checkpoint import hold
+from cbml.training.checkpoint import acquire
 used = 1024 * int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]) * 2**20,) * 2)
-run_main(lambda: hold(Path({str(tmp_path / "cell")!r}), "cell", {{"torch": "1"}}).__enter__())
+run_main(lambda: acquire(Path({str(tmp_path / "cell")!r}), "cell", {{"torch": "1"}}).__enter__())
 """
     for room in (1, 60, 200):
         done = subprocess.run(

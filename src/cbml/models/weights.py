@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from cbml.errors import UserError, shortage, trouble
-from cbml.fetch import RemoteFile, fetch, public
 from cbml.files import locked
 from cbml.models.entries import PublishedWeights
 
@@ -38,6 +37,8 @@ def fetch_published(published: PublishedWeights) -> Path:
 
 def _download(path: Path, published: PublishedWeights, download: Path) -> None:
     """Fetch a file to `path`, by way of `download`, beside which a transfer that breaks off leaves what has come."""
+    from cbml.fetch import RemoteFile, fetch, public  # which the losses, as a library, do without
+
     url = public(published.url)
     try:
         if url.startswith("file:"):
