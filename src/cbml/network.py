@@ -1,7 +1,7 @@
 """The network of a cell: built on its starting weights, or loaded with trained ones."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cbml.errors import UserError
 from cbml.files import read_tensors
@@ -27,14 +27,24 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
         hint = f"offline? pass a local file: -S backbone.{cell.backbone}.weights=PATH"
         raise UserError(f"{error}; {hint}") from error
     network.freeze_bn = cell.recipe.freeze_bn
-    features = cast(int, network.trunk.num_features)
+    if cell.recipe.train == "head" and (network.taps or not cell.embedding_dim):
+        what = "heads at stages of the trunk" if network.taps else "no head to train"
+        raise UserError(f"{cell.name}: has {what}, and recipe.train is head; allowed with it: recipe.train=all")
+    return network, build_criterion(cell, network, num_classes=num_classes)
+
+
+def build_criterion(cell: Cell, network: EmbeddingModel, *, num_classes: int) -> Loss:
+    """The loss of a cell for a network of it; see `build`."""
+    features = network.num_features
     sizes = Sizes(network.embedding_dim, num_classes, feature_dim=features, parts=tuple(network.parts))
     criterion = build_loss(cell.loss_config, sizes)
+    if "map" in needs(criterion) and cell.recipe.train == "head":
+        raise UserError(f"loss {cell.loss}: needs the last feature map; allowed with it: recipe.train=all")
     if "map" in needs(criterion) and network.pooling is None:
         raise UserError(f"loss {cell.loss}: needs the last feature map, which backbone {cell.backbone} does not give")
     if "teacher" in needs(criterion) and cell.loss_config.teacher is None:
         raise UserError(f"loss {cell.loss}: needs a teacher; its momentum is to be set: loss.{cell.loss}.teacher=0.999")
-    return network, criterion
+    return criterion
 
 
 def load(cell: Cell, weights: Path) -> EmbeddingModel:

@@ -1,6 +1,6 @@
 """The base of every configuration object: immutable, and strict about names."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,6 +30,28 @@ class Schema(BaseModel):
                 if any(isinstance(each, bool) for each in values) and cls.model_fields[name].annotation is not bool:
                     raise ValueError(f"{name} is {str(value).lower()}, but is not a switch")  # to Python, True is 1
         return data
+
+
+class Range(Schema):
+    """The values that a parameter may be given when it is tuned: whole numbers if both ends are.
+
+    Attributes:
+        low, high: the ends, which belong to it.
+        log: small values are as probable as large ones, on a logarithmic scale.
+        choices: in place of the ends.
+    """
+
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False
+    choices: list[bool | int | float | str] = []
+
+    @model_validator(mode="after")
+    def _ends_or_choices(self) -> Self:
+        ends = self.low is not None and self.high is not None and self.low < self.high
+        if ends == bool(self.choices) or (self.log and not (self.low or 0) > 0):
+            raise ValueError("expected low and high, low below high and with log above 0; or choices")
+        return self
 
 
 def first_error(error: ValidationError, data: Any) -> str:

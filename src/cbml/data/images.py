@@ -18,7 +18,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from cbml.data.crops import crop_each, crop_together
+from cbml.data.crops import center_boxes, color_jitter, crop_each, crop_together, random_boxes
 from cbml.errors import UserError, trouble
 
 MOST_PIXELS = 2**28 // 3  # 256 MiB of RGB, from where on Pillow warns of a decompression bomb
@@ -114,8 +114,53 @@ def one_after_another(sizes: Tensor) -> Tensor:
     return areas.cumsum(0) - areas
 
 
+class Cropped:
+    """What all images have that crops are cut from: those of training and those of evaluation."""
+
+    sizes: Tensor
+
+    def crops(
+        self, indices: Tensor, boxes: Tensor, size: int, *, flip: Tensor | None = None, interpolation: str = "bilinear"
+    ) -> Tensor:
+        """Cut a box from each of some images and resize it, as Pillow would (within rounding).
+
+        Args:
+            indices: (B,) int64.
+            boxes: (B, 4) int64: top, left, height, width.
+            size: side of the result.
+            flip: (B,) bool, which results to mirror left to right.
+            interpolation: "bilinear" or "bicubic", antialiased.
+
+        Returns:
+            (B, 3, size, size) uint8.
+        """
+        raise NotImplementedError
+
+    def random_crops(
+        self,
+        indices: Tensor,
+        generator: torch.Generator,
+        *,
+        size: int,
+        scale: Sequence[float],
+        ratio: Sequence[float],
+        flip: bool,
+        jitter: Sequence[float] | None,
+        interpolation: str,
+    ) -> Tensor:
+        """(B, 3, size, size) uint8, as they are trained on; they depend on these arguments alone."""
+        boxes = random_boxes(self.sizes[indices], scale, ratio, generator)
+        mirrored = torch.rand(len(indices), generator=generator) < 0.5 if flip else None
+        found = self.crops(indices, boxes, size, flip=mirrored, interpolation=interpolation)
+        return color_jitter(found, jitter, generator) if jitter else found
+
+    def center_crops(self, indices: Tensor, size: int, interpolation: str) -> Tensor:
+        """(B, 3, size, size) uint8, as they are evaluated on."""
+        return self.crops(indices, center_boxes(self.sizes[indices], size), size, interpolation=interpolation)
+
+
 @dataclass
-class PackedImages:
+class PackedImages(Cropped):
     """Decoded images of a list, in its order.
 
     Attributes:
@@ -162,18 +207,7 @@ class PackedImages:
         flip: Tensor | None = None,
         interpolation: str = "bilinear",
     ) -> Tensor:
-        """Cut a box from each of some images and resize it, as Pillow would (within rounding).
-
-        Args:
-            indices: (B,) int64.
-            boxes: (B, 4) int64: top, left, height, width.
-            size: side of the result.
-            flip: (B,) bool, which results to mirror left to right.
-            interpolation: "bilinear" or "bicubic", antialiased.
-
-        Returns:
-            (B, 3, size, size) uint8, where `data` is.
-        """
+        """See `Cropped.crops`; the result is where `data` is."""
         flip = torch.zeros(len(indices), dtype=torch.bool) if flip is None else flip
         crop = crop_each if self.data.device.type == "cpu" else crop_together
         starts, widths = self.starts[indices], self.sizes[indices, 1]
@@ -213,7 +247,7 @@ class PackedImages:
 
 
 @dataclass(frozen=True)
-class EncodedImages:
+class EncodedImages(Cropped):
     """Images of a list that are too large to be kept decoded: the same crops as of `PackedImages`, from the files.
 
     Attributes:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cbml.data.crops import center_boxes
 from cbml.data.images import Images
 from cbml.data.loading import load_batches
 from cbml.progress import progress
@@ -37,8 +36,7 @@ def embed(
     size = batch_size(crop, device)
 
     def center_crops(indices: Tensor) -> tuple[Tensor]:
-        boxes = center_boxes(images.sizes[indices], crop)
-        return (images.crops(indices, boxes, crop, interpolation=interpolation),)
+        return (images.center_crops(indices, crop, interpolation),)
 
     batches = torch.arange(len(images)).split(size)
     loaded = load_batches(center_crops, batches, images, device)

@@ -22,7 +22,14 @@ from cbml.schema import NonNegative, Positive, Schema, first_error
 L = TypeVar("L", bound="type[Loss]")
 
 REGISTRY: dict[str, type["Loss"]] = {}
-METHOD = ("head", "batches", "teacher", "recipe")  # what the file of a method sets beside its loss: see spec/method.py
+# What the file of a method sets beside its loss: see spec/method.py.
+METHOD = ("head", "batches", "teacher", "recipe", "search")
+    "head",
+    "batches",
+    "teacher",
+    "recipe",
+    "search",
+)  # what the file of a method sets beside its loss: see spec/method.py
 
 
 @dataclass(frozen=True)

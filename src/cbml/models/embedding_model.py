@@ -69,6 +69,7 @@ class EmbeddingModel(nn.Module):
 
     Attributes:
         parts: sizes of the embedding's parts.
+        num_features: C.
         autocast: what trunk and head compute in where autocast allows it, in training and evaluation alike; None for
             float32. What the network gives is float32 in either case.
 
@@ -79,6 +80,7 @@ class EmbeddingModel(nn.Module):
     embedding_dim: int
     parts: list[int]
     autocast: torch.dtype | None = None
+    num_features: int
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class EmbeddingModel(nn.Module):
         self.pooling = pooling
         self.freeze_bn = freeze_bn
         self.taps = taps
-        features = cast(int, trunk.num_features)
+        features = self.num_features = cast(int, trunk.num_features)
         self.embedding_dim = embedding_dim or features
         self.parts = head.parts(embedding_dim) if embedding_dim or head.type != "linear" else [features]
         self.part_weights = head.part_weights(self.parts)
@@ -132,6 +134,19 @@ class EmbeddingModel(nn.Module):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
+
+
+class OnFeatures(EmbeddingModel):
+    """A model's head, on features (B, C) in place of images: what there is to train on a frozen trunk."""
+
+    def __init__(self, model: EmbeddingModel):
+        nn.Module.__init__(self)
+        self.normalize = self.trunk = nn.Identity()  # type: ignore[assignment]
+        self.pooling, self.freeze_bn, self.taps = None, model.freeze_bn, ()
+        self.num_features = model.num_features
+        self.embedding_dim, self.parts, self.part_weights = model.embedding_dim, model.parts, model.part_weights
+        self.head = model.head
+        self.train()
 
 
 def create_model(

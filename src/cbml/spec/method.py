@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model
 from cbml.losses.base import METHOD, REGISTRY, LossConfig, loss_type
 from cbml.models.heads import Head
 from cbml.samplers.config import AnyBatchSampler
+from cbml.schema import Range
 
 
 class MethodConfig(LossConfig):
@@ -16,13 +17,14 @@ class MethodConfig(LossConfig):
 
     It may say what else its method changes: the `head` of the network, the `batches`, the momentum of a `teacher`, the
     moving average of the network, and parameters of a `recipe` by its name, which win over what the backbone's entry
-    says, and not over what is set for a run.
+    says, and not over what is set for a run. `search` is what `pipeline.tune` may change of its parameters, by name.
     """
 
     head: Head | None = None
     batches: AnyBatchSampler | None = None
     teacher: Annotated[float, Field(ge=0, lt=1)] | None = None
     recipe: dict[str, dict[str, Any]] = {}
+    search: dict[str, Range] = {}
 
     @model_validator(mode="after")
     def _labels_mean_the_same_all_the_time(self) -> Self:

@@ -99,8 +99,8 @@ class Params(Schema):
             seed=seed,
             dataset_config=dataset_config,
             backbone_config=network,
-            loss_config=loss_config.model_copy(update={"recipe": {}}),
-            recipe=recipe,
+            loss_config=loss_config.model_copy(update={"recipe": {}, "search": {}}),
+            recipe=recipe.model_copy(update={"search": {}}),  # which is no part of what a cell is
             changes=changes,
         )
 

@@ -1,12 +1,12 @@
 """How a cell is trained. Knows nothing of datasets, backbones or losses."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_serializer, model_validator
 
 from cbml.errors import UserError
-from cbml.schema import Count, Name, NonNegative, Positive, PositiveShare, Schema, Share, first_error
+from cbml.schema import Count, Name, NonNegative, Positive, PositiveShare, Range, Schema, Share, first_error
 
 Whole = Annotated[int, Field(ge=0)]
 
@@ -56,6 +56,9 @@ class Recipe(Schema):
         precision: of the backbone, in Lightning Fabric's words; embeddings and loss are float32 always.
         channels_last: keep the backbone's weights and feature maps in that memory format.
         compile: run the trunk through `torch.compile`, where a compiler is at hand.
+        train: "all", or "head": the trunk stays as it is, and its pooled features are computed once.
+        views: of `train: head`: how many crops of each training image features are computed of.
+        search: what `pipeline.tune` may change of it, for every loss.
         deterministic: the same bits on every run of the same machine. On a CPU that is always so; on a GPU it costs
             speed.
 
@@ -94,6 +97,16 @@ class Recipe(Schema):
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
+    train: Literal["all", "head"] = "all"
+    views: Count = 4
+    search: dict[str, Range] = {}
+
+    @model_serializer(mode="wrap")
+    def _what_is_used(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Without what an earlier recipe did not have, where it changes nothing: a cell keeps its key."""
+        unused = {"search"} if not self.search else set()
+        unused |= {"train", "views"} if self.train == "all" else set()
+        return {name: value for name, value in serialize(self).items() if name not in unused}
 
     @model_validator(mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from cbml.data.images import Images, PackedImages
+from cbml.data.images import EncodedImages, Images
 from cbml.models.embedding_model import EmbeddingModel
 from cbml.progress import message
 from cbml.spec.recipe import Recipe
@@ -95,7 +95,7 @@ def place(lists: Sequence[Images], device: torch.device) -> list[Images]:
     """
     bytes_needed = sum(images.nbytes for images in lists)
     size = f"images: {sum(map(len, lists)):,}, {bytes_needed / 2**30:.2g} GB decoded"
-    packed = [images for images in lists if isinstance(images, PackedImages)]
+    packed = [images for images in lists if not isinstance(images, EncodedImages)]
     if len(packed) < len(lists):
         message(f"{size}: too many to be kept, they are decoded from their files as they are needed")
         return list(lists)

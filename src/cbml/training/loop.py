@@ -16,7 +16,6 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from cbml.data.crops import color_jitter, random_boxes
 from cbml.data.images import Images
 from cbml.data.loading import load_batches
 from cbml.data.scoring import Scoring
@@ -260,12 +259,16 @@ def random_crops(images: Images, recipe: Recipe, seed: int, iteration: int, indi
     """The crops (B, 3, crop, crop) of a batch; they depend on these arguments alone."""
     chosen = torch.from_numpy(indices)
     generator = torch.Generator().manual_seed(iteration_seed(seed, iteration, 0))
-    boxes = random_boxes(images.sizes[chosen], recipe.scale, recipe.ratio, generator)
-    flip = torch.rand(len(chosen), generator=generator) < 0.5 if recipe.flip else None
-    crops = images.crops(chosen, boxes, recipe.crop, flip=flip, interpolation=recipe.interpolation)
-    if recipe.color_jitter:
-        crops = color_jitter(crops, recipe.color_jitter, generator)
-    return crops
+    return images.random_crops(
+        chosen,
+        generator,
+        size=recipe.crop,
+        scale=recipe.scale,
+        ratio=recipe.ratio,
+        flip=recipe.flip,
+        jitter=recipe.color_jitter,
+        interpolation=recipe.interpolation,
+    )
 
 
 def iteration_seed(seed: int, iteration: int, number: int) -> int:
