@@ -195,8 +195,8 @@ def run_study(problem: Problem, budget: Budget, storage: str, fabric: Fabric) ->
                 break
             if not trials:
                 study.enqueue_trial(problem.defaults)
-            # Of its own for each trial: one that goes on must not draw again what it drew at first.
-            study.sampler = optuna.samplers.TPESampler(seed=seed_of(budget.seed, len(trials)), constant_liar=True)
+            # Of its own for each trial: a process that goes on must not draw again what was drawn at first.
+            study.sampler = optuna.samplers.TPESampler(seed=seed_of(budget.seed, len(used)), constant_liar=True)
             trial = study.ask()
             trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
             values = {name: _suggest(trial, name, each) for name, each in problem.space.items()}
