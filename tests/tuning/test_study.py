@@ -12,7 +12,7 @@ from cbml.errors import UserError
 from cbml.models.embedding_model import OnFeatures
 from cbml.schema import Range
 from cbml.spec.params import Params
-from cbml.training.device import numerics as device_context
+from cbml.training.device import device_context
 from cbml.training.features import Features
 from cbml.tuning import study
 from cbml.tuning.preset import near_an_end, trials_table, write_preset
@@ -66,9 +66,9 @@ def test_the_published_constants_are_the_first_trial(problem, tmp_path):
 def test_a_trial_is_scored_on_classes_that_it_was_not_trained_on(problem, tmp_path, monkeypatch):
     seen, train = [], study.train
 
-    def watched(recipe, seed, model, criterion, sampler, inside, outside, *args, **kwargs):
+    def watched(recipe, seed, learner, sampler, inside, outside, *args, **kwargs):
         seen.append((set(inside.labels.tolist()), set(outside.labels.tolist())))
-        return train(recipe, seed, model, criterion, sampler, inside, outside, *args, **kwargs)
+        return train(recipe, seed, learner, sampler, inside, outside, *args, **kwargs)
 
     monkeypatch.setattr(study, "train", watched)
     found = ran(problem, f"sqlite:///{tmp_path}/x.db", Budget(trials=1, folds=2))

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cbml.data.images import Images
 from cbml.data.lists import ImageList, fingerprint_of, read_list
@@ -68,17 +69,23 @@ class Data:
         Raises:
             UserError: an image cannot be read, or the images are not those of the lists.
         """
-        every, rows = self._every
-        indices = torch.tensor([rows[path] for path in listed.paths])
-        return every.subset(indices, torch.from_numpy(listed.labels))
+        return self.every.subset(self.rows(listed), torch.from_numpy(listed.labels))
+
+    def rows(self, listed: ImageList) -> Tensor:
+        """(N,) int64: where the images of such a list are in `every`."""
+        return torch.tensor([self._rows[path] for path in listed.paths])
 
     @cached_property
-    def _every(self) -> tuple[Images, dict[str, int]]:
-        """All images of the dataset, decoded by this or an earlier call, and the row of each path."""
+    def _rows(self) -> dict[str, int]:
+        return {path: row for row, path in enumerate([*self.train.paths, *self.test.paths])}
+
+    @cached_property
+    def every(self) -> Images:
+        """All images of `train` and then of `test`, decoded by this or an earlier call."""
         every, (resize, interpolation), fingerprint = self.train + self.test, self.size, self.fingerprint
         if not (Packing(every, self.root, self.cache, fingerprint).folder(self.size) / "images.bin").exists():
             self.ensure_images()
-        packed = pack_images(
+        return pack_images(
             every,
             self.root,
             self.cache,
@@ -87,7 +94,6 @@ class Data:
             fingerprint=fingerprint,
             check=self._check,
         )
-        return packed, {path: row for row, path in enumerate(every.paths)}
 
     def _check(self, digests: list[str]) -> None:
         """Raises a UserError if images of these hashes are not those that the lists were made of."""

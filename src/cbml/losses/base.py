@@ -24,12 +24,6 @@ L = TypeVar("L", bound="type[Loss]")
 REGISTRY: dict[str, type["Loss"]] = {}
 # What the file of a method sets beside its loss: see spec/method.py.
 METHOD = ("head", "batches", "teacher", "recipe", "search")
-    "head",
-    "batches",
-    "teacher",
-    "recipe",
-    "search",
-)  # what the file of a method sets beside its loss: see spec/method.py
 
 
 @dataclass(frozen=True)

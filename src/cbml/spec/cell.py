@@ -60,11 +60,15 @@ class Cell:
             fingerprint: of the dataset's images and lists.
             weights: identifies the content of the weights that the backbone starts from.
         """
-        config = self._by_name()
-        backbone = config["backbone"][self.backbone]
-        del config["dataset"], config["seed"], backbone["weights"], backbone["published"]
+        config = self._by_name() | {"backbone": {self.backbone: self.trunk}}
+        del config["dataset"], config["seed"]
         content = json.dumps([config, fingerprint, weights], sort_keys=True)
         return f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+
+    @property
+    def trunk(self) -> dict[str, Any]:
+        """The configuration of the backbone, without where its weights come from."""
+        return self.backbone_config.model_dump(mode="json", exclude={"weights", "published"})
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, in the shape of a params.yaml that holds this cell alone."""

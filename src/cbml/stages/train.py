@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from cbml import network, provenance
+from cbml.data.images import Images
 from cbml.data.lists import ImageList, check_disjoint, hold_out
 from cbml.data.open import Data
 from cbml.data.scoring import Scoring
 from cbml.files import atomic_write, write_tensors, write_text
+from cbml.models.embedding_model import EmbeddingModel
 from cbml.models.trunks import weights_content
 from cbml.progress import message
 from cbml.samplers.base import BatchSampler
@@ -26,7 +29,8 @@ from cbml.spec.cell import Cell
 from cbml.stages.inputs import open_data
 from cbml.tracking.run import open_cell
 from cbml.training.checkpoint import Checkpoint, acquire
-from cbml.training.device import device_context, facts
+from cbml.training.device import device_context, facts, set_up
+from cbml.training.features import compute_features
 from cbml.training.history import Row
 from cbml.training.loop import Job, Trained, train
 from cbml.workspace import Workspace
@@ -114,9 +118,27 @@ def _prepare(
     sampler = config.build(labels, cell.recipe, cell.seed)
     torch.manual_seed(cell.seed)
     model, criterion = network.build(cell, num_classes=sampler.num_classes, root=workspace.root)
-    images = data.images(replace(train_list, labels=labels)), data.images(scored)
+    images_of = data.images if cell.recipe.train == "all" else features_of(cell, data, model, workspace.root)
+    images = images_of(replace(train_list, labels=labels)), images_of(scored)
     teacher = cell.loss_config.teacher
     return Job(cell.recipe, cell.seed, model, criterion, sampler, *images, scoring, select_by, teacher)
+
+
+def features_of(cell: Cell, data: Data, model: EmbeddingModel, root: Path) -> Callable[[ImageList], Images]:
+    """What gives the features of a list's images, of a cell whose trunk is not trained; computed where they are not."""
+    recipe = cell.recipe
+    with device_context(recipe) as fabric:
+        features = compute_features(
+            set_up(model, fabric, recipe).eval(),
+            data.every,
+            recipe,
+            training=len(data.train.paths),
+            cache=data.cache,
+            identity=[data.fingerprint, weights_content(cell.backbone_config, root), cell.trunk],
+            device=fabric.device,
+            label=f"{cell.dataset}, {cell.backbone}",
+        )
+    return lambda listed: cast(Images, features.subset(data.rows(listed), torch.from_numpy(listed.labels)))
 
 
 def _write_run(

@@ -48,7 +48,7 @@ class Features:
 
     @property
     def nbytes(self) -> int:
-        return self.centre.nbytes + sum(view.nbytes for view in self.views)
+        return len(self) * self.centre[:1].nbytes * (1 + len(self.views))
 
     @property
     def on_gpu(self) -> bool:
@@ -70,7 +70,9 @@ class Features:
 
     def to(self, device: torch.device) -> "Features":
         """The same on `device`."""
-        return replace(self, centre=self.centre.to(device), views=tuple(view.to(device) for view in self.views))
+        views = self.views if int(self.rows.max()) < len(self.views[0]) else ()
+        centre, *placed = (table[self.rows].to(device) for table in (self.centre, *views))
+        return Features(centre, tuple(placed), torch.arange(len(self)), self.labels)
 
     def touch(self) -> None:
         """Read what is memory-mapped from its beginning to its end."""

@@ -23,7 +23,7 @@ from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
 from cbml.losses.base import Batch, Loss, needs, total
-from cbml.models.embedding_model import EmbeddingModel, Outputs
+from cbml.models.embedding_model import EmbeddingModel, OnFeatures, Outputs
 from cbml.models.teacher import Teacher
 from cbml.progress import message, progress
 from cbml.samplers.base import BatchSampler, SampledBatch
@@ -59,6 +59,11 @@ class Job:
     select_by: str = "recall_at_1"
     teacher_momentum: float | None = None
 
+    @property
+    def learned(self) -> EmbeddingModel:
+        """What is trained of the network: all of it, or its head, on the features of a frozen trunk."""
+        return OnFeatures(self.network) if self.recipe.train == "head" else self.network
+
 
 class Learner:
     """What a training step changes: network, loss, their optimizer, and a teacher, if the loss looks at one.
@@ -68,7 +73,7 @@ class Learner:
     """
 
     def __init__(self, job: Job, fabric: Fabric):
-        recipe, network, criterion = job.recipe, job.network, job.criterion
+        recipe, network, criterion = job.recipe, job.learned, job.criterion
         self.network, self.criterion = set_up(network, fabric, recipe), criterion.to(fabric.device)
         self.recipe, self.fabric, self.wanted = recipe, fabric, needs(criterion)
         groups = parameter_groups(network, criterion, recipe)
@@ -218,15 +223,15 @@ def train(
             history.validated(validate(job, learner, label, iteration))
         clock.start(None)
         if validates and history.best(job.select_by) == iteration:
-            checkpoint.keep(f"best-{iteration}", learner.network.state_dict())
+            checkpoint.keep(f"best-{iteration}", job.network.state_dict())
         if iteration == keep:
-            checkpoint.keep(f"kept-{iteration}", learner.network.state_dict())
+            checkpoint.keep(f"kept-{iteration}", job.network.state_dict())
         if saves:
             history.flush({"iteration": iteration, **clock.throughput(iteration * recipe.batch_size)})
             state = {"iteration": iteration, "losses": history.losses, "validations": history.validations}
             state |= {"seconds": clock.seconds, "batches": sampler.state_dict(), **learner.state_dict()}
             checkpoint.write(state, weights=(f"best-{history.best(job.select_by)}", f"kept-{keep}"), now=last)
-    weights, best = learner.network.state_dict(), history.best(job.select_by)
+    weights, best = job.network.state_dict(), history.best(job.select_by)
     return Trained(weights, history.losses, history.validations, best, clock.seconds)
 
 

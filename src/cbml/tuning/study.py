@@ -22,18 +22,18 @@ from lightning_fabric import Fabric
 
 from cbml import network
 from cbml.data.images import Images
+from cbml.data.scoring import Scoring
 from cbml.errors import UserError
-from cbml.evaluation.scoring import Scoring
 from cbml.files import locked
 from cbml.models.embedding_model import EmbeddingModel
 from cbml.progress import message
-from cbml.samplers.base import seed_of
+from cbml.samplers.base import derive_seed
 from cbml.samplers.classes import ClassesConfig
 from cbml.schema import Range
 from cbml.spec.cell import Cell
 from cbml.spec.recipe import Recipe
 from cbml.training.checkpoint import Checkpoint
-from cbml.training.loop import train
+from cbml.training.loop import Job, train
 
 SHARED = "recipe."  # what of a space's names is the recipe's; the others are the loss's
 
@@ -144,28 +144,30 @@ def score(problem: Problem, cell: Cell, budget: Budget, fabric: Fabric, label: s
         inside, outside = (_subset(problem, np.flatnonzero(rows)) for rows in (~held_out, held_out))
         labels = np.unique(problem.labels[~held_out], return_inverse=True)[1]
         recipe = cell.recipe.model_copy(update={"validate_every": 0, "select_by": None})
-        numbers = {"batch_size": recipe.batch_size, "instances": recipe.instances, "iterations": recipe.iterations}
-        sampler = (cell.loss_config.batches or ClassesConfig()).build(labels, seed=budget.seed, **numbers)
+        sampler = (cell.loss_config.batches or ClassesConfig()).build(labels, recipe, budget.seed)
         torch.manual_seed(budget.seed)
         model = copy.deepcopy(problem.model)
         criterion = network.build_criterion(cell, model, num_classes=sampler.num_classes)
+        job = Job(
+            recipe,
+            budget.seed,
+            model,
+            criterion,
+            sampler,
+            inside,
+            outside,
+            Scoring((1,)),
+            teacher_momentum=cell.loss_config.teacher,
+        )
         try:
             found = train(
-                recipe,
-                budget.seed,
-                model,
-                criterion,
-                sampler,
-                inside,
-                outside,
-                Scoring((1,)),
-                fabric=fabric,
+                job,
+                fabric,
                 label=f"{label}, fold {number}",
                 checkpoint=Nowhere(Path(tempfile.gettempdir())),
                 log=lambda rows: None,
-                teacher_momentum=cell.loss_config.teacher,
             )
-            scores.append(found["validations"][-1][budget.metric])
+            scores.append(found.validations[-1][budget.metric])
         except UserError as error:
             message(f"{label}, fold {number}: {error}")
             scores.append(0.0)
@@ -196,7 +198,7 @@ def run_study(problem: Problem, budget: Budget, storage: str, fabric: Fabric) ->
             if not trials:
                 study.enqueue_trial(problem.defaults)
             # Of its own for each trial: a process that goes on must not draw again what was drawn at first.
-            study.sampler = optuna.samplers.TPESampler(seed=seed_of(budget.seed, len(used)), constant_liar=True)
+            study.sampler = optuna.samplers.TPESampler(seed=derive_seed(budget.seed, len(used)), constant_liar=True)
             trial = study.ask()
             trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
             values = {name: _suggest(trial, name, each) for name, each in problem.space.items()}
