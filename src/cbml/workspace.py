@@ -112,6 +112,11 @@ class Workspace:
         return self.root / ".checkpoints" / key
 
     @property
+    def studies(self) -> Path:
+        """Optuna's studies, unless another storage is named."""
+        return self.root / "studies.db"
+
+    @property
     def database(self) -> Path:
         """MLflow's own store, unless `MLFLOW_TRACKING_URI` names another."""
         return self.root / "mlflow.db"

@@ -13,7 +13,16 @@ from cbml.training import features
 from cbml.training.features import compute_features
 
 RECIPE = Recipe(
-    train="head", views=2, iterations=1, batch_size=4, instances=2, lr=1e-3, weight_decay=0, resize=24, crop=20
+    name="tiny",
+    train="head",
+    views=2,
+    iterations=1,
+    batch_size=4,
+    instances=2,
+    lr=1e-3,
+    weight_decay=0,
+    resize=24,
+    crop=20,
 )
 CPU = torch.device("cpu")
 

@@ -24,7 +24,7 @@ BUDGET = Budget(trials=4, folds=2)
 
 @pytest.fixture
 def problem():
-    params = Params.model_validate(tiny_params(recipe={"tiny": TINY_RECIPE | {"train": "head", "iterations": 3}}))
+    params = Params.model_validate(tiny_params(recipe=TINY_RECIPE | {"train": "head", "iterations": 3}))
     (cell,) = params.cells("glyphs")
     generator = torch.Generator().manual_seed(0)
     labels = np.repeat(np.arange(8) * 2, 5)
@@ -119,7 +119,7 @@ def test_what_diverges_or_does_not_fit_together_is_a_trial_and_scores_nothing(pr
 def test_the_preset_is_what_hydra_composes_and_says_the_constants(problem, tmp_path):
     found = ran(problem, f"sqlite:///{tmp_path}/x.db")
     best = {"cbml_log": found.best_params}
-    text = write_preset([problem.cell], best, BUDGET, "Tuned: 4 trials.")
+    text = write_preset([problem.cell], best, "Tuned: 4 trials.")
     content = yaml.safe_load(text)
     assert "override /loss: [cbml_log]" in text and text.startswith("# @package _global_\n# Tuned: 4 trials.\n")
     assert content["loss"]["cbml_log"]["margin"] == pytest.approx(found.best_params["margin"], rel=1e-3)

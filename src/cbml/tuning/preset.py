@@ -8,7 +8,7 @@ import pandas as pd
 import yaml
 
 from cbml.spec.cell import Cell
-from cbml.tuning.study import SHARED, Budget, Problem
+from cbml.tuning.study import SHARED, Problem
 
 EDGE = 0.02  # of a range: a best value so near to an end asks for a wider range
 
@@ -36,7 +36,7 @@ def near_an_end(problem: Problem, values: dict[str, Any]) -> list[str]:
     return found
 
 
-def write_preset(cells: list[Cell], best: dict[str, dict[str, Any]], budget: Budget, heading: str) -> str:
+def write_preset(cells: list[Cell], best: dict[str, dict[str, Any]], heading: str) -> str:
     """A file for conf/paper: the cells' options, each loss with its tuned constants, and five seeds.
 
     Args:
@@ -56,7 +56,7 @@ def write_preset(cells: list[Cell], best: dict[str, dict[str, Any]], budget: Bud
         tree: dict[str, Any] = {}
         for name, value in best[cell.loss].items():
             path = name.split(".")
-            if name.startswith(SHARED):
+            if name.startswith(SHARED):  # of the recipe, for this loss alone
                 path = ["recipe", first.recipe_name, *path[1:]]
             node = tree
             for part in path[:-1]:

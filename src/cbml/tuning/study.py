@@ -27,7 +27,6 @@ from cbml.errors import UserError
 from cbml.files import locked
 from cbml.models.embedding_model import EmbeddingModel
 from cbml.progress import message
-from cbml.samplers.base import derive_seed
 from cbml.samplers.classes import ClassesConfig
 from cbml.schema import Range
 from cbml.spec.cell import Cell
@@ -74,6 +73,11 @@ class Problem:
     labels: np.ndarray
     model: EmbeddingModel
     fingerprint: str
+
+    @classmethod
+    def of(cls, cell: Cell, search: dict[str, Range], loss: dict[str, Range], **of: Any) -> "Problem":
+        """With what the recipe and the loss say that may be changed."""
+        return cls(cell, {SHARED + name: each for name, each in search.items()} | loss, **of)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -198,7 +202,9 @@ def run_study(problem: Problem, budget: Budget, storage: str, fabric: Fabric) ->
             if not trials:
                 study.enqueue_trial(problem.defaults)
             # Of its own for each trial: a process that goes on must not draw again what was drawn at first.
-            study.sampler = optuna.samplers.TPESampler(seed=derive_seed(budget.seed, len(used)), constant_liar=True)
+            study.sampler = optuna.samplers.TPESampler(
+                seed=int(np.random.SeedSequence([budget.seed, len(used)]).generate_state(1)[0]), constant_liar=True
+            )
             trial = study.ask()
             trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
             values = {name: _suggest(trial, name, each) for name, each in problem.space.items()}
