@@ -27,7 +27,12 @@ def requirements(extra=None):
 
 @pytest.mark.parametrize("folder", ["src/cbml", "pipeline"])
 def test_every_import_is_declared(folder):
-    declared = requirements().keys() | requirements("pipeline").keys() | requirements("timm").keys()
+    declared = (
+        requirements().keys()
+        | requirements("pipeline").keys()
+        | requirements("timm").keys()
+        | requirements("tune").keys()
+    )
     distributions = packages_distributions()
     ours = {"cbml", "pipeline", "umap"}  # and the one that `dev` does not install
     for file in (ROOT / folder).rglob("*.py"):
@@ -43,7 +48,12 @@ def test_the_lock_has_all_that_is_declared_and_names_no_host():
     text = (ROOT / "requirements.lock").read_text()
     locked = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE))
     for name, requirement in (
-        requirements() | requirements("pipeline") | requirements("dev") | requirements("timm") | requirements("onnx")
+        requirements()
+        | requirements("pipeline")
+        | requirements("dev")
+        | requirements("timm")
+        | requirements("onnx")
+        | requirements("tune")
     ).items():
         assert requirement.specifier.contains(locked[name]), name
     assert "/" not in text

@@ -66,9 +66,9 @@ def test_the_published_constants_are_the_first_trial(problem, tmp_path):
 def test_a_trial_is_scored_on_classes_that_it_was_not_trained_on(problem, tmp_path, monkeypatch):
     seen, train = [], study.train
 
-    def watched(recipe, seed, learner, sampler, inside, outside, *args, **kwargs):
-        seen.append((set(inside.labels.tolist()), set(outside.labels.tolist())))
-        return train(recipe, seed, learner, sampler, inside, outside, *args, **kwargs)
+    def watched(job, *args, **kwargs):
+        seen.append((set(job.images.labels.tolist()), set(job.scored.labels.tolist())))
+        return train(job, *args, **kwargs)
 
     monkeypatch.setattr(study, "train", watched)
     found = ran(problem, f"sqlite:///{tmp_path}/x.db", Budget(trials=1, folds=2))

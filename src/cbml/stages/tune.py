@@ -25,8 +25,8 @@ def tune(workspace: Workspace, dataset: str, budget: Budget, storage: str | None
     """Give each loss of params.yaml its trials, and write what came out.
 
     That is a preset, conf/paper/tuned_<dataset>_<recipe>_<backbone>.yaml, which trains each loss with its best
-    constants; and in reports/<dataset>/tuning all trials, `trials.csv`, and a picture of each loss's. The test list is
-    not read. What is interrupted goes on; several processes may work on it.
+    constants; and in reports/<dataset>/tuning all trials, `trials.csv`, and a picture of each loss's. No test
+    image is scored, and no class of one is read. What is interrupted goes on; several processes may work on it.
 
     Args:
         storage: where Optuna keeps the studies, a URL; None: a file of the repository, which git ignores.
