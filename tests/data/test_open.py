@@ -59,10 +59,15 @@ def test_the_images_of_a_part_are_those_of_the_list(workspace):
     assert len(data.images(data.train)) == 36 and not set(data.train.paths) & set(data.test.paths)
 
 
-def test_nothing_is_read_before_it_is_asked_for(workspace):
+def test_nothing_is_read_before_it_is_asked_for(workspace, read):
     (cell,) = workspace.params().cells("glyphs")
-    data = open_data(workspace, replace(cell, dataset="absent"))
-    with pytest.raises(UserError, match="absent/summary.json: no such file"):
-        _ = data.fingerprint
+    read.clear()
+    data = open_data(workspace, cell)
+    assert read == {"params.yaml": 1}
+    assert len(data.test.paths) == 36 and data.scoring.queries is None
+    assert read == {"params.yaml": 1, "test.txt": 1}
+    absent = open_data(workspace, replace(cell, dataset="absent"))
+    with pytest.raises(UserError, match=r"absent/summary\.json: no such file"):
+        _ = absent.fingerprint
     with pytest.raises(UserError, match="lists/absent/.*does not exist; build_lists writes it"):
-        _ = data.train
+        _ = absent.train

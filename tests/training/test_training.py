@@ -73,7 +73,7 @@ def test_the_record_says_what_was_set_and_what_took_part(workspace):
         "deterministic": True,
     }
     assert {"losses/cbml.py", "losses/base.py", "training/loop.py", "models/embedding_model.py"} <= facts["code"].keys()
-    assert "losses/center.py" not in facts["code"]
+    assert "losses/center.py" not in facts["code"] and "samplers/clusters.py" not in facts["code"]
     assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
