@@ -420,10 +420,10 @@ class Hinge(Loss):
 def test_a_loss_is_added_by_two_files(tmp_path):
     """Its module and its YAML file; these tests find it, and try it as they try the others."""
     root = CONF.parents[1]
-    for folder in ("src", "conf/loss"):
+    for folder in ("src", "conf"):
         shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests").mkdir()
-    for file in ("tests/loss_options.py", "tests/literal_losses.py", "tests/losses/test_losses.py"):
+    for file in ("tests/helpers.py", "tests/loss_options.py", "tests/literal_losses.py", "tests/losses/test_losses.py"):
         shutil.copy(root / file, tmp_path / "tests")
     (tmp_path / "src/cbml/losses/hinge.py").write_text(HINGE)
     (tmp_path / "conf/loss/hinge.yaml").write_text("hinge:\n  type: hinge\n  margin: 0.5\n")
