@@ -49,7 +49,7 @@ def test_training_and_evaluation_read_each_file_once(workspace, read):
 
 
 def test_the_images_of_a_part_are_those_of_the_list(workspace):
-    (cell,) = workspace.params().cells("glyphs")
+    (cell,) = workspace.cells("glyphs")
     data = open_data(workspace, cell)
     rows = np.array([30, 2, 7])
     every, part = data.images(data.test), data.images(data.test.subset(rows))
@@ -60,7 +60,7 @@ def test_the_images_of_a_part_are_those_of_the_list(workspace):
 
 
 def test_nothing_is_read_before_it_is_asked_for(workspace, read):
-    (cell,) = workspace.params().cells("glyphs")
+    (cell,) = workspace.cells("glyphs")
     read.clear()
     data = open_data(workspace, cell)
     assert read == {"params.yaml": 1}
