@@ -4,11 +4,13 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from dvc.utils.cli_parse import to_path_overrides
 from dvc.utils.hydra import compose_and_dump, get_hydra_sweeps
+from helpers import ROOT
 
 from cbml.workspace import Workspace
 
@@ -18,7 +20,9 @@ TINY = ["-S", "dataset.glyphs.classes=24", "-S", "dataset.glyphs.images_per_clas
 def words_of(command):
     """The words of a command as bash makes them: without a comment, `$(…)` replaced, up to ` && `."""
     printed = f"printf '%s\\0' {command.partition(' && ')[0]}"
-    done = subprocess.run(["bash", "-c", printed], capture_output=True, text=True, check=True)
+    with tempfile.TemporaryDirectory() as folder:  # where a `> file` of the command may write
+        Path(folder, "conf").symlink_to(ROOT / "conf")
+        done = subprocess.run(["bash", "-c", printed], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.rstrip("\0").split("\0")
 
 

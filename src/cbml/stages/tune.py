@@ -10,6 +10,7 @@ import torch
 from cbml import network, provenance
 from cbml.errors import UserError
 from cbml.files import write_text
+from cbml.models.embedding_model import OnFeatures
 from cbml.progress import message
 from cbml.report.tables.tuning import trials_chart
 from cbml.spec.cell import Cell
@@ -59,6 +60,8 @@ def _problem(workspace: Workspace, cell: Cell, search: dict[str, Any], loss: dic
     torch.manual_seed(cell.seed)
     model, _ = network.build(cell, num_classes=len(data.train.class_names), root=workspace.root)
     images_of = data.images if cell.recipe.train == "all" else features_of(cell, data, model, workspace.root)
+    if cell.recipe.train == "head":
+        model = OnFeatures(model)  # each trial begins with a copy, which needs no trunk
     of = {"images": images_of(data.train), "labels": data.train.labels, "fingerprint": data.fingerprint}
     return Problem.of(cell, search, loss, model=model, **of)
 

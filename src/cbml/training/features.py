@@ -139,12 +139,11 @@ def _compute(
     shape = len(images), model.num_features
     table = np.lib.format.open_memmap(part, "r+" if done else "w+", np.float16, shape)
     generator = torch.Generator().manual_seed(seed)
-    boxes = random_boxes(images.sizes, recipe.scale, recipe.ratio, generator)
-    flips = torch.rand(len(images), generator=generator) < 0.5
-    if not view:
-        boxes = center_boxes(images.sizes, recipe.crop)
-    if not view or not recipe.flip:
-        flips = torch.zeros_like(flips)
+    boxes, flips = center_boxes(images.sizes, recipe.crop), torch.zeros(len(images), dtype=torch.bool)
+    if view:
+        boxes = random_boxes(images.sizes, recipe.scale, recipe.ratio, generator)
+        if recipe.flip:
+            flips = torch.rand(len(images), generator=generator) < 0.5
     size = batch_size(recipe.crop, device)
 
     def batches() -> Iterator[Tensor]:

@@ -119,7 +119,7 @@ def folds(labels: np.ndarray, count: int) -> Iterator[np.ndarray]:
     """Which images (N,) bool each fold holds out: neighbouring classes by label, as the test classes are, too.
 
     Raises:
-        UserError: a fold would have fewer than two classes, or one would remain.
+        UserError: there are fewer than two folds, or a fold would have fewer than two classes.
     """
     classes = np.unique(labels)
     if not 2 <= count <= len(classes) // 2:
@@ -195,15 +195,15 @@ def run_study(problem: Problem, budget: Budget, storage: str, fabric: Fabric) ->
         with locked(lock, f"{name}: another process asks for a trial, waiting"):
             _give_up_dead(study)
             trials = study.get_trials(deepcopy=False)
-            used = [each for each in trials if each.state.name in ("COMPLETE", "RUNNING", "WAITING")]
-            waiting = [each for each in trials if each.state.name == "WAITING"]
-            if len(used) >= budget.trials and not waiting:
+            states = [each.state.name for each in trials]
+            used = len(states) - states.count("FAIL")
+            if used >= budget.trials and "WAITING" not in states:
                 break
             if not trials:
                 study.enqueue_trial(problem.defaults)
             # Of its own for each trial: a process that goes on must not draw again what was drawn at first.
             study.sampler = optuna.samplers.TPESampler(
-                seed=int(np.random.SeedSequence([budget.seed, len(used)]).generate_state(1)[0]), constant_liar=True
+                seed=int(np.random.SeedSequence([budget.seed, used]).generate_state(1)[0]), constant_liar=True
             )
             trial = study.ask()
             trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
@@ -216,9 +216,13 @@ def run_study(problem: Problem, budget: Budget, storage: str, fabric: Fabric) ->
             scores = [0.0] * budget.folds
         trial.set_user_attr("folds", scores)
         study.tell(trial, float(np.mean(scores)))
-        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        told = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
         message(f"{label}: {np.mean(scores):.2f} with {told}")
     return study
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _suggest(trial: optuna.Trial, name: str, allowed: Range) -> Any:
