@@ -40,7 +40,7 @@ def model():
 
 
 def computed(model, images, cache, recipe=RECIPE, **changes):
-    options = {"training": 8, "identity": "these", "device": CPU, "label": "tiny"} | changes
+    options = {"views": recipe.views, "training": 8, "identity": "these", "device": CPU, "label": "tiny"} | changes
     return compute_features(model, images, recipe, cache=cache, **options)
 
 

@@ -39,11 +39,11 @@ from cbml.errors import UserError
 from cbml.files import read_tensors
 from cbml.losses import Loss
 from cbml.models import EmbeddingModel
+from cbml.models.weights import weights_sha256
 from cbml.samplers import clusters
 from cbml.spec.params import load_cell
 from cbml.stages import train as stages_train
 from cbml.stages.evaluate import evaluate_cell
-from cbml.stages.train import weights_sha256
 from cbml.tracking import run as tracking
 from cbml.training import device, loop
 

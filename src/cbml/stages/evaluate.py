@@ -18,12 +18,14 @@ from cbml.evaluation.pseudo_labels import pseudo_label_table
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
 from cbml.files import atomic_write, read_arrays
+from cbml.models.embedding_model import EmbeddingModel
 from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
 from cbml.stages.inputs import open_data
 from cbml.stages.records import curves_of, record_of
 from cbml.training import checkpoint
 from cbml.training.device import device_context, set_up
+from cbml.training.features import images_for, learned
 from cbml.workspace import Workspace
 
 CURVE = tuple(2**power for power in range(10))  # the K of recall_at_k.csv
@@ -65,17 +67,20 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
     data = open_data(workspace, cell)
     tested, scoring, ks = data.test, data.scoring, data.ks
     sample = data.train.subset(sample_images(data.train.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
-    images, train_images = data.images(tested), data.images(sample)
+    final = network.load(cell, run_folder / "final.pt")
+    label = f"{cell.dataset}, {cell.backbone}"
+    images_of = images_for(cell.recipe, data, final, trunk=cell.trunk, label=label, views=0)
+    images, train_images = images_of(tested), images_of(sample)
     _, validations = curves_of(run_folder, cell)
 
     with device_context(cell.recipe) as fabric:
         where: dict[str, Any] = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation}
 
-        def embeddings_of(file: Path, *lists: Images) -> list[Tensor]:
-            model = set_up(network.load(cell, file), fabric, cell.recipe)
+        def embeddings_of(model: EmbeddingModel, *lists: Images) -> list[Tensor]:
+            model = set_up(learned(model, cell.recipe), fabric, cell.recipe).eval()
             return [embed(model, each, **where, device=fabric.device) for each in lists]
 
-        test, train = embeddings_of(run_folder / "final.pt", images, train_images)
+        test, train = embeddings_of(final, images, train_images)
         queried, labels, gallery, gallery_labels = scoring.split_query_gallery(test, images.labels)
         nmi, first = gallery is None and affords_nmi(images.labels), scoring.queries or 0  # of the gallery
         curve = [k for k in CURVE if k == 1 or k < len(test) - first]
@@ -85,7 +90,7 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         metrics = {"final": {name: value for name, value in scores.items() if name not in beyond}}
         for protocol, iteration in record["iterations"].items():
             if protocol != "final" and (file := run_folder / f"{protocol}.pt").is_file():  # else it is the final model
-                (embeddings,) = embeddings_of(file, images)
+                (embeddings,) = embeddings_of(network.load(cell, file), images)
                 metrics[protocol] = evaluate(*scoring.split_query_gallery(embeddings, images.labels), ks=ks, nmi=nmi)
             metrics[protocol] = {**metrics.get(protocol, metrics["final"]), "iteration": iteration}
         metrics["untrained"] = validations.iloc[0].to_dict()

@@ -10,13 +10,12 @@ import torch
 from cbml import network, provenance
 from cbml.errors import UserError
 from cbml.files import write_text
-from cbml.models.embedding_model import OnFeatures
 from cbml.progress import message
 from cbml.report.tables.tuning import trials_chart
 from cbml.spec.cell import Cell
 from cbml.stages.inputs import open_data
-from cbml.stages.train import features_of
 from cbml.training.device import device_context
+from cbml.training.features import images_for, learned
 from cbml.tuning.preset import near_an_end, trials_table, write_preset
 from cbml.tuning.study import Budget, Problem, run_study
 from cbml.workspace import Workspace
@@ -59,11 +58,9 @@ def _problem(workspace: Workspace, cell: Cell, search: dict[str, Any], loss: dic
     data = open_data(workspace, cell)
     torch.manual_seed(cell.seed)
     model, _ = network.build(cell, num_classes=len(data.train.class_names), root=workspace.root)
-    images_of = data.images if cell.recipe.train == "all" else features_of(cell, data, model, workspace.root)
-    if cell.recipe.train == "head":
-        model = OnFeatures(model)  # each trial begins with a copy, which needs no trunk
+    images_of = images_for(cell.recipe, data, model, trunk=cell.trunk, label=f"{cell.dataset}, {cell.backbone}")
     of = {"images": images_of(data.train), "labels": data.train.labels, "fingerprint": data.fingerprint}
-    return Problem.of(cell, search, loss, model=model, **of)
+    return Problem.of(cell, search, loss, model=learned(model, cell.recipe), **of)
 
 
 def _write(
