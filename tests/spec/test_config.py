@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from dvc.utils.hydra import compose_and_dump
-from helpers import ROOT, TINY_RECIPE, ended, tiny_params
+from helpers import ROOT, TINY_RECIPE, ended, entry, tiny_params
 
 from cbml.errors import UserError
 from cbml.report.tables.rows import published
@@ -27,8 +27,8 @@ def test_params_yaml_is_what_conf_composes_to(tmp_path):
 @pytest.mark.parametrize("file", OPTIONS, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_option_of_a_group_defines_itself_and_is_valid(file, tmp_path):
     group, option = file.parent.name, option_file(ROOT / "conf", file.parent.name, file.stem)
-    entry = option if group == "recipe" else {file.stem: option}
-    params = tiny_params(**{group: entry}, embedding_dim=[48])  # three heads share it
+    options = option if group == "recipe" else {file.stem: option}
+    params = tiny_params(**{group: options}, embedding_dim=[48])  # three heads share it
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     read = getattr(load_params(tmp_path / "params.yaml"), group)
     assert read.name == file.stem if group == "recipe" else list(read) == [file.stem]
@@ -132,6 +132,13 @@ def test_the_key_does_not_follow_where_things_are_from(project):
     assert cell_of(**with_entry(weights="somewhere/a.pth")).key("images", "content") == key
     assert cell_of(**with_entry(weights="/elsewhere/b.pth")).key("images", "content") == key
     assert cell_of(**with_entry(recipe={"other": {"lr": 1.0}})).key("images", "content") == key
+
+
+def test_the_key_does_not_follow_how_its_constants_were_found(project):
+    loss = entry("loss", "cbml_log")
+    tuned = cell_of(loss={"cbml_log": loss | {"tuned": "4 trials"}})
+    assert tuned.key("images", None) == cell_of(loss={"cbml_log": loss}).key("images", None)
+    assert tuned.flat()["loss.tuned"] == "4 trials"
 
 
 def test_a_backbone_brings_its_own_pixels_and_changes_to_the_recipe(project):

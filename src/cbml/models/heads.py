@@ -40,9 +40,18 @@ class HeadConfig(Schema):
 
 
 class Linear(HeadConfig):
-    """One linear layer, one part."""
+    """One linear layer, one part.
+
+    Attributes:
+        norm: of the features before it.
+    """
 
     type: Literal["linear"] = "linear"
+    norm: Literal["layer"] | None = None
+
+    def build(self, features: int, channels: list[int], parts: list[int]) -> nn.Module:
+        layer = linear(features, sum(parts))
+        return nn.Sequential(nn.LayerNorm(features), layer) if self.norm else layer
 
 
 class Groups(HeadConfig):

@@ -17,7 +17,8 @@ class MethodConfig(LossConfig):
 
     It may say what else its method changes: the `head` of the network, the `batches`, the momentum of a `teacher`, the
     moving average of the network, and parameters of a `recipe` by its name, which win over what the backbone's entry
-    says, and not over what is set for a run. `search` is what `pipeline.tune` may change of its parameters, by name.
+    says, and not over what is set for a run. `search` is what `pipeline.tune` may change of its parameters, by name;
+    `tuned` says by what budget the constants here were found, and changes nothing.
     """
 
     head: Head | None = None
@@ -25,6 +26,7 @@ class MethodConfig(LossConfig):
     teacher: Annotated[float, Field(ge=0, lt=1)] | None = None
     recipe: dict[str, dict[str, Any]] = {}
     search: dict[str, Range] = {}
+    tuned: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _labels_mean_the_same_all_the_time(self) -> Self:

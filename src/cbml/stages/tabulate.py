@@ -16,6 +16,7 @@ from cbml.report.tables.latex import to_latex
 from cbml.report.tables.markdown import to_markdown
 from cbml.report.tables.page import SHOWN, index_page, tables_page
 from cbml.report.tables.rows import Evaluated
+from cbml.report.tables.tuning import settings, worth, worth_chart
 from cbml.spec.params import load_cell
 from cbml.stages.inputs import open_data
 from cbml.stages.records import neighbours_of, record_of
@@ -31,7 +32,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
 
     In its folder: `tables.md`, `.csv` and `.tex`; `metrics.json`, the headline; `curves.csv` and, for the first seed,
     `similarities.csv`, what `dvc plots` draws; `curves.svg`, a picture of the curves; `index.html`, the page. The page
-    over all datasets is written as well.
+    over all datasets is written as well. Where cells are tuned, `tuned-1.svg`, …, pictures of what that was worth.
 
     Args:
         all_cells: tabulate every finished cell of the dataset in the tracking store, the newest of each key, and not
@@ -44,8 +45,9 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     summary = read_json(evaluated[0].folder / "summary.json", "evaluate", ("test",))
     test = summary["test"] | ({"queries": summary["query"]["images"]} if "query" in summary else {})
     with_published = evaluated[0].cell.dataset_config.type == "cub200"
-    table = tables.summarise(tables.collect(evaluated, workspace.conf), with_published=with_published)
-    text, curves = to_markdown(table, dataset, test, evaluated), tables.curves(evaluated)
+    cells = tables.collect(evaluated, workspace.conf)
+    table, gains = tables.summarise(cells, with_published=with_published), worth(cells)
+    text, curves = to_markdown(table, dataset, test, evaluated, gains), tables.curves(evaluated)
     first_seed = [one for one in evaluated if one.cell.seed == evaluated[0].cell.seed]
     folder = workspace.report(dataset)
     contents = {
@@ -59,6 +61,8 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
         "similarities.csv": tables.similarities(first_seed, 0.02).to_csv(index=False),
         "index.html": tables_page(table, evaluated, dataset, test, folder, *_retrieved(workspace, evaluated[0])),
     }
+    for number, (_, rows) in enumerate(settings(gains), 1):
+        contents[f"tuned-{number}.svg"] = worth_chart(rows).replace("<svg", '<svg style="background: white"', 1)
     for name, content in contents.items():
         write_text(folder / name, content)
     pages = sorted(workspace.reports.glob("*/index.html"))  # git has the figures of datasets whose page is not here

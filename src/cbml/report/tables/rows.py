@@ -85,8 +85,9 @@ def published() -> pd.DataFrame:
 def with_variants(evaluated: list[Evaluated]) -> list[Evaluated]:
     """The same cells with a `variant` where several of them that are no seeds of one another have the same names.
 
-    It reads like `margin=0.2, recipe=cpu`. A parameter that follows from the choice of another recipe is left out. What
-    no parameter shows is told by the last digits of the cells' keys.
+    It reads like `margin=0.2, recipe=cpu`; or `tuned`, where the constants are those of `pipeline.tune`. A parameter
+    that follows from the choice of another recipe is left out. What no parameter shows is told by the last digits of
+    the cells' keys.
     """
     named = [replace(one, variant=_variant(one, alike)) for one, alike in _with_its_row(evaluated)]
     return [
@@ -105,6 +106,9 @@ def _with_its_row(evaluated: list[Evaluated]) -> list[tuple[Evaluated, list[Eval
 
 
 def _variant(one: Evaluated, alike: list[Evaluated]) -> str:
+    if one.cell.loss_config.tuned:
+        return "tuned"
+    alike = [each for each in alike if not each.cell.loss_config.tuned]
     if len({_row_hash(each) for each in alike}) == 1:
         return ""
     flats = [{name: json.dumps(value) for name, value in each.cell.flat().items()} for each in [one, *alike]]
@@ -136,6 +140,8 @@ def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
                     **dict(zip(ROW, one.row, strict=True)),
                     "unsupervised": one.unsupervised,
                     "started": one.started,
+                    "recipe": one.cell.recipe_name,
+                    "tuned": one.cell.loss_config.tuned or "",
                     "protocol": protocol,
                     "seed": one.cell.seed,
                     **values,
@@ -144,6 +150,13 @@ def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def interval(values: pd.Series) -> tuple[float, float, float]:
+    """Mean of one value per seed, and the ends of its 95 % interval by Student's t."""
+    mean, n = values.mean(), len(values)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std() / np.sqrt(n)
+    return mean, mean - reach, mean + reach
 
 
 def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
@@ -166,11 +179,9 @@ def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
         best = recalls.mean().idxmax()
         for method in recalls.columns.drop(best):
             differences = (recalls[method] - recalls[best]).dropna()
-            if (n := len(differences)) < MIN_SEEDS:
+            if len(differences) < MIN_SEEDS:
                 continue
-            mean = differences.mean()
-            reach = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std() / np.sqrt(n)
-            low, high = mean - reach, mean + reach
+            mean, low, high = interval(differences)
             rows.append([*key, *method, mean, low, high, bool(low <= 0 <= high)])
     columns = ["embedding_dim", "backbone", "protocol", "method", "variant"]
     columns += ["versus_best", "versus_best_low", "versus_best_high", "within_noise"]
@@ -246,7 +257,7 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
         if f"paper_{name}" in rows and rows[f"paper_{name}"].notna().any():
             text[f"{label} paper"] = column(partial(_against_paper, name=name))
         if name == "recall_at_1" and rows.versus_best.notna().any():
-            text["R@1 against the best [95 %]"] = column(_against_best)
+            text["R@1 against the best [95 %]"] = column(partial(against, name="versus_best"))
     text["MAP@R"] = column(lambda row: _figure(row, "map_at_r"))
     text["R@1 untrained"] = column(lambda row: number(row.untrained_recall_at_1, ""))
     return text
@@ -264,11 +275,12 @@ def _against_paper(row: Any, name: str) -> str:
     return f"{paper:.1f} ({size}{getattr(row, f'difference_{name}'):+.1f})"
 
 
-def _against_best(row: Any) -> str:
-    if pd.isna(row.versus_best):
+def against(row: Any, name: str) -> str:
+    """A difference with its interval, which may hold zero."""
+    mean, low, high = (getattr(row, f"{name}{end}") for end in ("", "_low", "_high"))
+    if pd.isna(low):
         return ""
-    noise = ", within noise" if row.within_noise else ""
-    return f"{row.versus_best:+.1f} [{row.versus_best_low:+.1f}, {row.versus_best_high:+.1f}]{noise}"
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{', within noise' if low <= 0 <= high else ''}"
 
 
 def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
