@@ -74,6 +74,18 @@ def test_the_head_on_them_is_the_whole_network(model, images, tmp_path):
     assert OnFeatures(model).state_dict().keys() == {"head.weight", "head.bias"}
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_the_head_on_those_of_a_timm_model_is_the_whole_network(name, tmp_path):
+    model = create_model(config_of("timm", model=name), embedding_dim=8, root=ROOT, crop=64).eval()
+    rng = np.random.default_rng(0)
+    images = PackedImages.of([rng.integers(0, 256, (70, 70, 3), dtype=np.uint8) for _ in range(5)])
+    recipe, rows = RECIPE.model_copy(update={"resize": 70, "crop": 64, "views": 1}), torch.arange(5)
+    with torch.no_grad():
+        whole = model(images.center_crops(rows, 64, "bilinear"))
+        head = OnFeatures(model).eval()(computed(model, images, tmp_path, recipe, training=3).center_crops(rows))
+    assert (whole * head).sum(1).min() > 1 - 1e-3
+
+
 def test_cut_off_they_go_on_and_end_with_the_same_bits(model, images, tmp_path, monkeypatch):
     expected = computed(model, images, tmp_path / "whole")
     monkeypatch.setattr(features, "CHUNK", 4)
