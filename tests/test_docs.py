@@ -138,6 +138,7 @@ def test_a_snippet_runs(block):
     exec(block.text, {"embeddings": embeddings, "labels": torch.arange(8).repeat_interleave(4)})
 
 
+@pytest.mark.slow
 def test_what_the_page_on_extending_shows_can_be_built(tmp_path):
     """Its files and edits in a copy of the source; its commands composed there, and of each cell a step computed."""
     for name in ("src", "conf", "params.yaml"):

@@ -417,6 +417,7 @@ class Hinge(Loss):
 '''
 
 
+@pytest.mark.slow
 def test_a_loss_is_added_by_two_files(tmp_path):
     """Its module and its YAML file; these tests find it, and try it as they try the others."""
     root = CONF.parents[1]

@@ -163,6 +163,7 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow
 def test_a_node_with_only_pytorch_computes_what_another_brings_home(workspace, monkeypatch, tmp_path_factory):
     """Without MLflow, DVC and git, training and evaluation leave complete folders."""
     bare = environment() | {"PATH": "/nowhere"}

@@ -241,6 +241,7 @@ def server(request, tmp_path_factory):
     process.wait()
 
 
+@pytest.mark.slow
 def test_what_a_server_has_is_read_back(server, tmp_path, monkeypatch):
     workspace = checkout(tmp_path / "a")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)

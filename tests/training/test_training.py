@@ -212,6 +212,7 @@ def test_the_share_of_time_spent_on_batches_is_logged(workspace, monkeypatch):
     assert 1.0 <= speed["train_data_percent"] / 100 * seconds < seconds
 
 
+@pytest.mark.slow
 def test_killed_it_continues_to_the_same_bits(workspace):
     recipe = TINY_RECIPE | {"iterations": 40, "validate_every": 20}
     unbroken = from_the_beginning(workspace, recipe=recipe)
