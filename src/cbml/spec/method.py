@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model
 
 from cbml.losses.base import METHOD, REGISTRY, LossConfig, loss_type
 from cbml.models.heads import Head
+from cbml.models.streams import Streams
 from cbml.samplers.config import AnyBatchSampler
 from cbml.schema import Range
 
@@ -15,12 +16,13 @@ from cbml.schema import Range
 class MethodConfig(LossConfig):
     """The outermost loss of a cell, with its own parameters in a subclass for each loss.
 
-    It may say what else its method changes: the `head` of the network, the `batches`, the momentum of a `teacher`, the
-    moving average of the network, and parameters of a `recipe` by its name, which win over what the backbone's entry
-    says, and not over what is set for a run. `search` is what `pipeline.tune` may change of its parameters, by name;
-    `tuned` says by what budget the constants here were found, and changes nothing.
+    It may say what else its method changes: the `trunk` and the `head` of the network, the `batches`, the momentum of a
+    `teacher`, the moving average of the network, and parameters of a `recipe` by its name, which win over what the
+    backbone's entry says, and not over what is set for a run. `search` is what `pipeline.tune` may change of its
+    parameters, by name; `tuned` says by what budget the constants here were found, and changes nothing.
     """
 
+    trunk: Streams | None = None
     head: Head | None = None
     batches: AnyBatchSampler | None = None
     teacher: Annotated[float, Field(ge=0, lt=1)] | None = None

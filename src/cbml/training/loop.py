@@ -288,10 +288,11 @@ def lr_scale(recipe: Recipe, iteration: int) -> float:
 
 def parameter_groups(network: EmbeddingModel, criterion: Loss, recipe: Recipe) -> list[dict[str, Any]]:
     """Groups for the optimizer, each with the rate that `lr_scale` multiplies, `initial_lr`."""
-    trunk = [p for name, p in network.named_parameters() if not name.startswith("head.")]
+    new = network.new_parameters
+    theirs = {id(parameter) for parameter in new}
     groups = [
-        {"params": trunk, "lr": recipe.lr},
-        {"params": list(network.head.parameters()), "lr": recipe.lr * recipe.head_lr_factor},
+        {"params": [p for p in network.parameters() if id(p) not in theirs], "lr": recipe.lr},
+        {"params": new, "lr": recipe.lr * recipe.head_lr_factor},
         *criterion.parameter_groups(recipe.lr),
     ]
     return [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
