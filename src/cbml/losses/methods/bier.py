@@ -179,7 +179,7 @@ def streams_of(name: str, sizes: Sizes, learners: int) -> list[int]:
     parts = sizes.of_parts()
     if len(parts) % learners or len(set(parts)) > 1:
         raise UserError(
-            f"loss {name}: parts {parts} are no streams of {learners} equal learners; the head must give them, as slices "
-            "does"
+            f"loss {name}: parts {parts} are no streams of {learners} equal learners; the head must give them, as "
+            "slices does"
         )
     return parts
