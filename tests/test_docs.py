@@ -232,7 +232,7 @@ def losses(tmp_path_factory):
     """The parameters of every loss, as Hydra composes them."""
     folder = tmp_path_factory.mktemp("losses")
     names = ",".join(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
-    next(compose(["-S", f"loss=[{names}]", "-S", "embedding_dim=[384]"], folder, ROOT / "conf"))
+    next(compose(["-S", f"loss=[{names}]", "-S", "embedding_dim=[432]"], folder, ROOT / "conf"))
     return yaml.safe_load((folder / "params.yaml").read_text())["loss"]
 
 

@@ -1,6 +1,6 @@
 """Trunks that run stage by stage, whose maps can be named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -64,7 +64,7 @@ def channels_of(trunk: nn.Module, taps: tuple[str, ...], what: str = "head") -> 
     return [found.shape[1] for found in maps]
 
 
-def of_backbone(entries: dict[str, T], backbone: str, what: str) -> T:
+def of_backbone(entries: Mapping[str, T], backbone: str, what: str) -> T:
     """The entry whose name is a backbone's type, or its beginning, as in `{resnet: [layer2, layer3]}`.
 
     Raises:

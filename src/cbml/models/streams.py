@@ -53,7 +53,7 @@ class StreamsTrunk(nn.Module):
     Each attention gates the map after the stage, position by position and channel by channel; the rest of the copy is
     run once for each of the gated maps. So there are S × L maps of the last stage, S streams of L learners each, and
     they follow each other as channels: a trunk of S L C channels outward, whose pooled features are those of its
-    learners. A tap before the gates has S maps.
+    learners. The map of a stream's first learner says where the next stream looks. A tap before the gates has S maps.
 
     Args:
         trunk: what the streams are copies of.
@@ -65,7 +65,7 @@ class StreamsTrunk(nn.Module):
 
     def __init__(self, config: Streams, trunk: nn.Module, stage: str):
         super().__init__()
-        self.stage, self.sigma, self.walk = stage, config.sigma, config.steps
+        self.stage, self.learners, self.sigma, self.walk = stage, config.learners, config.sigma, config.steps
         (channels,) = channels_of(trunk, (stage,), "trunk streams")
         self.trunks = nn.ModuleList([trunk, *(copy.deepcopy(trunk) for _ in range(config.streams - 1))])
         self.attentions = nn.ModuleList(
@@ -86,18 +86,19 @@ class StreamsTrunk(nn.Module):
 
     def forward(self, x: Tensor, taps: tuple[str, ...] = ()) -> Tensor | list[Tensor]:
         """The last feature maps or, if `taps` are named, a list of those and of the maps after those stages."""
-        last, tapped = [], {name: [] for name in taps}  # type: ignore[var-annotated]
-        for number, (trunk, attentions) in enumerate(zip(self.trunks, self.attentions, strict=True)):
+        last: list[Tensor] = []
+        tapped: dict[str, list[Tensor]] = {name: [] for name in taps}
+        for number, (trunk, gates) in enumerate(zip(self.trunks, self.attentions, strict=True)):
             if number:
-                x = crop_salient(x, last[-1].chunk(len(attentions), 1)[0], self.sigma, self.walk)
-            y, batch = x, len(x)
+                x = crop_salient(x, last[-1].chunk(self.learners, 1)[0], self.sigma, self.walk)
+            y = x
             for name, step in cast(Staged, trunk).steps():
                 y = step(y)
                 if name == self.stage:
-                    y = torch.cat([y * gate(y) for gate in cast(nn.ModuleList, attentions)])
+                    y = torch.cat([y * gate(y) for gate in cast(nn.ModuleList, gates)])
                 if name in taps:
-                    tapped[name].append(_as_channels(y, batch))
-            last.append(_as_channels(y, batch))
+                    tapped[name].append(_as_channels(y, len(x)))
+            last.append(_as_channels(y, len(x)))
         maps = [torch.cat(each, 1) for each in (last, *tapped.values())]
         return maps if taps else maps[0]
 
