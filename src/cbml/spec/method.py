@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_serializer, model_validator
 
 from cbml.losses.base import METHOD, REGISTRY, LossConfig, loss_type
-from cbml.models.heads import Head
+from cbml.models.heads import Head, Slices
 from cbml.models.streams import Streams
 from cbml.samplers.config import AnyBatchSampler
 from cbml.schema import Range
@@ -38,6 +38,17 @@ class MethodConfig(LossConfig):
                 f"{of_classes[0]} has parameters of its own for each class, and the labels of these batches change "
                 "their meaning; allowed: batches whose labels persist (clusters: warm: true), or a loss of pairs"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _slices_are_of_the_streams(self) -> Self:
+        if self.trunk and isinstance(self.head, Slices):
+            there, sliced = ((each.streams, each.learners) for each in (self.trunk, self.head))
+            if there != sliced:
+                raise ValueError(
+                    f"trunk has {there[0]} streams of {there[1]} learners, head slices is for {sliced[0]} of "
+                    f"{sliced[1]}; allowed: the same numbers"
+                )
         return self
 
     @model_serializer(mode="wrap")
