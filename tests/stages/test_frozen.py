@@ -103,6 +103,8 @@ def evaluation_of(folder, workspace):
 def test_what_needs_a_trunk_that_is_trained_is_refused(workspace):
     with pytest.raises(UserError, match="has no head to train, and recipe.train is head; allowed with it"):
         run(workspace, recipe=FROZEN, embedding_dim=[0])
+    with pytest.raises(UserError, match="has streams with attentions, and recipe.train is head; allowed with it"):
+        run(workspace, recipe=FROZEN, embedding_dim=[54], loss={"deml": entry("loss", "deml")})
 
 
 def test_tuning_does_not_look_at_test_classes_and_leaves_a_preset_with_its_trials(workspace, tmp_path, monkeypatch):
