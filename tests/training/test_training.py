@@ -573,10 +573,13 @@ def test_fresh_memory_that_is_not_filled_changes_no_bit(workspace, monkeypatch, 
     assert torch.utils.deterministic.fill_uninitialized_memory  # as it was
 
 
-def test_compile_changes_nothing_but_speed(workspace, monkeypatch):
+@pytest.mark.parametrize("loss", ["cbml_log", "deml"])
+def test_compile_changes_nothing_but_speed(workspace, monkeypatch, loss):
+    changes = method(loss, iterations=1) if loss in METHODS else {"recipe": TINY_RECIPE}
+    expected = torch.load(run(workspace, **changes) / "final.pt")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    names = torch.load(run(workspace, recipe=TINY_RECIPE | {"compile": True}) / "final.pt")
-    assert names.keys() == torch.load(run(workspace) / "final.pt").keys()
+    changes["recipe"] = changes["recipe"] | {"compile": True}
+    assert torch.load(run(workspace, **changes) / "final.pt").keys() == expected.keys()
 
 
 def test_without_a_compiler_it_runs_uncompiled_and_says_so(workspace, monkeypatch, capsys):
