@@ -28,7 +28,7 @@ def test_params_yaml_is_what_conf_composes_to(tmp_path):
 def test_every_option_of_a_group_defines_itself_and_is_valid(file, tmp_path):
     group, option = file.parent.name, option_file(ROOT / "conf", file.parent.name, file.stem)
     options = option if group == "recipe" else {file.stem: option}
-    params = tiny_params(**{group: options}, embedding_dim=[48])  # three heads share it
+    params = tiny_params(**{group: options}, embedding_dim=[144])  # up to nine parts share it
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     read = getattr(load_params(tmp_path / "params.yaml"), group)
     assert read.name == file.stem if group == "recipe" else list(read) == [file.stem]
