@@ -423,8 +423,8 @@ def test_latex_prints_every_character_as_it_stands(finished):
 
 
 WRITTEN_BY = {
-    "run.json": "train",
-    "validations.csv": "train",
+    "run.json": "evaluate",
+    "validations.csv": "evaluate",
     "metrics.json": "evaluate",
     "similarities.csv": "evaluate",
     "similarities.json": "evaluate",

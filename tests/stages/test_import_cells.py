@@ -91,6 +91,14 @@ def test_a_cell_with_other_results_is_refused_and_nothing_is_brought(other):
     assert len(records(Path())[1]) == 1
 
 
+def test_damaged_weights_become_no_model_and_nothing_is_brought(other):
+    (file,) = other.glob("runs/*/*/final.pt")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"final\.pt: damaged"):
+        import_cells(other, Workspace.here())
+    assert not Path("mlruns").exists()
+
+
 def test_a_folder_without_cells_is_refused(tmp_path):
     with pytest.raises(UserError, match="no evaluations/<dataset>/<cell>/cell.yaml"):
         import_cells(tmp_path, Workspace(tmp_path, tmp_path))

@@ -40,10 +40,10 @@ def hand_over(
     Returns:
         Whether the store has taken everything.
     """
-    record, metrics = record_of(evaluation), read_json(evaluation / "metrics.json", "evaluate")
+    record, metrics = record_of(evaluation, "evaluate"), read_json(evaluation / "metrics.json", "evaluate")
     with open_trained(workspace, cell, record, later=LATER, tags=tags) as run:
         run.tag("evaluated", "false")  # until all of it is there
-        for curve in curves_of(evaluation, cell):
+        for curve in curves_of(evaluation, cell, "evaluate"):
             run.log(curve.to_dict("records"))
         if (file := evaluation / "pseudo_labels.csv").is_file():
             table = read_csv(file, "evaluate", ("iteration", "nmi", "purity", "changed")).set_index("iteration")

@@ -88,6 +88,8 @@ class Store:
         """
         with self._alone():
             if file := sqlite_file(self.uri):
+                if file.is_dir():
+                    raise UserError(f"{file}: a folder, expected a database; {_move_away(file)}")
                 # Made beside and renamed: half a database would stop every later run.
                 if not (file.is_file() and file.stat().st_size):
                     with atomic_write(file) as temporary:

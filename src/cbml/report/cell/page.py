@@ -53,7 +53,7 @@ def cell_page(
         UserError: a file of the evaluation is missing or damaged, or an image.
     """
     scores = read_json(evaluation / "metrics.json", "evaluate", ("final", "untrained"))
-    record = read_json(evaluation / "run.json", "train", ("run_id",))
+    record = read_json(evaluation / "run.json", "evaluate", ("run_id",))
     protocols = pd.DataFrame({"Protocol": scores.keys()})
     for name in metrics([*scores["final"], "nmi"]):
         label = LABELS.get(name) or f"R@{name.removeprefix('recall_at_')}"

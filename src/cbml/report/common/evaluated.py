@@ -32,9 +32,9 @@ def validations_of(evaluation: Path, cell: Cell) -> pd.DataFrame:
         UserError: the file is missing or damaged, or does not go to the last iteration.
     """
     file = evaluation / "validations.csv"
-    table = read_csv(file, "train", ("iteration", "recall_at_1"))
+    table = read_csv(file, "evaluate", ("iteration", "recall_at_1"))
     if (table.iteration.iloc[0], table.iteration.iloc[-1]) != (0, cell.recipe.iterations):
-        raise damaged(file, "not of all iterations", "train")
+        raise damaged(file, "not of all iterations", "evaluate")
     return table
 
 
