@@ -466,6 +466,13 @@ def test_a_killed_table_set_is_no_running_one(tmp_path):
     assert sorted(run.info.status for run in runs(Store(workspace), "tables")) == ["FAILED", "FINISHED"]
 
 
+def test_a_folder_where_the_database_belongs_is_to_be_moved_away(tmp_path):
+    workspace = checkout(tmp_path / "a")
+    workspace.database.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"mlflow\.db: a folder, expected a database; move it away \(mv "):
+        Store(workspace).finished("glyphs")
+
+
 def test_a_killed_drawing_leaves_its_cell_as_it_was(tmp_path):
     workspace = checkout(tmp_path / "a")
     assert handed_over(workspace, model=False)

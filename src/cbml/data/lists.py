@@ -16,8 +16,8 @@ import pandas as pd
 
 from cbml.data.sources.base import SPLITS
 from cbml.data.sources.layout import number, read_lines
-from cbml.errors import UserError
-from cbml.files import atomic_write, damaged
+from cbml.errors import UserError, trouble
+from cbml.files import atomic_write, cure, damaged
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     if not path.is_file():
         raise UserError(f"image list {path} does not exist; build_lists writes it")
     try:
-        lines = read_lines(path, "it")
+        lines = read_lines(path, path)
     except UserError as error:
-        raise damaged(path, f"{error}", "build_lists") from None
+        if trouble(error):
+            raise
+        raise UserError(f"{error}; {cure(path, 'build_lists')}") from None
     if not lines:
         raise damaged(path, "it is empty", "build_lists")
     if not path.read_bytes().endswith(b"\n"):  # else a label of 12 may have become one of 1
