@@ -161,7 +161,7 @@ class Packing:
         allowed = float(os.environ.get(PACKED_GB, DEFAULT_GB)) * 2**30
         return min(allowed, shutil.disk_usage(self.cache).free - SPARE_BYTES)
 
-    def acquire(self) -> AbstractContextManager[None]:
+    def acquire(self) -> AbstractContextManager[bool]:
         """Keep other processes from decoding the same images for the time of the block."""
         path = self.cache / self._key
         return locked(path, f"waiting for another process, which decodes the same images ({path}.lock)")

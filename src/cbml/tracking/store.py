@@ -134,7 +134,7 @@ class Store:
         """The URI, for a command that is shown; a password is not."""
         return shlex.quote(self.uri) if public(self.uri) == self.uri else '"$MLFLOW_TRACKING_URI"'
 
-    def _alone(self) -> AbstractContextManager[None]:
+    def _alone(self) -> AbstractContextManager[bool]:
         """Hold what two processes might make at once: the database, an experiment."""
         return locked(self.workspace.cache / "mlflow", "MLflow: waiting for another process")
 
