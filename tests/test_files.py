@@ -163,6 +163,17 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypa
         read(file, "train")
 
 
+@pytest.mark.parametrize("value", ["4q.0", "", "'", "0x1"])
+def test_text_where_numbers_belong_is_damage(tmp_path, value):
+    file = tmp_path / "recall_at_k.csv"
+    file.write_text(f"name,k,recall\na,1,{value}\nb,2,50.0\n")
+    if not value:  # none
+        assert read_csv(file, "evaluate", ("k",), dtype={"name": str}).recall.isna().tolist() == [True, False]
+        return
+    with pytest.raises(UserError, match=r"damaged \(ValueError: not only numbers in the column recall\); run"):
+        read_csv(file, "evaluate", ("k",), dtype={"name": str})
+
+
 def test_the_cure_of_what_was_damaged_in_place_lasts(tmp_path):
     file = tmp_path / "final.pt"
     file.write_bytes(b"damaged")

@@ -136,11 +136,11 @@ def parse_csv(path: Path, **options: Any) -> Any:
 
 
 def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options: Any) -> Any:
-    """The content of a CSV file as a DataFrame; `options` are pandas'.
+    """The content of a CSV file as a DataFrame; `options` are pandas'. A column without a `dtype` is of numbers.
 
     Raises:
-        UserError: it is missing or damaged, ends within a line, has no rows, or lacks one of `columns`; `stage` is the
-            one that writes it.
+        UserError: it is missing or damaged, ends within a line, has no rows, lacks one of `columns`, or has text where
+            numbers belong; `stage` is the one that writes it.
     """
     with _reading(path, stage):
         table = parse_csv(path, **options)
@@ -150,6 +150,9 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options: A
             raise ValueError(f"no column {absent[0]}")
         if table.empty:
             raise ValueError("no rows")
+        text = options.get("dtype", {})
+        if wrong := [name for name in table if name not in text and table[name].dtype.kind not in "iufb"]:
+            raise ValueError(f"not only numbers in the column {wrong[0]}")
         return table
 
 

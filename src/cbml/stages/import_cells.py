@@ -4,8 +4,8 @@ from pathlib import Path
 
 from cbml import network
 from cbml.errors import UserError
-from cbml.files import read_json
 from cbml.progress import message
+from cbml.report.common.evaluated import metrics_of
 from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
 from cbml.stages.records import record_of
@@ -45,7 +45,7 @@ def import_cells(source: Path, workspace: Workspace) -> list[str]:
         here = known[cell.dataset].get(key)
         if here is None:
             new.append((cell, folder, key))
-        elif read_json(here / "metrics.json", "evaluate") != read_json(folder / "metrics.json", "evaluate"):
+        elif metrics_of(here) != metrics_of(folder):
             raise UserError(f"{folder}: the store has {key} already, with other results ({here})")
         else:
             message(f"{key}: here already")
