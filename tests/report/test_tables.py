@@ -423,8 +423,8 @@ def test_latex_prints_every_character_as_it_stands(finished):
 
 
 WRITTEN_BY = {
-    "run.json": "train",
-    "validations.csv": "train",
+    "run.json": "evaluate",
+    "validations.csv": "evaluate",
     "metrics.json": "evaluate",
     "similarities.csv": "evaluate",
     "similarities.json": "evaluate",
@@ -437,6 +437,8 @@ DAMAGED = [(name, content) for name in WRITTEN_BY for content in (None, b"", b"\
     ("run.json", b'{"key": "resnet18-cbml_log-64-0-0123456789"}'),
     ("metrics.json", b'{"final": {"recall_at_1": 0.'),
     ("metrics.json", b"{}"),
+    ("metrics.json", b'{"final": {"recall_at_1": 50.0}, "untrained": {"rekall_at_1": 9.0}}'),
+    ("metrics.json", b'{"final": {"recall_at_1": "50.0"}, "untrained": {"recall_at_1": 9.0}}'),
     ("summary.json", b"{}"),
     ("validations.csv", b"iteration,recall_at_1\n"),
     ("validations.csv", b"iteration,recall_at_1\n0,10.0\n2,40.0\n"),
@@ -444,6 +446,7 @@ DAMAGED = [(name, content) for name in WRITTEN_BY for content in (None, b"", b"\
     ("similarities.json", b"{}"),
     ("classes.csv", b"class,images,recall_at_1,confused_with\na,9,25.0,b\n"),
     ("similarities.csv", b"split,pair,similarity,density\n"),
+    ("validations.csv", b"iteration,recall_at_1\n0,10.0\n2,4q.0\n4,50.0\n6,50.0\n"),
     ("classes.csv", b"class,images,recall_at_1,confused_with\n"),
 ]
 

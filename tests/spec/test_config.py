@@ -12,7 +12,7 @@ from helpers import ROOT, TINY_RECIPE, ended, entry, tiny_params
 
 from cbml.errors import UserError
 from cbml.report.tables.rows import published
-from cbml.spec.options import option_file
+from cbml.spec.options import option_file, recipe_file
 from cbml.spec.params import Params, load_cell, load_params
 from cbml.workspace import Workspace
 
@@ -451,4 +451,14 @@ def test_a_file_of_an_option_that_hydra_cannot_compose_is_one_line(project):
     Path("conf/recipe/tiny.yaml").write_text("defaults:\n  - absent\n  - _self_\n")
     with pytest.raises(UserError, match=r"conf/recipe/tiny\.yaml: Hydra cannot compose it: .*absent") as caught:
         Workspace().cells("glyphs")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"- 1\n", b"5\n", b"iterations: [", b"\0\1", b"defaults: 5\n"])
+def test_a_recipe_whose_file_cannot_be_read_is_one_line(tmp_path, content):
+    file = tmp_path / "conf/recipe/tiny.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"conf/recipe/tiny\.yaml: Hydra cannot compose it: ") as caught:
+        recipe_file(tmp_path / "conf", "tiny")
     assert "\n" not in str(caught.value)

@@ -107,7 +107,9 @@ def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable
 def _here(workspace: Workspace, dataset: str) -> list[Evaluated]:
     """The cells of params.yaml."""
     return [
-        Evaluated(cell, record_of(workspace.evaluation(cell)), workspace.evaluation(cell), workspace.page(cell))
+        Evaluated(
+            cell, record_of(workspace.evaluation(cell), "evaluate"), workspace.evaluation(cell), workspace.page(cell)
+        )
         for cell in workspace.cells(dataset)
     ]
 
@@ -115,7 +117,10 @@ def _here(workspace: Workspace, dataset: str) -> list[Evaluated]:
 def _archived(workspace: Workspace, dataset: str) -> list[Evaluated]:
     """The finished cells in the tracking store that are of the same images and lists as the newest one."""
     folders = Store(workspace).finished(dataset).values()
-    found = [Evaluated(load_cell(folder / "cell.yaml"), record_of(folder), folder, folder) for folder in folders]
+    found = [
+        Evaluated(load_cell(folder / "cell.yaml", "evaluate"), record_of(folder, "evaluate"), folder, folder)
+        for folder in folders
+    ]
     if not found:
         raise UserError(f"{dataset}: the tracking store has no evaluated cell of it; the stage evaluate brings them")
     fingerprint = max(found, key=lambda one: one.record["finished"]).record["fingerprint"]

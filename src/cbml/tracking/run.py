@@ -211,7 +211,8 @@ def open_run(
         fingerprint: of the dataset that the run uses, which is the experiment's.
         remember: a file for the id of a new run; what it holds is the `run_id`, if none is given.
         later: what to say if the store has not taken all.
-        at_once: it counts as failed until it is complete: nobody continues it if this process is killed.
+        at_once: it is not running meanwhile, as nobody may continue it if this process is killed: a new run counts as
+            failed until it is complete, another one as what it was.
     """
     if not installed():
         yield Run(None)
@@ -251,7 +252,8 @@ def _start(
 
     client, id = store.client, store.experiment(experiment)
     if found := _same(client, id, run.id, tags, identity):
-        client.update_run(found, status="RUNNING")
+        if not at_once:
+            client.update_run(found, status="RUNNING")
         if "error" in client.get_run(found).data.tags:  # of an earlier attempt
             client.delete_tag(found, "error")
         run.id, run.continued = found, True
@@ -325,6 +327,7 @@ def open_cell(
     run_id: str | None = None,
     remember: Path | None = None,
     later: str = "the stage evaluate hands it over",
+    at_once: bool = False,
 ) -> AbstractContextManager[Run]:
     """`open_run` for a cell, under its dataset's experiment; `tags` go with its own."""
     own = {"cell_key": key, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
@@ -340,6 +343,7 @@ def open_cell(
         run_id=run_id,
         remember=remember,
         later=later,
+        at_once=at_once,
     )
 
 
@@ -354,7 +358,8 @@ def open_trained(
     key, tags = record["key"], dict(tags or {})
     if re.fullmatch("[0-9a-f]+", weights := str(record.get(WEIGHTS))):
         tags[WEIGHTS] = weights
-    opened = open_cell(workspace, cell, key, record["fingerprint"], tags=tags, run_id=record["run_id"], later=later)
+    known = {"tags": tags, "run_id": record["run_id"], "later": later, "at_once": True}
+    opened = open_cell(workspace, cell, key, record["fingerprint"], **known)
     with locked(workspace.cache / "mlflow-cells" / key, f"{key}: another process logs it; waiting"), opened as run:
         yield run
 

@@ -13,9 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cbml.files import read_json
 from cbml.provenance import changed, gone
-from cbml.report.common.evaluated import similarities_of, validations_of
+from cbml.report.common.evaluated import metrics_of, similarities_of, validations_of
 from cbml.report.common.numbers import NO_NMI, NO_NMI_IN_GALLERY, metrics, number, recalls
 from cbml.report.tables.commands import command
 from cbml.spec.cell import Cell
@@ -131,7 +130,7 @@ def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
     """One row per cell and protocol: `ROW`, `protocol`, `seed`, metrics, and the `command` of its row."""
     rows = []
     for one in evaluated:
-        scores = read_json(one.folder / "metrics.json", "evaluate", ("final", "untrained"))
+        scores = metrics_of(one.folder)
         seeds = sorted(each.cell.seed for each in evaluated if each.row == one.row)
         for protocol in [name for name in PROTOCOLS if name in scores]:
             values = {name: scores[protocol][name] for name in metrics(scores[protocol])}
