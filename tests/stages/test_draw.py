@@ -278,10 +278,10 @@ def test_a_network_that_was_not_trained_has_no_losses(workspace):
 
 # What the evaluation folder is drawn from, and the stage that writes it.
 READ = {
-    "cell.yaml": "train",
-    "run.json": "train",
-    "losses.csv": "train",
-    "validations.csv": "train",
+    "cell.yaml": "evaluate",
+    "run.json": "evaluate",
+    "losses.csv": "evaluate",
+    "validations.csv": "evaluate",
     "neighbours.npz": "evaluate",
     "map.npz": "evaluate",
     "metrics.json": "evaluate",
@@ -365,7 +365,7 @@ def test_validations_without_the_iteration_that_was_best(workspace):
     file = workspace.tree / "evaluations" / CELL / "validations.csv"
     for rows in ("0,0.1\n6,0.4\n", "4,0.5\n6,0.4\n"):
         file.write_text(f"iteration,recall_at_1\n{rows}")
-        assert "not of all iterations" in refused(workspace, file, "train")
+        assert "not of all iterations" in refused(workspace, file, "evaluate")
 
 
 def test_a_list_or_an_image_that_is_missing_or_damaged_is_named(workspace, written):

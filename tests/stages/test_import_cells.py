@@ -159,7 +159,7 @@ def test_all_cells_are_found_after_dvc_took_their_folders_away(workspace):
     compute(workspace)
     for folder in ("runs", "evaluations"):
         shutil.rmtree(folder)
-    with pytest.raises(UserError, match="no such file; the stage train writes it"):
+    with pytest.raises(UserError, match="no such file; the stage evaluate writes it"):
         tabulate(workspace, "glyphs")
     assert "| cbml_log " in tabulate(workspace, "glyphs", all_cells=True)
     with pytest.raises(UserError, match="the tracking store has no evaluated cell"):
