@@ -34,7 +34,8 @@ def apart(tmp_path_factory):
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as `launch`: loopback
-        patch.delenv("RAY_ADDRESS", raising=False)
+        for name in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"):  # empty it would forbid to say that there are GPUs
+            patch.delenv(name, raising=False)
         yield
 
 
@@ -199,6 +200,14 @@ def test_a_node_that_is_lost_is_made_up_for(checkout, expected, tmp_path, shared
     assert status == 0 and "begins again" in said
     assert "continues after iteration" in log_of(checkout)
     assert record_of(checkout)["final_weights_sha256"] == expected
+
+
+def test_a_cell_on_two_gpus_is_one_cell(checkout):
+    ran(checkout, f"dvc exp run {SETTINGS} -S recipe.freeze_bn=true build_lists")
+    status, said = Launched(checkout, "--gpus", "2", "--gpus-per-cell", "2").ended()
+    assert status == 0 and "GPU 0,1" in said
+    assert record_of(checkout)["numerics"]["processes"] == 2
+    assert log_of(checkout).count("iteration 60: Recall@1") == 1
 
 
 def test_lists_that_are_not_of_these_parameters_are_refused(checkout):

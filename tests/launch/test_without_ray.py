@@ -9,7 +9,7 @@ import tarfile
 import pytest
 from helpers import ROOT, ended, environment
 
-from cbml import provenance
+from cbml import progress, provenance
 from cbml.errors import UserError
 from cbml.launch import node
 from cbml.launch.driver import Options, commands
@@ -82,18 +82,21 @@ def test_a_checkpoint_travels_whole_and_replaces_what_is_there(tmp_path):
         assert tar.getnames() == ["a/run/final.pt"]
 
 
-def test_what_a_training_says_becomes_a_line(tmp_path, capsys):
+def test_what_a_training_says_becomes_a_line(tmp_path, capsys, monkeypatch):
     keeper = node.Keeper(str(tmp_path), {"a": str(tmp_path / "a.log")}, {"a": 8})
     keeper.begin("a", "vm 1234", "0")
     display = Display([cell(), cell("b")])
     display.update(keeper.states(), ["a", "b"])
     assert capsys.readouterr().err == "a: begins on vm 1234, GPU 0\n"
     keeper.heard("a", "a: iteration 30: Recall@1 41.7 %\n")
-    keeper.heard("a", "a:  67%|██████▋   | 320/480 images [00:10<00:05, 32.1 images/s]\n")
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    steps = progress.progress(range(60), "a", "images", initial=39, scale=8)
+    next(steps), next(steps)
+    keeper.heard("a", capsys.readouterr().err)
     display._shown -= 100  # a minute later
     display.update(keeper.states(), ["a", "b"])
     first, bar = capsys.readouterr().err.splitlines()
-    assert first == "a: iteration 40 of 60, 32.1 images/s, Recall@1 41.7 %, vm 1234, GPU 0"
+    assert re.fullmatch(r"a: iteration 40 of 60, [\d.]+[kM]? images/s, Recall@1 41.7 %, vm 1234, GPU 0", first)
     assert re.search("0 of 2 cells trained, 0 failed, 1 waiting", bar)
     keeper.begin("a", "vm 5678", "1")
     display.update(keeper.states(), ["a", "b"])

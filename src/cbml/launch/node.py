@@ -23,7 +23,7 @@ from typing import Any
 SCRATCH = "CBML_SCRATCH"  # environment variable of a node: work in this folder, whether or not it sees the checkout
 KILLS = 3  # times that a training may be killed by a signal before its cell counts as failed
 # What a training says of itself; see `progress` and `validate`.
-SPEED = re.compile(r" ([\d.]+[kM]?)/[\d.]+[kM]? images \[.*?([\d.]+[kM]?) images/s")
+SPEED = re.compile(r" ([\d.]+[kM]?)/[\d.]+[kM]? \[.*?([\d.]+[kM]?) images/s")
 RECALL = re.compile(r"iteration (\d+): Recall@1 ([\d.]+) %")
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6}
 
@@ -68,20 +68,22 @@ def compute(
         unpack(packed, folder)
     command = [sys.executable, "-m", "pipeline.train", *arguments]
     if processes > 1:
-        run = ["torch.distributed.run", "--standalone", "--max-restarts=3", f"--nproc-per-node={processes}"]
+        run = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command[1:1] = ["-m", *run]
     env = os.environ | env | {"PYTHONPATH": "src", "DVC_ROOT": str(home), "OMP_NUM_THREADS": str(threads)}
     for _ in range(KILLS):
         status, said = _run(command, env, key, folder, keeper, shared)
-        if status >= 0:
+        reasons = [line for line in said if line.startswith("error: ")]
+        # `torchrun` ends with 1 as well if one of its processes was killed, which then has not said why.
+        if not (status < 0 or (status and processes > 1 and not reasons)):
             break
         time.sleep(5)  # a node that goes away ends this process now
     if not shared and not status:
         _send(keeper, key, folder, finished=True)
     shutil.rmtree(run_folder, ignore_errors=True)  # `dvc repro` writes it where it belongs
-    reasons = [line for line in said if line.startswith("error: ")] or said[-1:] or ["no output"]
-    reason = f"killed by {signal.Signals(-status).name}, {KILLS} times" if status < 0 else reasons[-1]
-    return status, reason.removeprefix("error: ")
+    if status < 0:
+        return status, f"killed by {signal.Signals(-status).name}, {KILLS} times"
+    return status, (reasons or said or ["it said nothing"])[-1].removeprefix("error: ")
 
 
 def _run(

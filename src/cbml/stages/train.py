@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cbml import network, provenance
+from cbml import distributed, network, provenance
 from cbml.data.lists import ImageList, check_disjoint, hold_out
 from cbml.data.open import Data
 from cbml.data.scoring import Scoring
@@ -62,15 +62,18 @@ def train_cell(cell: Cell, workspace: Workspace) -> Path:
     parts = _build(cell, workspace, data.train)
     key = cell.key(data.fingerprint, weights_content(cell.backbone_config, workspace.root))
     code = provenance.training_code(*parts)
-    with acquire(workspace.checkpoint(key), key, code | provenance.packages()) as checkpoint:
+    made_with = code | provenance.packages()
+    with distributed.joined(), acquire(workspace.checkpoint(key), key, made_with) as checkpoint:
         finished = checkpoint.folder / FINISHED
-        if record := _finished(finished, key, code):
+        record = distributed.from_first(_finished(finished, key, code) if distributed.first() else None)
+        if not record:
+            _train(cell, workspace, data, parts, key, code, checkpoint)
+        elif distributed.first():
             message(f"{key}: is trained already ({record['finished']}), taken as it is")
             _log_finished(cell, workspace, finished, record)
-        else:
-            _train(cell, workspace, data, parts, key, code, checkpoint)
-        with atomic_write(workspace.run(cell)) as folder:
-            shutil.copytree(finished, folder)
+        if distributed.first():
+            with atomic_write(workspace.run(cell)) as folder:
+                shutil.copytree(finished, folder)
     # The checkpoint stays until the cell is evaluated: by then DVC has recorded this stage.
     return workspace.run(cell)
 
@@ -101,6 +104,8 @@ def _train(
             )
         keep = selected.best if selected else None
         trained = train(job, fabric, label=key, checkpoint=checkpoint, log=run.log, keep=keep)
+        if not distributed.first():
+            return
         run.send()  # so that its id is known, if the store was away
         validated = {} if keep is None else {"validated": keep}
         seconds = [each.seconds for each in (trained, selected) if each]
