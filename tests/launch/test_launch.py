@@ -180,23 +180,20 @@ def test_ctrl_c_ends_it_at_once_and_a_second_launch_goes_on(checkout, expected):
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared disk", "disks of their own"])
 def test_a_node_that_is_lost_is_made_up_for(checkout, expected, tmp_path, shared):
-    from ray.cluster_utils import Cluster
-
     ran(checkout, f"dvc exp run {SETTINGS} build_lists")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False})
+    command = [sys.executable, Path(__file__).with_name("cluster.py")]
+    command += [] if shared else [tmp_path / "one", tmp_path / "two"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    cluster = subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
     try:
-        nodes = []
-        for name in ("one", "two"):
-            variables = {} if shared else {"CBML_SCRATCH": str(tmp_path / name)}
-            nodes.append(cluster.add_node(num_cpus=1, num_gpus=1, env_vars=variables))
-        launched = Launched(checkout, RAY_ADDRESS=cluster.address)
+        launched = Launched(checkout, RAY_ADDRESS=cluster.stdout.readline().strip())
         launched.until_saved()
-        ids = {node.node_id[:4]: node for node in nodes}
         (place,) = re.findall(r"begins on \S+ (\w{4}), GPU 0", launched.said.read_text())
-        cluster.remove_node(ids[place], allow_graceful=False)
+        print(place, file=cluster.stdin, flush=True)
         status, said = launched.ended()
     finally:
-        cluster.shutdown()
+        cluster.stdin.close()  # which ends it
+        cluster.wait(60)
     assert status == 0 and "begins again" in said
     assert "continues after iteration" in log_of(checkout)
     assert record_of(checkout)["final_weights_sha256"] == expected

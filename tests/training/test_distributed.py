@@ -86,7 +86,7 @@ def test_two_processes_train_a_cell_and_one_that_is_killed_is_made_up_for(projec
     after = record(whole)
     assert (before["numerics"]["processes"], after["numerics"]["processes"]) == (1, 2)
     assert after["key"] == before["key"]
-    assert stage.read_csv(whole / "losses.csv", "train").loss.tolist() == pytest.approx(losses.tolist(), rel=1e-3)
+    assert stage.read_csv(whole / "losses.csv", "train").loss.tolist() == pytest.approx(losses.tolist(), rel=1e-2)
     assert said.count("iteration 40: Recall@1") == 1  # one process speaks
 
 
