@@ -104,6 +104,18 @@ def test_what_a_training_says_becomes_a_line(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "a.log").read_text().count("\n") == 2
 
 
+def test_on_a_terminal_lines_are_written_anew_and_events_stay(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    display, states = Display([cell(), cell("b")]), {"a": {"node": "vm 1234", "attempts": 1, "iteration": 3}}
+    display.update(states, ["a", "b"])
+    assert capsys.readouterr().err.splitlines()[1].startswith("a: iteration 3 of 60, vm 1234")
+    display.done = 1
+    display.event("a: trained (1 of 2)")
+    assert capsys.readouterr().err == "\x1b[2A\x1b[Ja: trained (1 of 2)\n"
+    display.update(states, ["b"])
+    assert re.match("█{15}░{15} 1 of 2 cells trained, 0 failed, 1 waiting", capsys.readouterr().err)
+
+
 def test_the_revision_travels_with_a_copy_of_the_source(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "SOURCE", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

@@ -110,7 +110,8 @@ def _run(workspace: Workspace, cells: list[Pending], options: Options, token: st
     workspace.log("").parent.mkdir(parents=True, exist_ok=True)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote
-    keeper = remote(num_cpus=0, max_restarts=-1, max_concurrency=16, scheduling_strategy=here)(node.Keeper).remote(
+    kept: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
+    keeper = remote(**kept, scheduling_strategy=here)(node.Keeper).remote(
         str(workspace.root),
         {key: str(log) for key, log in logs.items()},
         {cell.key: cell.batch_size for cell in cells},

@@ -1,5 +1,6 @@
 """Which cells are to be trained: DVC is asked, and nothing is run."""
 
+import logging
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ def ask_dvc(tree: Path) -> tuple[list[str], int]:
     from dvc.stage.cache import RunCacheNotFoundError
 
     commands, known = [], 0
+    logging.getLogger("dvc").setLevel(logging.WARNING)  # else it says of each stage what it would do
     try:
         with Repo(str(tree)) as repo, repo.lock:
             stages = {name: stage for stage in repo.index.stages if (name := getattr(stage, "name", None))}
