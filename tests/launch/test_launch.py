@@ -132,7 +132,7 @@ def test_a_killed_worker_a_failing_cell_and_an_edit_meanwhile_then_dvc_takes_wha
     launched.until_saved()
     (checkout / "params.yaml").write_text(params.replace("lr: 0.001", "lr: 0.1"))
     assert {*listeners(psutil.Process(launched.process.pid))} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    (trainer,) = launched.trainers("cbml_log --embedding-dim 16")[:1]
+    (trainer,) = launched.trainers("--backbone resnet18")
     trainer.parent().kill()
     psutil.wait_procs([trainer], 30)
     assert not trainer.is_running()
@@ -197,7 +197,7 @@ def test_a_node_that_is_lost_is_made_up_for(checkout, expected, tmp_path, shared
     finally:
         cluster.stdin.close()  # which ends it
         cluster.wait(60)
-    assert status == 0 and "begins again" in said
+    assert status == 0 and "begins again" in said and "raylet" not in said  # Ray's own noise
     assert "continues after iteration" in log_of(checkout)
     assert record_of(checkout)["final_weights_sha256"] == expected
 

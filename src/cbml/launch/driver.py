@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,9 @@ def _connected(options: Options, snapshot: Path) -> Iterator[None]:
         where = os.environ.get("RAY_ADDRESS", "this machine")
         raise UserError(f"Ray at {where}: {' '.join(str(error).split())[:300]}") from None
     try:
-        yield
+        # Whatever happens to a node Ray prints on standard output, hundreds of lines of it; what matters is told here.
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            yield
     finally:
         ray.shutdown()
 
