@@ -47,7 +47,7 @@ def compute(
         root: the checkout; who does not see its file `token` works in a folder of the node's own, and the keeper has
             the checkpoints.
         processes: that share the cell.
-        threads: of each; 0: its share of the node's.
+        threads: of all of them; 0: the cell's share of the node's.
 
     Returns:
         The status of the process, negative for a signal, and the line that says why it is not 0.
@@ -61,7 +61,7 @@ def compute(
     folder = home / ".checkpoints" / key
     (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == context.get_node_id())
     at_once = max(1.0, resources.get("GPU", 0) / context.get_assigned_resources().get("GPU", 1))
-    threads = threads or max(1, int(resources.get("CPU", 1) / at_once / processes))
+    threads = max(1, int((threads or resources.get("CPU", 1) / at_once) / processes))
     place = f"{socket.gethostname()} {context.get_node_id()[:4]}"
     ray.get(keeper.begin.remote(key, place, gpus))
     if not shared and (packed := ray.get(keeper.load.remote(key))):
