@@ -47,7 +47,7 @@ def lists(repository):
 
 
 @pytest.fixture
-def checkout(lists):
+def checkout(lists, monkeypatch):
     """It without a trained cell, which DVC's cache would have, too."""
     lock = yaml.safe_load((lists / "dvc.lock").read_text())
     lock["stages"] = {name: stage for name, stage in lock["stages"].items() if not name.startswith("train@")}
@@ -55,6 +55,7 @@ def checkout(lists):
     for name in ("runs", ".checkpoints", ".dvc/cache/runs", ".cache/logs"):
         path = lists / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    monkeypatch.chdir(lists)
     return lists
 
 
