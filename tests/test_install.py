@@ -32,6 +32,7 @@ def test_every_import_is_declared(folder):
         | requirements("pipeline").keys()
         | requirements("timm").keys()
         | requirements("tune").keys()
+        | requirements("ray").keys()
     )
     distributions = packages_distributions()
     ours = {"cbml", "pipeline", "umap"}  # and the one that `dev` does not install
@@ -54,6 +55,7 @@ def test_the_lock_has_all_that_is_declared_and_names_no_host():
         | requirements("timm")
         | requirements("onnx")
         | requirements("tune")
+        | requirements("ray")
     ).items():
         assert requirement.specifier.contains(locked[name]), name
     assert "/" not in text

@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, a line every few seconds in a log."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 LOG_SECONDS = 10.0
+SILENT = os.environ.get("RANK", "0") != "0"  # of several processes of `torchrun` the first one speaks
 
 
 def progress(
@@ -21,6 +23,9 @@ def progress(
         unit: what is counted ("images", "B"); an item counts as `scale` of them.
         total, initial: in items: how many there are, and how many an earlier run has done.
     """
+    if SILENT:
+        yield from items
+        return
     total = len(items) if total is None and isinstance(items, Sized) else total
     meter = {
         "total": total and total * scale,
@@ -52,4 +57,5 @@ def progress(
 
 def message(text: str) -> None:
     """Print a line to standard error without breaking a bar."""
-    tqdm.write(text, file=sys.stderr)
+    if not SILENT:
+        tqdm.write(text, file=sys.stderr)

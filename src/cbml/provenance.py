@@ -21,6 +21,7 @@ from cbml.progress import message
 
 SOURCE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "pytorch-metric-learning", "timm", "numpy", "pillow")
+REVISION = "CBML_REVISION"  # environment variable: that of a source which git does not know
 TOOLS = ("mlflow", "dvc")  # they run a cell, and do not change it
 # What stages import and no result comes from; what these import is not looked at either. A package is all within it.
 NEUTRAL = (
@@ -40,13 +41,13 @@ NEUTRAL = (
 
 
 def revision() -> str:
-    """The git commit of this source, with `-dirty` if src/ or pipeline/ differ from it; "unknown" without git, or if
-    the repository around it does not know it. Says once what git has to say against it.
+    """The git commit of this source, with `-dirty` if src/ or pipeline/ differ from it. Without git, or if the
+    repository around it does not know it: what CBML_REVISION says, or "unknown". Says once what git has against it.
 
     Nothing else counts: DVC writes params.yaml before every experiment, and what is in it is recorded with each cell.
     """
-    if not _git("ls-files", "--", "."):  # unpacked inside another repository
-        return "unknown"
+    if not _git("ls-files", "--", "."):  # unpacked inside another repository, or a copy for another machine
+        return os.environ.get(REVISION, "unknown")
     commit = _git("describe", "--always", "--abbrev=12")
     # With files that git does not know: a loss of one's own is one at first.
     own = [os.path.relpath(folder, SOURCE) for folder in (SOURCE.parent, SOURCE.parents[1] / "pipeline")]

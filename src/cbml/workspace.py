@@ -111,6 +111,10 @@ class Workspace:
         """What an interrupted training run continues from. Outside the outputs of its stage, which DVC deletes."""
         return self.root / ".checkpoints" / key
 
+    def log(self, key: str) -> Path:
+        """What a cell's training said that `pipeline.launch` began."""
+        return self.cache / "logs" / f"{key}.log"
+
     @property
     def studies(self) -> Path:
         """Optuna's studies, unless another storage is named."""

@@ -121,20 +121,23 @@ def random_boxes(sizes: Tensor, scale: Sequence[float], ratio: Sequence[float], 
     return torch.stack([top, left, h, w], 1)
 
 
-def color_jitter(crops: Tensor, shares: Sequence[float], generator: torch.Generator) -> Tensor:
+def color_jitter(
+    crops: Tensor, shares: Sequence[float], generator: torch.Generator, own: slice = slice(None), of: int = 0
+) -> Tensor:
     """Change brightness, contrast, saturation and hue of each crop by factors of its own, in this order.
 
     Args:
         crops: (B, 3, H, W) uint8.
         shares: the largest change of each; factors are uniform in 1 ± share, the shift of hue in ± share.
+        own, of: these crops are those rows of a batch of so many, for all of which factors are drawn.
     """
     import torchvision.transforms.v2.functional as F2  # only those who use it wait for it
 
-    factors = (2 * torch.rand(len(crops), 4, generator=generator) - 1) * torch.tensor(shares)
+    factors = ((2 * torch.rand(of or len(crops), 4, generator=generator) - 1) * torch.tensor(shares))[own]
     adjustments = (F2.adjust_brightness, F2.adjust_contrast, F2.adjust_saturation, F2.adjust_hue)
     results = []
-    for crop, own in zip(crops, (factors + torch.tensor([1.0, 1.0, 1.0, 0.0])).tolist(), strict=True):
-        for adjust, factor, share in zip(adjustments, own, shares, strict=True):
+    for crop, drawn in zip(crops, (factors + torch.tensor([1.0, 1.0, 1.0, 0.0])).tolist(), strict=True):
+        for adjust, factor, share in zip(adjustments, drawn, shares, strict=True):
             crop = adjust(crop, factor) if share else crop
         results.append(crop)
     return torch.stack(results)

@@ -147,12 +147,18 @@ class Cropped:
         flip: bool,
         jitter: Sequence[float] | None,
         interpolation: str,
+        own: slice = slice(None),
     ) -> Tensor:
-        """(B, 3, size, size) uint8, as they are trained on; they depend on these arguments alone."""
+        """(B, 3, size, size) uint8, as they are trained on; they depend on these arguments alone.
+
+        Args:
+            own: make these rows alone, as they are in the whole batch.
+        """
         boxes = random_boxes(self.sizes[indices], scale, ratio, generator)
         mirrored = torch.rand(len(indices), generator=generator) < 0.5 if flip else None
-        found = self.crops(indices, boxes, size, flip=mirrored, interpolation=interpolation)
-        return color_jitter(found, jitter, generator) if jitter else found
+        mirrored = mirrored if mirrored is None else mirrored[own]
+        found = self.crops(indices[own], boxes[own], size, flip=mirrored, interpolation=interpolation)
+        return color_jitter(found, jitter, generator, own, len(indices)) if jitter else found
 
     def center_crops(self, indices: Tensor, size: int, interpolation: str) -> Tensor:
         """(B, 3, size, size) uint8, as they are evaluated on."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cbml.data.images import Images
 from cbml.data.loading import load_batches
+from cbml.distributed import from_all, rank, world
 from cbml.progress import progress
 
 BATCH = 120
@@ -28,7 +29,7 @@ def embed(
     interpolation: str,
     device: torch.device,
 ) -> Tensor:
-    """(N, D) embeddings, on `device`, of the centre crops of all images.
+    """(N, D) embeddings, on `device`, of the centre crops of all images. Several processes share the work.
 
     Args:
         model: an `EmbeddingModel` in eval mode: (B, 3, crop, crop) RGB values of 0 to 255 → (B, D).
@@ -38,7 +39,7 @@ def embed(
     def center_crops(indices: Tensor) -> tuple[Tensor]:
         return (images.center_crops(indices, crop, interpolation),)
 
-    batches = torch.arange(len(images)).split(size)
+    batches = torch.arange(len(images)).split(size)[rank() :: world()]  # the same ones, however many share them
     loaded = load_batches(center_crops, batches, images, device)
     shown = progress(loaded, "embed", "images", total=len(batches), scale=size)
-    return torch.cat([model(crops) for (crops,) in shown])
+    return torch.cat(from_all([model(crops) for (crops,) in shown], device))

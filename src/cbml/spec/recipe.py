@@ -53,6 +53,8 @@ class Recipe(Schema):
             iteration where a metric is highest on them, and score that iteration of the run on all training classes.
             A metric's name alone stands for a `Selection` with its default share.
         checkpoint_every: iterations between checkpoints, at least.
+        micro_batch: so many images of a batch are in memory with their graph at a time, of each process; None: all. The
+            gradient stays that of the whole batch; needs a network without trained batch normalisation and dropout.
         precision: of the backbone, in Lightning Fabric's words; embeddings and loss are float32 always.
         channels_last: keep the backbone's weights and feature maps in that memory format.
         compile: run the trunk through `torch.compile`, where a compiler is at hand.
@@ -93,6 +95,7 @@ class Recipe(Schema):
         Selection | None, BeforeValidator(lambda value: {"metric": value} if isinstance(value, str) else value)
     ] = None
     checkpoint_every: Count = 100
+    micro_batch: Count | None = None
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     channels_last: bool = False
     compile: bool = False
@@ -106,6 +109,7 @@ class Recipe(Schema):
         """Without what an earlier recipe did not have, where it changes nothing: a cell keeps its key."""
         unused = {"search"} if not self.search else set()
         unused |= {"train", "views"} if self.train == "all" else set()
+        unused |= {"micro_batch"} if self.micro_batch is None else set()
         return {name: value for name, value in serialize(self).items() if name not in unused}
 
     @model_validator(mode="before")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from cbml import provenance
+from cbml import distributed, provenance
 from cbml.files import locked, write_text
 from cbml.progress import message
 from cbml.spec.cell import Cell
@@ -214,7 +214,7 @@ def open_run(
         at_once: it is not running meanwhile, as nobody may continue it if this process is killed: a new run counts as
             failed until it is complete, another one as what it was.
     """
-    if not installed():
+    if not installed() or not distributed.first():
         yield Run(None)
         return
     store = Store(workspace)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cbml import distributed
 from cbml.errors import UserError
 from cbml.files import Damaged, damaged, locked, read_json, read_tensors, set_aside, write_tensors, write_text
 from cbml.progress import message
@@ -77,9 +78,23 @@ class Checkpoint:
         return self.folder / f"{name}.pt"
 
 
+class Reader(Checkpoint):
+    """That of the first of several processes, as the others see it."""
+
+    def write(self, state: dict[str, Any], *, weights: tuple[str, ...] = (), now: bool = False) -> None:
+        pass
+
+    def keep(self, name: str, weights: dict[str, Tensor]) -> None:
+        pass
+
+    def part(self, name: str) -> "Checkpoint":
+        return Reader(self.folder / name)
+
+
 @contextmanager
 def acquire(folder: Path, label: str, made_with: dict[str, str]) -> Iterator[Checkpoint]:
-    """The checkpoint of a run, for the time of the block this process's alone; says from where it goes on, and why.
+    """The checkpoint of a run, for the time of the block this process's alone, or that of those which share the cell;
+    says from where it goes on, and why.
 
     Each code has a checkpoint of its own, so a run does not go on with other code or packages than it began with,
     unless the environment variable `CBML_RESUME` is `always`. A damaged checkpoint is set aside, not deleted; one that
@@ -90,8 +105,12 @@ def acquire(folder: Path, label: str, made_with: dict[str, str]) -> Iterator[Che
         label: what messages call the run.
         made_with: code and packages by name.
     """
+    own = folder / hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:10]
+    if not distributed.first():
+        distributed.barrier()
+        yield Reader(own)
+        return
     with locked(folder, f"{label}: {BUSY}"):
-        own = folder / hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:10]
         resume = os.environ.get(RESUME)
         if resume == "never":
             shutil.rmtree(own, ignore_errors=True)
@@ -111,6 +130,7 @@ def acquire(folder: Path, label: str, made_with: dict[str, str]) -> Iterator[Che
                     other.rename(own)
                     break
         write_text(own / "made_with.json", json.dumps(made_with, indent=2))
+        distributed.barrier()
         yield Checkpoint(own)
 
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 
+from cbml import distributed
 from cbml.data.images import EncodedImages, Images
+from cbml.errors import UserError
 from cbml.models.embedding_model import EmbeddingModel
 from cbml.progress import message
 from cbml.spec.recipe import Recipe
@@ -21,7 +24,9 @@ AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}
 def device_context(recipe: Recipe) -> Iterator[Fabric]:
     """Yield the device, with PyTorch's switches set for the block."""
     warnings.filterwarnings("ignore", message="The `srun` command is available")  # one process, wherever it runs
-    fabric = Fabric(accelerator="auto", devices=1)
+    # Not Fabric's own strategy for several processes: see `distributed`, which knows them.
+    own = [int(os.environ["LOCAL_RANK"])] if distributed.world() > 1 and torch.cuda.is_available() else 1
+    fabric = Fabric(accelerator="auto", devices=own, plugins=[LightningEnvironment()])
     # On a CPU determinism costs next to nothing.
     deterministic = recipe.deterministic or fabric.device.type == "cpu"
     if deterministic:
@@ -48,10 +53,20 @@ def set_up(network: EmbeddingModel, fabric: Fabric, recipe: Recipe) -> Embedding
     network.autocast = AUTOCAST[recipe.precision]
     if recipe.channels_last:
         network.to(memory_format=torch.channels_last)
+    if distributed.world() > 1 and any(
+        isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training
+        for module in network.train().modules()
+    ):
+        if fabric.device.type != "cuda":
+            raise UserError(
+                "batch normalisation is trained, which several processes share on GPUs alone; allowed on a CPU: "
+                "recipe.freeze_bn=true and a head without it, or one process"
+            )
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(fabric.device)
 
 
-def facts(fabric: Fabric, recipe: Recipe) -> dict[str, str | bool]:
+def facts(fabric: Fabric, recipe: Recipe) -> dict[str, str | bool | int]:
     """What `device_context` set and found, for the record; call it in the block."""
     found = {
         "type": fabric.device.type,
@@ -59,6 +74,7 @@ def facts(fabric: Fabric, recipe: Recipe) -> dict[str, str | bool]:
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "processes": distributed.world(),
     }
     if fabric.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(fabric.device)

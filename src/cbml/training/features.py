@@ -58,9 +58,12 @@ class Features:
     def on_gpu(self) -> bool:
         return self.centre.is_cuda
 
-    def random_crops(self, indices: Tensor, generator: torch.Generator, **_: Any) -> Tensor:
+    def random_crops(
+        self, indices: Tensor, generator: torch.Generator, *, own: slice = slice(None), **_: Any
+    ) -> Tensor:
         """(B, C) float32: one view of each image, by chance."""
-        rows, chosen = self.rows[indices], torch.randint(len(self.views), (len(indices),), generator=generator)
+        chosen = torch.randint(len(self.views), (len(indices),), generator=generator)[own]
+        rows = self.rows[indices[own]]
         found = torch.stack([view[rows] for view in self.views])
         return found[chosen, torch.arange(len(rows))].float()
 

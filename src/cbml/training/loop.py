@@ -16,6 +16,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from cbml import distributed
 from cbml.data.images import Images
 from cbml.data.loading import load_batches
 from cbml.data.scoring import Scoring
@@ -33,6 +34,7 @@ from cbml.training.clock import Clock
 from cbml.training.device import compile_trunk, make_optimizer, place, set_up
 from cbml.training.features import learned
 from cbml.training.history import History, Row
+from cbml.training.pieces import backward_of_pieces, check_pieces, leaves, outputs_of_pieces
 
 SETTLE_EVERY = 10  # iterations between waits for the device
 
@@ -83,20 +85,30 @@ class Learner:
     def step(
         self, crops: Tensor, labels: Tensor, indices: Tensor, task: int, *, lr_scale: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One training step on a batch; see `Batch` of the losses. Returns the loss and its terms."""
+        """One training step on a batch; see `Batch` of the losses. Returns the loss and its terms.
+
+        Args:
+            crops: of several processes, this one's rows; the labels and indices are those of the whole batch.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_scale
 
         self.model.train()
-        outputs = self.model.outputs(crops, self.wanted)._asdict()
+        outputs = self._outputs(self.model, crops)
+        if self.recipe.micro_batch:
+            outputs = leaves(outputs)
+        seen = distributed.gather(outputs)._asdict()
         if self.teacher:
-            outputs["teacher"] = self.teacher.outputs(crops, self.wanted)
-        batch = Batch(labels=labels, indices=indices, task=task, head=self.network.head, **outputs)
+            seen["teacher"] = distributed.gather(self._outputs(self.teacher, crops))
+        batch = Batch(labels=labels, indices=indices, task=task, head=self.network.head, **seen)
         terms = self.criterion.terms(batch)
         loss = total(terms)
 
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
+        if pieces := self.recipe.micro_batch:
+            backward_of_pieces(self.model, crops, self.wanted, pieces, outputs)
+        distributed.average_gradients(self.parameters)
         if self.recipe.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm)
         if self.teacher:  # before the optimizer's step, as Kim et al. (STML) published it
@@ -104,6 +116,11 @@ class Learner:
             self.criterion.follow(self.teacher.momentum)
         self.optimizer.step()
         return loss, terms
+
+    def _outputs(self, model: Any, crops: Tensor) -> Outputs:
+        if pieces := self.recipe.micro_batch:
+            return outputs_of_pieces(model, crops, self.wanted, pieces)
+        return model.outputs(crops, self.wanted)
 
     def embed(self, images: Images, what: str = "embeddings") -> Tensor:
         """Of the centre crops of all images, in eval mode, one of `Outputs`, or what a head of the loss's, by its name,
@@ -181,6 +198,9 @@ def train(
         UserError: the loss or an embedding is not finite.
     """
     recipe, sampler, learner = job.recipe, job.sampler, Learner(job, fabric)
+    distributed.own_rows(recipe.batch_size)  # raises where there are none
+    if recipe.micro_batch:
+        check_pieces(learner.network, label)
     images, scored = place([job.images, job.scored], fabric.device)
     job = replace(job, images=images, scored=scored)
     state = checkpoint.read() or {"iteration": 0, "losses": [], "validations": [], "seconds": {}}
@@ -234,6 +254,8 @@ def train(
 def training_batches(job: Job, learner: Learner, clock: Clock, start: int) -> Iterator[list[Any]]:
     """Of each iteration after `start`, on the device: crops (B, 3, crop, crop), labels (B,), indices (B,), and task.
 
+    Of several processes each has its share of the crops.
+
     Segment by segment: what is made ahead must not be of one whose labels are not known yet.
     """
     recipe, sampler, images = job.recipe, job.sampler, job.images
@@ -248,7 +270,9 @@ def training_batches(job: Job, learner: Learner, clock: Clock, start: int) -> It
         number, done = divmod(start, period)
         if not done:
             clock.start("refresh")
-            sampler.refresh(partial(learner.embed, images), number)
+            refresh = partial(sampler.refresh, number=number)
+            distributed.refresh_together(refresh, partial(learner.embed, images))
+            sampler.load_state_dict(distributed.from_first(sampler.state_dict()))
             clock.start("data")
         end = min((number + 1) * period, recipe.iterations)
         sampled = islice(sampler.segment(number), done, done + end - start)
@@ -257,7 +281,7 @@ def training_batches(job: Job, learner: Learner, clock: Clock, start: int) -> It
 
 
 def random_crops(images: Images, recipe: Recipe, seed: int, iteration: int, indices: np.ndarray) -> Tensor:
-    """The crops (B, 3, crop, crop) of a batch; they depend on these arguments alone."""
+    """The crops (B, 3, crop, crop) of a batch, or this process's share; they depend on these arguments alone."""
     chosen = torch.from_numpy(indices)
     generator = torch.Generator().manual_seed(iteration_seed(seed, iteration, 0))
     return images.random_crops(
@@ -269,6 +293,7 @@ def random_crops(images: Images, recipe: Recipe, seed: int, iteration: int, indi
         flip=recipe.flip,
         jitter=recipe.color_jitter,
         interpolation=recipe.interpolation,
+        own=distributed.own_rows(len(indices)),
     )
 
 
