@@ -73,6 +73,7 @@ class StreamsTrunk(nn.Module):
             for _ in range(config.streams)
         )
         self.num_features = config.streams * config.learners * cast(int, trunk.num_features)
+        self._crop = torch.compiler.disable(crop_salient)  # not as a decorator: it loads the compiler, a second's work
 
     @property
     def stages(self) -> list[str]:
@@ -90,7 +91,7 @@ class StreamsTrunk(nn.Module):
         tapped: dict[str, list[Tensor]] = {name: [] for name in taps}
         for number, (trunk, gates) in enumerate(zip(self.trunks, self.attentions, strict=True)):
             if number:
-                x = crop_salient(x, last[-1].chunk(self.learners, 1)[0], self.sigma, self.walk)
+                x = self._crop(x, last[-1].chunk(self.learners, 1)[0], self.sigma, self.walk)
             y = x
             for name, step in cast(Staged, trunk).steps():
                 y = step(y)
@@ -116,7 +117,6 @@ def _as_channels(maps: Tensor, batch: int) -> Tensor:
     return torch.cat(maps.split(batch), 1)
 
 
-@torch.compiler.disable
 @torch.no_grad()
 def crop_salient(images: Tensor, maps: Tensor, sigma: float = 0.15, steps: int = 10) -> Tensor:
     """Of each image the square round the object, at the size of the image, bilinearly; it has no gradient.
