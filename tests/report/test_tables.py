@@ -260,6 +260,7 @@ def test_every_finished_cell_of_the_store_is_tabulated(tmp_path, monkeypatch, ca
     seeds = {
         re.search(r"\((margin=0.\d)\)", row)[1]: re.search(r"<td>(.*0.*)</td>\n<td><button", row)[1] for row in rows
     }
+    assert "<a href" not in next(row for row in rows if "margin=0.2" in row)
     link = re.fullmatch(r'<a href="(.+)#.+">0</a>', seeds["margin=0.1"])[1]
     assert (workspace.report("glyphs") / link).read_text() == "the page of a cell" and seeds["margin=0.2"] == "0"
 
@@ -276,13 +277,14 @@ def test_two_datasets_have_a_page_each_and_one_page_leads_to_both(workspace):
     (workspace.report("birds")).mkdir()  # as git has it: the figures of a page that was made elsewhere
     (workspace.report("birds") / "metrics.json").write_text((workspace.report("glyphs") / "metrics.json").read_text())
     links = re.findall(r'<a href="([^"]+)">', workspace.index.read_text())
-    assert links == ["glyphs/index.html"]
+    assert links == ["glyphs/index.html"] and 'location.replace("glyphs"' in workspace.index.read_text()
     tabulate(workspace, "cub200")
     text = workspace.index.read_text()
+    assert "location.replace" not in text
     assert re.findall(r'<a href="([^"]+)">', text) == ["cub200/index.html", "glyphs/index.html"]
     for dataset in DATASETS:
         page = (workspace.reports / dataset / "index.html").read_text()
-        assert f"<h1>Recall@K on {dataset}</h1>" in page and 'href="../index.html"' in page
+        assert f"<h1>Recall@K on {dataset}</h1>" in page and 'href="../index.html#all"' in page
     assert (
         len(re.findall(r">66.0</td>\s*<td class=\"number\">10.0</td>\s*.*2</td>\s*<td>resnet18-cbml_sqrt-64<", text))
         == 2

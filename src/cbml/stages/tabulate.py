@@ -14,7 +14,7 @@ from cbml.report.tables import rows as tables
 from cbml.report.tables.comparisons import curves_chart
 from cbml.report.tables.latex import to_latex
 from cbml.report.tables.markdown import to_markdown
-from cbml.report.tables.page import SHOWN, index_page, tables_page
+from cbml.report.tables.page import SHOWN, index_page, strip_part, tables_page
 from cbml.report.tables.rows import Evaluated
 from cbml.spec.params import load_cell
 from cbml.stages.inputs import open_data
@@ -30,8 +30,8 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     """Write the report of a dataset, log it to MLflow; return the table in Markdown, and last what is outdated in it.
 
     In its folder: `tables.md`, `.csv` and `.tex`; `metrics.json`, the headline; `curves.csv` and, for the first seed,
-    `similarities.csv`, what `dvc plots` draws; `curves.svg`, a picture of the curves; `index.html`, the page. The page
-    over all datasets is written as well.
+    `similarities.csv`, what `dvc plots` draws; `curves.svg`, a picture of the curves; `index.html`, the page;
+    `strip.html`, its part of the page over all datasets, which is written as well.
 
     Args:
         all_cells: tabulate every finished cell of the dataset in the tracking store, the newest of each key, and not
@@ -48,6 +48,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     text, curves = to_markdown(table, dataset, test, evaluated), tables.curves(evaluated)
     first_seed = [one for one in evaluated if one.cell.seed == evaluated[0].cell.seed]
     folder = workspace.report(dataset)
+    retrieved = _retrieved(workspace, evaluated[0])
     contents = {
         "tables.md": text,
         "tables.csv": table.round(3).to_csv(index=False),
@@ -57,12 +58,17 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
         # On white: as a file of its own it cannot take a page's colours.
         "curves.svg": curves_chart(curves).replace("<svg", '<svg style="background: white"', 1),
         "similarities.csv": tables.similarities(first_seed, 0.02).to_csv(index=False),
-        "index.html": tables_page(table, evaluated, dataset, test, folder, *_retrieved(workspace, evaluated[0])),
+        "index.html": tables_page(table, evaluated, dataset, test, folder, *retrieved),
+        "strip.html": strip_part(table, evaluated, dataset, *retrieved),
     }
     for name, content in contents.items():
         write_text(folder / name, content)
     pages = sorted(workspace.reports.glob("*/index.html"))  # git has the figures of datasets whose page is not here
-    write_text(workspace.index, index_page({page.parent.name: _headline(page.parent) for page in pages}))
+    reports = [page.parent for page in pages]
+    write_text(
+        workspace.index,
+        index_page({each.name: _headline(each) for each in reports}, {each.name: _strip(each) for each in reports}),
+    )
     with open_tables(workspace, dataset, [one.cell for one in evaluated]) as run:
         for name in contents:
             run.log_file(folder / name)
@@ -81,6 +87,11 @@ def _headline(report: Path) -> dict[str, Any]:
         message(f"{report.parent}/index.html has no figures of {report.name}: {error}")
         return {}
     return headline
+
+
+def _strip(report: Path) -> str:
+    file = report / "strip.html"
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable[[Path], Neighbours]] | tuple[()]:
