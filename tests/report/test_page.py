@@ -49,7 +49,8 @@ def finish_all(tree, several, **facts):
     """Finish cells, each in a tree of its own, the first one's Recall@1 50 %, each next one's 1 % more."""
     trees = [Workspace(tree / str(i)) for i in range(len(several))]
     return tables.with_variants(
-        [finish(own, cell, 50.0 + i, **facts) for i, (own, cell) in enumerate(zip(trees, several, strict=True))]
+        [finish(own, cell, 50.0 + i, **facts) for i, (own, cell) in enumerate(zip(trees, several, strict=True))],
+        ROOT / "conf",
     )
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 from finished_cells import TEST, cells, finish, write_cell_page, write_images
-from helpers import ROOT, tiny_params
+from helpers import ROOT, entry, tiny_params
 
 from cbml import provenance
 from cbml.errors import UserError
@@ -28,6 +28,7 @@ SEEDS = [0, 1, 2]
 LOSSES = {name: {"type": "cbml", "form": name[5:]} for name in ("cbml_log", "cbml_sqrt")}
 CUB = {"type": "cub200", "mirrors": [[{"url": "http://x/CUB_200_2011.tgz", "size": 1, "md5": "0" * 32}]]}
 DATASETS = tiny_params()["dataset"] | {"cub200": CUB}
+CONF = ROOT / "conf"
 TRAIN = "dvc repro -f -s train@resnet18-cbml_log-16-0-glyphs"
 
 
@@ -61,7 +62,9 @@ def finished(tmp_path):
     count = iter(range(100))
 
     def finish_all(*several, **options):
-        return tables.with_variants([finish(Workspace(tmp_path / str(next(count))), one, **options) for one in several])
+        return tables.with_variants(
+            [finish(Workspace(tmp_path / str(next(count))), one, **options) for one in several], CONF
+        )
 
     return finish_all
 
@@ -110,6 +113,8 @@ def cells_with(recalls):
             "backbone": "b",
             "method": method,
             "variant": "",
+            "iterations": 200,
+            "batch_size": 32,
             "unsupervised": False,
             "protocol": "final",
             "seed": seed,
@@ -182,6 +187,35 @@ def test_another_recipe_is_named_without_what_follows_from_it(finished):
     ]
 
 
+def test_what_was_set_of_the_recipe_is_shown_on_all_rows(finished):
+    long, short = cells(loss={"a": {"type": "cbml"}}), cells(loss={"b": {"type": "cbml"}}, recipe=recipe(iterations=3))
+    assert [one.variant for one in finished(*long, *short)] == ["recipe.iterations=6", "recipe.iterations=3"]
+
+
+def test_what_the_files_of_options_want_of_the_recipe_is_not_shown_until_something_else_is_set(finished):
+    backbones = {name: {"backbone": {name: entry("backbone", name)}} for name in ("resnet50", "googlenet")}
+    paper = entry("recipe", "paper")
+    by_file = [one for groups in backbones.values() for one in cells(**groups, recipe=paper)]
+    assert by_file[0].recipe.lr_steps != by_file[1].recipe.lr_steps
+    assert [one.variant for one in finished(*by_file)] == ["", ""]
+    other = cells(**backbones["resnet50"], recipe=paper | {"lr_steps": [7]}, loss={"a": {"type": "cbml"}})
+    assert [one.variant for one in finished(*by_file, *other)] == [f"recipe.lr_steps=[{n}]" for n in (1200, 3000, 7)]
+
+
+def test_rows_of_unlike_budgets_are_tables_of_their_own_and_not_ranked_together(finished):
+    several = [cells(loss=LOSSES, seed=SEEDS, recipe=recipe(iterations=n, validate_every=0)) for n in (6, 3)]
+    evaluated = finished(*several[0][:3], *several[1][3:])
+    for one in evaluated:
+        (one.folder / "validations.csv").write_text("iteration,recall_at_1\n0,1.0\n6,2.0\n")
+    table = tables.summarise(tables.collect(evaluated, CONF), with_published=False)
+    assert table.versus_best.isna().all()
+    text = squeezed(to_markdown(table, "glyphs", TEST, evaluated))
+    assert "not ranked together" in text and text.index("6 iterations of 8 images") < text.index("3 iterations of 8")
+    alike = finished(*several[0])
+    table = tables.summarise(tables.collect(alike, CONF), with_published=False)
+    assert table.versus_best.notna().any() and "iterations of 8" not in to_markdown(table, "glyphs", TEST, alike)
+
+
 def test_a_parameter_that_a_cell_does_not_have_is_not_its_name(finished):
     selected = cells(recipe=recipe(select_by="map_at_r"))
     assert [one.variant for one in finished(*cells(), *selected)] == [
@@ -202,7 +236,7 @@ def test_where_things_come_from_tells_nothing_apart(finished, tmp_path):
         for weights, classes in (("a.pth", 12), ("b.pth", 14))
     ]
     digits = [one.record["key"][-10:] for one in other]
-    assert [one.variant for one in tables.with_variants(other)] == digits and digits[0] != digits[1]
+    assert [one.variant for one in tables.with_variants(other, CONF)] == digits and digits[0] != digits[1]
 
 
 def test_no_two_variants_are_the_same(tmp_path):
@@ -212,7 +246,7 @@ def test_no_two_variants_are_the_same(tmp_path):
     evaluated = [
         finish(Workspace(tmp_path / str(i)), cell, weights=weights) for i, (cell, weights) in enumerate(started)
     ]
-    evaluated = tables.with_variants(evaluated)
+    evaluated = tables.with_variants(evaluated, CONF)
     digits = [one.record["key"][-10:] for one in evaluated]
     assert [one.variant for one in evaluated] == [f"margin=0.1, {digits[0]}", "margin=0.2", f"margin=0.1, {digits[2]}"]
     assert (tables.summarise(tables.collect(evaluated, ROOT / "conf"), with_published=False).n == 1).all()
@@ -310,6 +344,15 @@ def test_one_command_trains_all_such_cells_again_and_names_each_once(finished):
     (line,) = tables.outdated([*evaluated, *finished(*cells(embedding_dim=[32]))])
     assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs && dvc repro`" in line and "-32-" not in line
     assert [line.count(f"-{name})") for name in ("0 (margin=0.1", "1 (margin=0.1", "0 (margin=0.2")] == [1, 1, 1]
+
+
+def test_the_command_for_a_cell_of_the_store_comes_after_that_of_its_row(finished):
+    """Params.yaml may have another cell of that name."""
+    old = {"code": {"network.py": "000000000000"}}
+    evaluated = finished(*cells(loss=losses(margin=0.1)), *cells(loss=losses(margin=0.2)), **old)
+    (line,) = tables.outdated([replace(one, page=one.folder) for one in evaluated])
+    assert "0 (margin=0.1), resnet18-cbml_log-16-0 (margin=0.2). Again, after the command of its row, just" in line
+    assert "after the command" not in tables.outdated(evaluated)[0]
 
 
 def test_a_cell_that_other_code_scored_is_announced_with_the_command_that_scores_it_again(finished):

@@ -93,7 +93,7 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace, tmp_path_fac
     assert info.signature.inputs.input_names() == ["image", "path"] and info.saved_input_example_info
 
     # It embeds as `evaluate` does, from paths and from bytes.
-    model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")
+    model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/resnet18-cbml_log-16-0")
     images = read_list(Path("lists/glyphs/test.txt"))
     paths = [str(Path("data/glyphs") / path) for path in images.paths[:5]]
     from_paths = model.predict(pd.DataFrame({"path": paths}))
@@ -109,6 +109,8 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace, tmp_path_fac
     assert np.abs(load_model(key, workspace).embed(paths) - expected).max() < 1e-5
     with pytest.raises(UserError, match="^00: neither a folder nor the id of a run or the key of a cell"):
         load_model("00", workspace)
+    with pytest.raises(UserError, match=f"of that name it has, newest first: {key}$"):
+        load_model("runs/elsewhere/resnet18-cbml_log-16-0", workspace)
 
     # From any directory, with its own code.
     code = "import mlflow, sys; model = mlflow.pyfunc.load_model(sys.argv[1]); import cbml; print(cbml.__file__, "

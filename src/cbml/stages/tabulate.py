@@ -11,7 +11,7 @@ from cbml.files import damaged, read_json, write_text
 from cbml.progress import message
 from cbml.report.common.pictures import Neighbours, Pictures
 from cbml.report.tables import rows as tables
-from cbml.report.tables.comparisons import curves_chart
+from cbml.report.tables.comparisons import cell_colours, curves_chart
 from cbml.report.tables.latex import to_latex
 from cbml.report.tables.markdown import to_markdown
 from cbml.report.tables.page import SHOWN, index_page, strip_part, tables_page
@@ -40,7 +40,8 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     Raises:
         UserError: a cell has not been evaluated, or there is none.
     """
-    evaluated = tables.with_variants(_archived(workspace, dataset) if all_cells else _here(workspace, dataset))
+    cells = _archived(workspace, dataset) if all_cells else _here(workspace, dataset)
+    evaluated = tables.with_variants(cells, workspace.conf)
     summary = read_json(evaluated[0].folder / "summary.json", "evaluate", ("test",))
     test = summary["test"] | ({"queries": summary["query"]["images"]} if "query" in summary else {})
     with_published = evaluated[0].cell.dataset_config.type == "cub200"
@@ -74,6 +75,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
             run.log_file(folder / name)
         run.log_table(table.round(3), "tables.json")
         run.note(text)
+        run.colour(dataset, *cell_colours(curves))
     return "\n".join([text, *tables.outdated(evaluated)])  # again where a terminal shows it: in the last line
 
 

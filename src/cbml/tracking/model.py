@@ -1,6 +1,7 @@
 """The trained cell as a logged model of MLflow: how it is made, and where it is."""
 
 import io
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +47,7 @@ def log_model(store: Store, run_id: str, folder: Path, weights: str | None, regi
     needs = [*SERVING, *(["timm"] if cell.backbone_config.type == "timm" else [])]
     with mlflow.start_run(run_id=run_id, log_system_metrics=False):
         model = mlflow.pyfunc.log_model(
-            name="model",
+            name=cell.name,
             step=cell.recipe.iterations,  # whose metrics the model's page shows
             registered_model_name=register_as,
             python_model=str(PACKAGE / "serving.py"),
@@ -93,6 +94,18 @@ def _logged(store: Store, run_id: str, weights: str) -> str | None:
     return next((each.model_id for each in models if _whole(each) and each.tags.get(WEIGHTS) == weights), None)
 
 
+def _alike(store: Store, experiments: list[str], name: str) -> str:
+    """The keys of cells whose run folder may have been `name`, before another experiment replaced it; to be shown."""
+    cell = Path(name).name
+    if not re.fullmatch(r"[\w.-]+", cell):
+        return ""
+    found = store.client.search_runs(
+        experiments, f"tags.cell_key LIKE '{cell}-%'", order_by=["attributes.start_time DESC"]
+    )
+    keys = dict.fromkeys(run.data.tags["cell_key"] for run in found if run.outputs and run.outputs.model_outputs)
+    return f"; of that name it has, newest first: {', '.join(keys)}" if keys else ""
+
+
 def _whole(model: "mlflow.entities.LoggedModel") -> bool:
     return model.status == mlflow.entities.LoggedModelStatus.READY
 
@@ -114,6 +127,6 @@ def find_model(workspace: Workspace, name: str) -> Path:
         models = [client.get_logged_model(output.model_id) for output in outputs]
         if not (whole := [model for model in models if _whole(model)]):
             what = "neither a folder nor the id of a run or the key of a cell with a model in MLflow"
-            raise UserError(f"{name}: {what} at {public(store.uri)}")
+            raise UserError(f"{name}: {what} at {public(store.uri)}{_alike(store, experiments, name)}")
         newest = max(whole, key=lambda model: model.creation_timestamp)
         return store.folder(newest.artifact_location, newest.model_id) / "artifacts"

@@ -127,8 +127,10 @@ def index_page(reports: dict[str, dict[str, Any]], strips: dict[str, str]) -> st
 
 
 def _ranking(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple]]:
-    """The rows of the headline protocol, best first, and their values of `ROW`."""
-    final = table[table.protocol == "final"].sort_values("recall_at_1", ascending=False, kind="stable")
+    """The rows of the headline protocol, of the largest budget and best first, and their values of `ROW`."""
+    final = table[table.protocol == "final"].sort_values(
+        [*tables.BUDGET, "recall_at_1"], ascending=False, kind="stable"
+    )
     return final, list(final[tables.ROW].itertuples(index=False, name=None))
 
 
