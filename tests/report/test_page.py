@@ -206,7 +206,7 @@ def test_nothing_is_loaded(pages, name):
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "srcset", "poster", "data"):
             value = attributes.get(name, "")
-            own = ":" not in value or value.startswith("http://127.0.0.1:5000/#/runs/")
+            own = ":" not in value or value.startswith("http://here:5000/#/experiments/")
             assert re.match(r"data:|#|$", value) or (tag == "a" and own), (tag, name, value[:80])
     assert not re.search(r"@import|url\((?!#|data:)", page.html)
 
@@ -424,6 +424,19 @@ def test_the_way_back_from_a_page_that_is_kept_elsewhere(pages, browser, tmp_pat
     page.goto(pages["cell"].as_uri())
     page.locator("nav a").last.click()
     assert page.locator("h1").inner_text() == "Recall@K on glyphs"
+    page.close()
+
+
+def test_the_link_to_mlflow_follows_the_address_of_its_ui(tmp_path, browser):
+    (one,) = finish_all(tmp_path, cells(), run_id="abc")
+    write_images(workspace := Workspace(tmp_path, tmp_path))
+    address = "http://here:5000/#/experiments/7/runs/abc?workflowType=machine_learning"
+    page = browser.new_page()
+    page.goto(write_cell_page(one, workspace, run_address=address).as_uri())
+    link = page.get_by_role("link", name="it is here")
+    assert link.get_attribute("href") == address
+    page.locator("input").fill("http://127.0.0.1:5001/")
+    assert link.get_attribute("href") == address.replace("here:5000", "127.0.0.1:5001")
     page.close()
 
 

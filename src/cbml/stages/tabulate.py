@@ -19,7 +19,7 @@ from cbml.report.tables.rows import Evaluated
 from cbml.spec.params import load_cell
 from cbml.stages.inputs import open_data
 from cbml.stages.records import neighbours_of, record_of
-from cbml.tracking.run import open_tables
+from cbml.tracking.run import TABLES_PAGE, open_tables
 from cbml.tracking.store import Store
 from cbml.workspace import Workspace
 
@@ -71,8 +71,9 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
         index_page({each.name: _headline(each) for each in reports}, {each.name: _strip(each) for each in reports}),
     )
     with open_tables(workspace, dataset, [one.cell for one in evaluated]) as run:
-        for name in contents:
+        for name in contents.keys() - {"index.html", "strip.html"}:
             run.log_file(folder / name)
+        run.log_text(contents["index.html"], TABLES_PAGE)
         run.log_table(table.round(3), "tables.json")
         run.note(text)
         run.colour(dataset, *cell_colours(curves))

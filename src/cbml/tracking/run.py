@@ -34,14 +34,16 @@ if TYPE_CHECKING:
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits
 DVC_VARIABLES = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 TABLES = "tables"  # the experiment of all table sets
+# The pages among artifacts, which MLflow lists by name: no other comes before these.
+PAGE, TABLES_PAGE = "cell.html", "cells.html"
 # Descriptions of experiments.
 ABOUT_CELLS = (
     "One run for each cell: a network trained on {}. Its name has what was set beyond the files of conf/. Metrics are "
-    "in percent; `recall_at_1` is of the final model on the test list. The cell's page is among a run's artifacts. "
+    "in percent; `recall_at_1` is of the final model on the test list. Its page is `cell.html` among the artifacts. "
     "`python -m pipeline.tabulate {} --all` makes one table of all."
 )
 ABOUT_TABLES = (
-    "One run for each time that the tables of a dataset were made. The table is its description; `index.html` among "
+    "One run for each time that the tables of a dataset were made. The table is its description; `cells.html` among "
     "its artifacts is the page."
 )
 LONGEST = 200  # characters of what a run's name has beside the cell's
@@ -177,6 +179,14 @@ class Run:
     def log_folder(self, folder: Path) -> None:
         """Keep the files of a folder as artifacts."""
         self.call("log_artifacts", str(folder))
+
+    def log_page(self, folder: Path) -> None:
+        """Keep the page of a cell and its charts as artifacts: its index.html as `PAGE`, which is listed first."""
+        for file in sorted(folder.iterdir()):
+            if file.name == "index.html":
+                self.log_text(file.read_text(encoding="utf-8"), PAGE)
+            else:
+                self.log_file(file)
 
     def log_text(self, text: str, name: str) -> None:
         """Keep a text as an artifact."""

@@ -138,10 +138,10 @@ def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> lis
     """Of each embedding size the title, the table as text and markup, and the protocols of its rows."""
     links: dict[tuple, list[tuple]] = defaultdict(list)
     for one in evaluated:
-        page = one.page / "index.html"  # one of another checkout may not have come with its cell
         # One in the tracking store is told the way back.
-        places = os.path.relpath(page, folder), os.path.relpath(folder / "index.html", one.page)
-        links[one.row].append((one.cell.seed, *places) if page.is_file() else (one.cell.seed,))
+        back = os.path.relpath(folder / "index.html", one.page)
+        places = [os.path.relpath(page, folder), back] if (page := one.page_file) else []
+        links[one.row].append((one.cell.seed, *places))
     parts = []
     for title, rows in tables.sections(table):
         text = tables.shown(rows)

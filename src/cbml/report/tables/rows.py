@@ -35,6 +35,7 @@ PROTOCOLS = {
 # What the cells of one row have in common: all but the seed.
 ROW = ["embedding_dim", "backbone", "method", "variant"]
 BUDGET = ["iterations", "batch_size"]  # rows of another are not ranked with one
+PAGES = ("index.html", "cell.html")  # what the page of a cell is called, here and in the tracking store
 SOURCES = ("dataset", "backbone.weights", "backbone.published")  # where things are from, which is not what they are
 
 
@@ -46,7 +47,7 @@ class Evaluated:
         cell: its configuration.
         record: its run.json.
         folder: of its evaluation.
-        page: the folder of its page.
+        page: the folder of its page: index.html, or what it is called in the tracking store.
         variant: what tells it from others of its backbone, loss and embedding size; see `with_variants`.
     """
 
@@ -60,6 +61,11 @@ class Evaluated:
     def row(self) -> tuple[int, str, str, str]:
         """The values of `ROW`."""
         return self.cell.embedding_dim, self.cell.backbone, self.cell.loss, self.variant
+
+    @property
+    def page_file(self) -> Path | None:
+        """Its page, if that is there: one of another checkout may not have come with its cell."""
+        return next((self.page / name for name in PAGES if (self.page / name).is_file()), None)
 
     @property
     def archived(self) -> bool:
