@@ -67,7 +67,7 @@ def embed_images(model: trained.Trained, images: list[Path]) -> Embedded:
     Raises:
         UserError: a folder has no images, or one cannot be read.
     """
-    files = [file for path in images for file in (_pictures(path) if path.is_dir() else [path])]
+    files = find_files(images)
     with device_context(model.cell.recipe) as fabric:
         set_up(model.network, fabric, model.cell.recipe)
         return Embedded(files, model.embed(files))
@@ -125,6 +125,15 @@ def as_text(files: list[Path], found: list[Found]) -> list[str]:
     for file, images in zip(files, found, strict=True):
         lines += [str(file), *(f"    {value:.3f} {other}" for other, value in images)]
     return lines
+
+
+def find_files(paths: list[Path]) -> list[Path]:
+    """These files, and the images in these folders.
+
+    Raises:
+        UserError: a folder has no images.
+    """
+    return [file for path in paths for file in (_pictures(path) if path.is_dir() else [path])]
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -102,9 +102,9 @@ def model_card(cell: Cell, scores: dict[str, dict[str, float]], size: int) -> st
     parts += ["## Weights that it started from", _origin(cell)]
     parts += ["## How to load it", LOADING.format(size=size).strip()]
     parts += [
-        f"`model.onnx` needs no cbml. It takes `images`, (B, 3, {cell.recipe.crop}, {cell.recipe.crop}) RGB of 0–255 as "
-        f"float32, resized to a short side of {cell.recipe.resize} and cropped in the centre, and gives `embeddings`, "
-        f"(B, {size})."
+        f"`model.onnx` needs no cbml. It takes `images`, (B, 3, {cell.recipe.crop}, {cell.recipe.crop}), RGB of 0–255 "
+        f"as float32, resized to a short side of {cell.recipe.resize} and cropped in the centre, and gives "
+        f"`embeddings`, (B, {size})."
     ]
     parts += ["## Licence", "None is named. Weights that it started from, and images, have licences of their own."]
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n" + "\n\n".join(parts) + "\n"

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cbml.errors import UserError
 from cbml.files import share
+from cbml.progress import message
 from cbml.spec.params import load_cell
 from cbml.tracking.store import Store, installed, local, mlflow, public
 from cbml.workspace import Workspace
@@ -94,15 +95,31 @@ def _logged(store: Store, run_id: str, weights: str) -> str | None:
     return next((each.model_id for each in models if _whole(each) and each.tags.get(WEIGHTS) == weights), None)
 
 
+def known_models(workspace: Workspace) -> list[str]:
+    """The keys of the cells with a model in the store, newest first; none without a store, or if it is away."""
+    if not installed() or ((store := Store(workspace)).own and not store.database.is_file()):
+        return []
+    try:
+        with store.asked():
+            experiments = [each.experiment_id for each in store.client.search_experiments()]
+            return _keys(store, experiments, "tags.evaluated = 'true'")
+    except UserError as error:
+        message(str(error))
+        return []
+
+
+def _keys(store: Store, experiments: list[str], wanted: str) -> list[str]:
+    found = store.client.search_runs(experiments, wanted, order_by=["attributes.start_time DESC"])
+    with_model = (run for run in found if run.outputs and run.outputs.model_outputs)
+    return list(dict.fromkeys(run.data.tags["cell_key"] for run in with_model))
+
+
 def _alike(store: Store, experiments: list[str], name: str) -> str:
     """The keys of cells whose run folder may have been `name`, before another experiment replaced it; to be shown."""
     cell = Path(name).name
     if not re.fullmatch(r"[\w.-]+", cell):
         return ""
-    found = store.client.search_runs(
-        experiments, f"tags.cell_key LIKE '{cell}-%'", order_by=["attributes.start_time DESC"]
-    )
-    keys = dict.fromkeys(run.data.tags["cell_key"] for run in found if run.outputs and run.outputs.model_outputs)
+    keys = _keys(store, experiments, f"tags.cell_key LIKE '{cell}-%'")
     return f"; of that name it has, newest first: {', '.join(keys)}" if keys else ""
 
 
