@@ -152,7 +152,7 @@ def test_a_new_image_has_neighbours_in_a_gallery_and_a_page_of_them(folder, work
     assert page.count("data:image/jpeg;base64,") == 1 and "<h1>Nearest images by resnet18-cbml_log-16-0</h1>" in page
 
 
-def test_an_image_of_the_gallery_is_not_found_for_itself(pictures, expected, tmp_path):
+def test_an_image_of_the_gallery_is_not_found_for_itself(folder, pictures, expected, tmp_path):
     gallery = Embedded(pictures, expected)
     here = Embedded([tmp_path / pictures[3]], expected[3:4])  # by another path
     (found,) = here.nearest(len(pictures), gallery)
