@@ -35,7 +35,7 @@ PROTOCOLS = {
 # What the cells of one row have in common: all but the seed.
 ROW = ["embedding_dim", "backbone", "method", "variant"]
 BUDGET = ["iterations", "batch_size"]  # rows of another are not ranked with one
-PAGES = ("index.html", "cell.html")  # what the page of a cell is called, here and in the tracking store
+PAGES = ("cell.html", "index.html")  # the page of a cell: in the tracking store; here, and there once
 SOURCES = ("dataset", "backbone.weights", "backbone.published")  # where things are from, which is not what they are
 
 
