@@ -34,7 +34,7 @@ def make_cell(loss: str, backbone: str, iterations: int) -> Cell:
     recipe = option("recipe", "cpu")["cpu"] | {"weights": None, "iterations": iterations, "validate_every": 0}
     groups = {"dataset": option("dataset", "glyphs"), "backbone": option("backbone", backbone)}
     groups |= {"loss": option("loss", loss), "recipe": recipe | {"checkpoint_every": iterations // 2}}
-    size = 510 if "branches" in str(groups["loss"]) else 512  # which has three equal parts
+    size = 504 if "branches" in str(groups["loss"]) or "slices" in str(groups["loss"]) else 512  # 3 or 9 equal parts
     params = Params.model_validate(groups | {"embedding_dim": [size], "seed": [0]})
     return params.cell("glyphs", backbone, loss, size, 0)
 

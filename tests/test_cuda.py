@@ -18,6 +18,7 @@ from loss_options import OPTIONS, option, sample, value_and_gradient
 from cbml import network, trained
 from cbml.data.crops import random_boxes
 from cbml.data.images import PackedImages
+from cbml.models.streams import crop_salient, saliency, salient_boxes
 from cbml.stages.evaluate import evaluate_cell
 from cbml.training import device, loop
 
@@ -43,6 +44,18 @@ def test_a_loss_is_that_of_the_cpu(name):
         assert ours.device.type == DEVICE and ours.isfinite().all()
         if name != "margin":  # draws its pairs at random
             torch.testing.assert_close(ours.cpu(), cpus, rtol=1e-3, atol=1e-4)
+
+
+@on_a_gpu
+def test_a_stream_looks_where_it_does_on_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    images, maps = (torch.rand(6, *shape, generator=generator) for shape in ((3, 68, 68), (16, 7, 7)))
+    maps[0] = 0.3  # no object
+    boxes = [salient_boxes(saliency(each), (68, 68)) for each in (maps, maps.to(DEVICE))]
+    assert torch.equal(*boxes) and boxes[0][0].tolist() == [0, 0, 68]
+    found = crop_salient(images.to(DEVICE), maps.to(DEVICE))
+    assert found.device.type == DEVICE
+    torch.testing.assert_close(found.cpu(), crop_salient(images, maps), rtol=1e-5, atol=1e-5)
 
 
 @on_a_gpu

@@ -138,6 +138,7 @@ def test_a_snippet_runs(block):
     exec(block.text, {"embeddings": embeddings, "labels": torch.arange(8).repeat_interleave(4)})
 
 
+@pytest.mark.slow
 def test_what_the_page_on_extending_shows_can_be_built(tmp_path):
     """Its files and edits in a copy of the source; its commands composed there, and of each cell a step computed."""
     for name in ("src", "conf", "params.yaml"):
@@ -231,7 +232,7 @@ def losses(tmp_path_factory):
     """The parameters of every loss, as Hydra composes them."""
     folder = tmp_path_factory.mktemp("losses")
     names = ",".join(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
-    next(compose(["-S", f"loss=[{names}]", "-S", "embedding_dim=[384]"], folder, ROOT / "conf"))
+    next(compose(["-S", f"loss=[{names}]", "-S", "embedding_dim=[432]"], folder, ROOT / "conf"))
     return yaml.safe_load((folder / "params.yaml").read_text())["loss"]
 
 

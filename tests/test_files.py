@@ -163,6 +163,50 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypa
         read(file, "train")
 
 
+@pytest.mark.parametrize("value", ["4q.0", "", "'", "0x1"])
+def test_text_where_numbers_belong_is_damage(tmp_path, value):
+    file = tmp_path / "recall_at_k.csv"
+    file.write_text(f"name,k,recall\na,1,{value}\nb,2,50.0\n")
+    if not value:  # none
+        assert read_csv(file, "evaluate", ("k",), dtype={"name": str}).recall.isna().tolist() == [True, False]
+        return
+    with pytest.raises(UserError, match=r"damaged \(ValueError: not only numbers in the column recall\); run"):
+        read_csv(file, "evaluate", ("k",), dtype={"name": str})
+
+
+def test_the_cure_of_what_was_damaged_in_place_lasts(tmp_path):
+    file = tmp_path / "final.pt"
+    file.write_bytes(b"damaged")
+    for read in (read_json, read_tensors):
+        with pytest.raises(UserError, match=r"; run the stage train again, which writes it$"):
+            read(file, "train")
+    (tmp_path / "cache").hardlink_to(file)
+    for read in (read_json, read_tensors):
+        with pytest.raises(UserError, match=r"same bytes: `python -m pipeline\.clean --damaged`, then `dvc repro`$"):
+            read(file, "train")
+
+
+WITHOUT_LIBRARY = """
+import resource, sys
+from pathlib import Path
+import PIL.Image, torch
+from cbml.errors import prepare_script
+prepare_script()
+used = 1024 * int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]) * 2**20,) * 2)
+import torchvision
+"""
+
+
+@pytest.mark.parametrize("room", ["1", "4"])
+def test_too_little_memory_for_a_library_that_torchvision_does_not_miss_is_one_line(room):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBRARY, room], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: too little memory ("), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_folder_where_a_file_belongs_is_to_be_moved_away(tmp_path):
     for read in (read_json, read_csv, read_tensors):
         with pytest.raises(UserError, match="a folder, expected a file; move it away, the stage train writes"):

@@ -1,11 +1,13 @@
 """The one exception that a user can cause, and how a script begins and ends."""
 
+import ctypes
 import errno
 import io
 import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 
 SAME = "the same command continues where it stopped"
@@ -89,6 +91,8 @@ def shortage(error: BaseException | None) -> str | None:
         if "disk is full" in text:  # SQLite's words for it
             return "the disk is full"
         # PyTorch's class for a GPU, and the words of everybody else.
+        if "torchvision::nms does not exist" in text and (reason := _why_torchvision_is_not_loaded()):
+            return reason
         known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         known = known or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         said = [line for line in text.splitlines() if MEMORY_WORDS.search(line)]
@@ -97,6 +101,17 @@ def shortage(error: BaseException | None) -> str | None:
             return f"too little memory ({line.strip()[:200]})"
         error = error.__cause__ or error.__context__
     return None
+
+
+def _why_torchvision_is_not_loaded() -> str | None:
+    """torchvision goes on if its library cannot be loaded, and does not say why: the same is tried once more."""
+    package = Path(sys.modules["torch"].__file__ or "").parents[1] / "torchvision"
+    try:
+        for library in package.glob("_C*.so"):
+            ctypes.CDLL(str(library))
+    except (OSError, MemoryError) as error:  # or it is of another release of PyTorch
+        return shortage(error)
+    return "too little memory (for torchvision)"  # as there was room for it now
 
 
 def trouble(error: BaseException | None) -> str | None:

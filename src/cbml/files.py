@@ -18,6 +18,8 @@ from filelock import FileLock, Timeout
 from cbml.errors import UserError, shortage, trouble
 from cbml.progress import message
 
+MEND = "python -m pipeline.clean --damaged"  # what removes from DVC's cache what was damaged in place
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
@@ -67,17 +69,22 @@ def _alive(pid: str) -> bool:
 
 
 @contextmanager
-def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Hold a lock beside `path` for the block; say `waiting` if another process has it."""
+def locked(path: Path, waiting: str) -> Iterator[bool]:
+    """Hold a lock beside `path` for the block; say `waiting` if another process has it. Yields whether one had it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
+    waited = False
     try:
-        lock.acquire(timeout=1)
+        lock.acquire(blocking=False)
     except Timeout:
-        message(waiting)
-        lock.acquire()
+        waited = True
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            message(waiting)
+            lock.acquire()
     try:
-        yield
+        yield waited
     finally:
         lock.release()
 
@@ -129,11 +136,11 @@ def parse_csv(path: Path, **options: Any) -> Any:
 
 
 def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options: Any) -> Any:
-    """The content of a CSV file as a DataFrame; `options` are pandas'.
+    """The content of a CSV file as a DataFrame; `options` are pandas'. A column without a `dtype` is of numbers.
 
     Raises:
-        UserError: it is missing or damaged, ends within a line, has no rows, or lacks one of `columns`; `stage` is the
-            one that writes it.
+        UserError: it is missing or damaged, ends within a line, has no rows, lacks one of `columns`, or has text where
+            numbers belong; `stage` is the one that writes it.
     """
     with _reading(path, stage):
         table = parse_csv(path, **options)
@@ -143,6 +150,9 @@ def read_csv(path: Path, stage: str, columns: tuple[str, ...] = (), **options: A
             raise ValueError(f"no column {absent[0]}")
         if table.empty:
             raise ValueError("no rows")
+        text = options.get("dtype", {})
+        if wrong := [name for name in table if name not in text and table[name].dtype.kind not in "iufb"]:
+            raise ValueError(f"not only numbers in the column {wrong[0]}")
         return table
 
 
@@ -179,7 +189,15 @@ class Damaged(UserError):
 
 def damaged(path: Path, reason: str, stage: str) -> Damaged:
     """What to raise where the content of a file is not what `stage` writes."""
-    return Damaged(f"{path}: damaged ({reason}); run the stage {stage} again, which writes it")
+    return Damaged(f"{path}: damaged ({reason}); {cure(path, stage)}")
+
+
+def cure(path: Path, stage: str) -> str:
+    """What makes a damaged file of a stage whole again, for good."""
+    with suppress(OSError):
+        if path.stat().st_nlink > 1:
+            return f"DVC's cache may have the same bytes: `{MEND}`, then `dvc repro`"
+    return f"run the stage {stage} again, which writes it"
 
 
 def set_aside(path: Path) -> Path:

@@ -27,9 +27,14 @@ def build(cell: Cell, *, num_classes: int, root: Path) -> tuple[EmbeddingModel, 
         hint = f"offline? pass a local file: -S backbone.{cell.backbone}.weights=PATH"
         raise UserError(f"{error}; {hint}") from error
     network.freeze_bn = cell.recipe.freeze_bn
-    if cell.recipe.train == "head" and (network.taps or not cell.embedding_dim):
-        what = "heads at stages of the trunk" if network.taps else "no head to train"
-        raise UserError(f"{cell.name}: has {what}, and recipe.train is head; allowed with it: recipe.train=all")
+    if cell.recipe.train == "head":
+        found = {
+            "streams with attentions": cell.loss_config.trunk,
+            "heads at stages of the trunk": network.taps,
+            "no head to train": not cell.embedding_dim,
+        }
+        for what in (name for name, there in found.items() if there):
+            raise UserError(f"{cell.name}: has {what}, and recipe.train is head; allowed with it: recipe.train=all")
     return network, build_criterion(cell, network, num_classes=num_classes)
 
 
@@ -67,4 +72,6 @@ def load(cell: Cell, weights: Path) -> EmbeddingModel:
 
 
 def _shape(cell: Cell) -> dict[str, Any]:
-    return {"embedding_dim": cell.embedding_dim, "head": cell.loss_config.head, "crop": cell.recipe.crop}
+    method = cell.loss_config
+    shape = {"embedding_dim": cell.embedding_dim, "crop": cell.recipe.crop}
+    return shape | {"streams": method.trunk, "head": method.head}

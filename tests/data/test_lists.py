@@ -268,6 +268,7 @@ def test_a_broken_list_is_named(tmp_path, text, message):
     (tmp_path / "train.txt").write_text(text, errors="surrogateescape")
     error = error_of(read_list, tmp_path / "train.txt")
     assert message in error and str(tmp_path / "train.txt") in error
+    assert error.endswith("run the stage build_lists again, which writes it")
 
 
 @pytest.mark.parametrize(("text", "message"), [("0\n", "line 1: '0'; expected"), ("", "is empty"), ("x y\n", "line 1")])

@@ -89,6 +89,14 @@ VARIANTS = {
     "cbml_sqrt": {"type": "cbml", "form": "sqrt"},
     "abier": {"type": "bier", "decorrelation": "adversarial"},
     "cbml_clusters": {"type": "cbml"},
+    "deml": {
+        "type": "sum",
+        "terms": {
+            "deviance": {"type": "per_part", "weight": 1 / 3, "loss": {"type": "binomial_deviance", "cost": 35.0}},
+            "activation": {"type": "activation", "weight": 0.014 / 3, "order": 1, "penalty_weight": 0.5 / 0.014 * 3},
+            "learners": {"type": "learners", "weight": 0.2},
+        },
+    },
     "multi_similarity_clusters": {"type": "multi_similarity", "beta": 40.0},
     "divide_conquer": {"type": "per_part", "select": "task", "loss": {"type": "margin", "learn_beta": False}},
     "mic": {"type": "mic", "loss": {"type": "margin", "nonzero_loss_cutoff": 2.0}},
@@ -417,6 +425,7 @@ class Hinge(Loss):
 '''
 
 
+@pytest.mark.slow
 def test_a_loss_is_added_by_two_files(tmp_path):
     """Its module and its YAML file; these tests find it, and try it as they try the others."""
     root = CONF.parents[1]

@@ -13,6 +13,7 @@ from cbml.losses import Batch, Sizes, build_loss
 from cbml.losses.methods.adversarial import adversarial
 from cbml.losses.methods.stml import contextual_similarity
 from cbml.models import Outputs
+from cbml.models.heads import Slices, SlicesHead
 
 
 def plane(*degrees):
@@ -250,6 +251,112 @@ def test_bier_wants_parts_and_a_linear_head(seen):
         make("bier", parts=[2, 3]).terms(Batch(labels=LABELS, **seen | {"head": nn.Identity()}))
 
 
+# DeML
+
+STREAMS = [2] * 4  # of two streams with two learners each
+
+
+def literal_hinge(parts, learners, margin=2.0):
+    total = 0.0
+    for first in range(0, len(parts), learners):
+        for m in range(first, first + learners):
+            for n in range(m + 1, first + learners):
+                costs = [max(0.0, margin - (a - b).norm()) ** 2 for a, b in zip(parts[m], parts[n], strict=True)]
+                total = total + sum(costs) / len(costs) / 2
+    return total
+
+
+@pytest.mark.parametrize("margin", [2.0, 0.9])
+@pytest.mark.parametrize(("sizes", "learners"), [(STREAMS, 2), ([2] * 4, 4), ([4, 4], 2)])
+def test_the_hinge_between_learners_equals_its_loop(sizes, learners, margin):
+    embeddings, labels = sample()
+    loss = make("learners", parts=sizes, learners=learners, margin=margin)
+
+    def expected(e, y):
+        return literal_hinge([normalize(part, dim=1) for part in e.split(sizes, 1)], learners, margin)
+
+    for found, wanted in zip(
+        value_and_gradient(loss, embeddings, labels), value_and_gradient(expected, embeddings, labels), strict=True
+    ):
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(found, wanted)
+
+
+def test_learners_of_different_streams_have_nothing_to_do_with_each_other():
+    apart, alike = joined(FOUR, -FOUR, FOUR, -FOUR), joined(FOUR, FOUR, -FOUR, -FOUR)
+    loss = make("learners", parts=STREAMS, learners=2)
+    assert value(loss, apart, LABELS).item() == pytest.approx(0, abs=1e-9)
+    assert value(loss, alike, LABELS).item() == pytest.approx(2 * 2.0**2 / 2, abs=1e-4)
+
+
+def test_alike_learners_have_a_finite_gradient():
+    embeddings = joined(FOUR, FOUR, OTHERS, OTHERS).requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        value(make("learners", parts=STREAMS, learners=2), embeddings, LABELS), embeddings
+    )
+    assert gradient.isfinite().all()
+
+
+def test_the_reversal_hinders_what_the_regressor_learns():
+    loss = make("learners", parts=STREAMS, learners=2, adversary="reversal", hidden=8)
+    plain = [part.clone().requires_grad_() for part in (FOUR, OTHERS, OTHERS, -FOUR)]
+    term = value(loss, torch.cat(plain, 1), LABELS)
+    predicted = [
+        -(normalize(a, dim=1) * normalize(regressor(normalize(b, dim=1)), dim=1)).square().mean()
+        for (a, b), regressor in zip((plain[:2], plain[2:]), loss.regressors, strict=True)
+    ]
+    torch.testing.assert_close(term, sum(predicted))
+    for tensor, sign in ((plain[0], -1), (plain[3], -1), (loss.regressors[1][0].weight, 1)):
+        found, wanted = (torch.autograd.grad(each, tensor, retain_graph=True)[0] for each in (term, sum(predicted)))
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(found, sign * wanted)
+    assert len(list(loss.parameters())) == 2 * 4 and not list(make("learners", parts=STREAMS, learners=2).parameters())
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_activation_term_equals_its_loop_and_trains_the_head_alone(order):
+    loss = make("activation", parts=STREAMS, learners=2, order=order, penalty_weight=3.0)
+    head = SlicesHead(Slices(type="slices", streams=2, learners=2), 5, 2).double()
+    features = torch.randn(4, 4 * 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = loss.terms(Batch(normalize(head(features), dim=1), LABELS, features=features, head=head))
+    weights = [layer.weight for layer in head.streams]
+    product = penalty = 0.0
+    for stream, weight in enumerate(weights):
+        squares = []  # of each learner and image
+        for learner in range(2):
+            start = 5 * (2 * stream + learner)
+            squares.append([(weight @ image[start : start + 5].detach()).square().mean() for image in features])
+        if order == 1:
+            product = product + sum(sum(each) / 4 for each in squares)
+        else:
+            product = product + sum(a * b for a, b in zip(*squares, strict=True)) / 4
+        penalty = penalty + 3 * sum((row @ row - 1) ** 2 for row in weight) / 2
+    torch.testing.assert_close(found["product"], product)
+    torch.testing.assert_close(found["penalty"], penalty)
+    total = found["product"] + found["penalty"]
+    for weight in weights:
+        (wanted,) = torch.autograd.grad(product + penalty, weight, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(total, weight, retain_graph=True)[0], wanted)
+    assert torch.autograd.grad(total, features, allow_unused=True) == (None,)
+
+
+def test_in_one_stream_it_is_the_term_of_bier(seen):
+    alike = make("activation", parts=[2, 2], learners=2, penalty_weight=7.0)
+    head = nn.Linear(5, 4).double()
+    both = seen | {"head": head, "embeddings": normalize(head(seen["features"]), dim=1)}
+    expected = make("bier", parts=[2, 2], decorrelation_weight=1.0, penalty_weight=7.0)
+    torch.testing.assert_close(
+        value(alike, labels=LABELS, **both), expected.terms(Batch(labels=LABELS, **both))["decorrelation"]
+    )
+
+
+@pytest.mark.parametrize("type_", ["learners", "activation"])
+def test_learners_are_parts_of_equal_size_in_whole_streams(type_):
+    for parts in ([2, 2], [2, 2, 3], [2, 2, 2, 2]):
+        with pytest.raises(UserError, match=f"loss {type_}: parts .* are no streams of 3 equal learners"):
+            make(type_, parts=parts)
+
+
 # HORDE
 
 
@@ -476,7 +583,11 @@ def test_moco_tells_the_teachers_crop_from_the_queue():
 # All of them
 
 
-@pytest.mark.parametrize("type_", ["tml", "cosine_contrastive"])
-def test_gradcheck(type_):
+@pytest.mark.parametrize(
+    ("type_", "parameters"),
+    [("tml", {}), ("cosine_contrastive", {}), ("learners", {"parts": STREAMS, "learners": 2})],
+)
+def test_gradcheck(type_, parameters):
     embeddings, labels = sample((0, 0, 1, 1, 2))
-    assert torch.autograd.gradcheck(lambda e: value(make(type_), normalize(e), labels), embeddings.requires_grad_())
+    loss = make(type_, **parameters)
+    assert torch.autograd.gradcheck(lambda e: value(loss, normalize(e), labels), embeddings.requires_grad_())

@@ -75,6 +75,15 @@ def test_one_part_is_the_embedding_of_today():
     assert torch.equal(plain(images()), normalize(plain.outputs(images(), ["raw"]).raw, dim=1))
 
 
+def test_a_norm_before_the_linear_layer_is_of_the_features():
+    model = model_of("resnet18", 8, head("linear", norm="layer")).eval()
+    outputs = model.outputs(images(), ("raw", "features"))
+    features = outputs.features - outputs.features.mean(1, keepdim=True)
+    features = features / (features.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(outputs.raw, model.head[1](features), rtol=1e-4, atol=1e-5)
+    assert {name for name, _ in model.head.named_parameters()} == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
 def test_what_is_wanted_is_there_and_nothing_else():
     outputs = model_of("resnet18", 8, None).outputs(images(), ("features", "map"))
     assert outputs.raw is None and outputs.features.shape == (3, 512) and outputs.map.shape == (3, 512, 2, 2)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 from dvc.utils.hydra import compose_and_dump
-from helpers import ROOT, TINY_RECIPE, ended, tiny_params
+from helpers import ROOT, TINY_RECIPE, ended, entry, tiny_params
 
 from cbml.errors import UserError
 from cbml.report.tables.rows import published
-from cbml.spec.options import option_file
+from cbml.spec.options import option_file, recipe_file
 from cbml.spec.params import Params, load_cell, load_params
 from cbml.workspace import Workspace
 
@@ -27,8 +27,8 @@ def test_params_yaml_is_what_conf_composes_to(tmp_path):
 @pytest.mark.parametrize("file", OPTIONS, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_every_option_of_a_group_defines_itself_and_is_valid(file, tmp_path):
     group, option = file.parent.name, option_file(ROOT / "conf", file.parent.name, file.stem)
-    entry = option if group == "recipe" else {file.stem: option}
-    params = tiny_params(**{group: entry}, embedding_dim=[48])  # three heads share it
+    options = option if group == "recipe" else {file.stem: option}
+    params = tiny_params(**{group: options}, embedding_dim=[144])  # up to nine parts share it
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     read = getattr(load_params(tmp_path / "params.yaml"), group)
     assert read.name == file.stem if group == "recipe" else list(read) == [file.stem]
@@ -132,6 +132,13 @@ def test_the_key_does_not_follow_where_things_are_from(project):
     assert cell_of(**with_entry(weights="somewhere/a.pth")).key("images", "content") == key
     assert cell_of(**with_entry(weights="/elsewhere/b.pth")).key("images", "content") == key
     assert cell_of(**with_entry(recipe={"other": {"lr": 1.0}})).key("images", "content") == key
+
+
+def test_the_key_does_not_follow_how_its_constants_were_found(project):
+    loss = entry("loss", "cbml_log")
+    tuned = cell_of(loss={"cbml_log": loss | {"tuned": "4 trials"}})
+    assert tuned.key("images", None) == cell_of(loss={"cbml_log": loss}).key("images", None)
+    assert tuned.flat()["loss.tuned"] == "4 trials"
 
 
 def test_a_backbone_brings_its_own_pixels_and_changes_to_the_recipe(project):
@@ -444,4 +451,14 @@ def test_a_file_of_an_option_that_hydra_cannot_compose_is_one_line(project):
     Path("conf/recipe/tiny.yaml").write_text("defaults:\n  - absent\n  - _self_\n")
     with pytest.raises(UserError, match=r"conf/recipe/tiny\.yaml: Hydra cannot compose it: .*absent") as caught:
         Workspace().cells("glyphs")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"- 1\n", b"5\n", b"iterations: [", b"\0\1", b"defaults: 5\n"])
+def test_a_recipe_whose_file_cannot_be_read_is_one_line(tmp_path, content):
+    file = tmp_path / "conf/recipe/tiny.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"conf/recipe/tiny\.yaml: Hydra cannot compose it: ") as caught:
+        recipe_file(tmp_path / "conf", "tiny")
     assert "\n" not in str(caught.value)

@@ -2,15 +2,16 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import TINY_GLYPHS, TINY_RECIPE, tiny_params
+from helpers import TINY_GLYPHS, TINY_RECIPE, ending, forked, tiny_params
 
-from cbml import network
+from cbml import files, network
 from cbml.data.lists import read_list
 from cbml.errors import UserError
 from cbml.evaluation.metrics import evaluate
@@ -19,11 +20,13 @@ from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
 from cbml.provenance import scoring_code
 from cbml.spec.params import load_cell
+from cbml.stages import evaluate as evaluate_stage
 from cbml.stages.build_lists import build_lists
 from cbml.stages.download import download
 from cbml.stages.draw import draw_cell
 from cbml.stages.evaluate import evaluate_cell
 from cbml.tracking import store as tracking
+from cbml.training.checkpoint import removing
 from cbml.workspace import Workspace
 
 RECORD = {
@@ -204,14 +207,45 @@ def test_a_checkpoint_goes_with_the_evaluation(workspace, tmp_path):
     assert not tree.checkpoint(RECORD["key"]).exists() and other.exists()
 
 
+def test_what_another_process_evaluates_meanwhile_is_waited_for_and_not_computed_again(
+    workspace, evaluated, tmp_path, monkeypatch
+):
+    tree = Workspace(tmp_path, tmp_path)
+    for name in ("data", "lists", "runs"):
+        (tmp_path / name).symlink_to(workspace.tree / name)
+    run, said = tmp_path / "runs/glyphs" / evaluated[0].name, tmp_path / "said"
+    times = []
+    monkeypatch.setattr(evaluate_stage, "_score", lambda *_: times.append(None) or metrics)
+    monkeypatch.setattr(evaluate_stage, "hand_over", lambda *_, **__: True)
+    monkeypatch.setattr(files, "message", said.write_text)
+    folder, metrics = evaluated
+
+    def work():
+        assert evaluate_cell(run, tree) == metrics and not times
+
+    with removing(tree.checkpoint(RECORD["key"])):
+        child = forked(work)
+        while not said.exists():
+            time.sleep(0.01)
+        assert said.read_text() == f"{RECORD['key']}: another process trains or evaluates it, waiting"
+        shutil.copytree(folder, tmp_path / "evaluations/glyphs" / folder.name)
+    assert ending(child) == 0
+    evaluate_cell(run, tree)  # on its own, it is computed again
+    assert times
+
+
+@pytest.mark.parametrize("damage", ["cut", "absent"])
 @pytest.mark.parametrize("name", ["cell.yaml", "run.json", "validations.csv", "final.pt", "best_on_test.pt"])
-def test_one_line_names_a_file_of_the_run_that_is_damaged_and_its_stage(workspace, evaluated, tmp_path, name):
+def test_one_line_names_a_file_of_the_run_that_is_damaged_and_its_stage(workspace, evaluated, tmp_path, name, damage):
     tree = Workspace(tmp_path, tmp_path)
     for part in ("data", "lists"):
         (tmp_path / part).symlink_to(workspace.tree / part)
     shutil.copytree(workspace.tree / "runs", tmp_path / "runs")
     file = tmp_path / "runs/glyphs" / evaluated[0].name / name
-    file.write_bytes(file.read_bytes()[:20])
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(content[:20])
     with pytest.raises(UserError) as caught:
         evaluate_cell(file.parent, tree)
     text = str(caught.value)

@@ -1,5 +1,6 @@
 """A cell whose trunk is not trained: the whole network comes out, its trunk as it was, with the same bits."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import TINY_RECIPE, VALIDATING, break_at, broken, from_the_beginning, result, run, tiny_params
+from helpers import TINY_RECIPE, VALIDATING, break_at, broken, entry, from_the_beginning, result, run, tiny_params
 
 from cbml import network, trained
 from cbml.errors import UserError
 from cbml.files import read_tensors
+from cbml.models.trunks import Stages
 from cbml.stages.evaluate import evaluate_cell
 from cbml.stages.tune import tune
 from cbml.tuning.study import Budget
@@ -58,13 +60,51 @@ def test_features_are_computed_once_for_all_losses_and_seeds(workspace, monkeypa
     run(workspace, recipe=FROZEN)
     before = {file: file.stat().st_mtime_ns for file in Path(".cache").glob("features-*.npy")}
     assert len(before) == 3
-    run(workspace, recipe=FROZEN | {"lr": 0.1, "iterations": 2}, seed=[1], embedding_dim=[8])
+    folder = run(
+        workspace,
+        recipe=FROZEN | {"lr": 0.1, "iterations": 2},
+        loss={"triplet": entry("loss", "triplet")},
+        embedding_dim=[8],
+    )
+    evaluate_cell(folder, workspace)
     assert {file: file.stat().st_mtime_ns for file in Path(".cache").glob("features-*.npy")} == before
+    run(workspace, recipe=FROZEN, seed=[1])  # from scratch, so its trunk is another one
+    assert len(list(Path(".cache").glob("features-*.npy"))) == 6
+
+
+def test_evaluation_takes_the_features_and_finds_what_the_network_gives_for_the_images(workspace, monkeypatch):
+    folder = run(workspace, recipe=VALIDATING | {"train": "head", "views": 2})
+    expected = evaluation_of(folder, workspace)
+    cell = yaml.safe_load((folder / "cell.yaml").read_text())
+    cell["recipe"]["train"] = "all"  # as if all had been trained: of the images themselves
+    (folder / "cell.yaml").write_text(yaml.safe_dump(cell))
+    of_images = evaluation_of(folder, workspace)
+    assert of_images == pytest.approx(expected, abs=1e-3)
+    monkeypatch.setattr(Stages, "forward", None)
+    with pytest.raises(TypeError):
+        evaluate_cell(folder, workspace)
+    cell["recipe"]["train"] = "head"
+    (folder / "cell.yaml").write_text(yaml.safe_dump(cell))
+    assert evaluation_of(folder, workspace) == expected
+
+
+def evaluation_of(folder, workspace):
+    """Moments of the similarities of pairs, which every embedding has a part in."""
+    evaluate_cell(folder, workspace)
+    moments = json.loads((workspace.root / "evaluations/glyphs" / folder.name / "similarities.json").read_text())
+    return {
+        (split, kind, name): value
+        for split, kinds in moments.items()
+        for kind, each in kinds.items()
+        for name, value in each.items()
+    }
 
 
 def test_what_needs_a_trunk_that_is_trained_is_refused(workspace):
     with pytest.raises(UserError, match="has no head to train, and recipe.train is head; allowed with it"):
         run(workspace, recipe=FROZEN, embedding_dim=[0])
+    with pytest.raises(UserError, match="has streams with attentions, and recipe.train is head; allowed with it"):
+        run(workspace, recipe=FROZEN, embedding_dim=[54], loss={"deml": entry("loss", "deml")})
 
 
 def test_tuning_does_not_look_at_test_classes_and_leaves_a_preset_with_its_trials(workspace, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from cbml.stages.evaluate import evaluate_cell
 from cbml.stages.import_cells import import_cells
 from cbml.stages.tabulate import tabulate
 from cbml.stages.train import train_cell
+from cbml.tracking.store import Store
 from cbml.workspace import Workspace
 
 NAME = "resnet18-cbml_log-16-0"
@@ -89,6 +90,15 @@ def test_a_cell_with_other_results_is_refused_and_nothing_is_brought(other):
     with pytest.raises(UserError, match=f"the store has {NAME}-.* already, with other results"):
         import_cells(other, here)
     assert len(records(Path())[1]) == 1
+
+
+def test_damaged_weights_become_no_model_and_nothing_is_brought(other):
+    (file,) = other.glob("runs/*/*/final.pt")
+    file.write_bytes(file.read_bytes()[:1000])
+    here = Workspace.here()
+    with pytest.raises(UserError, match=r"final\.pt: damaged"):
+        import_cells(other, here)
+    assert not Store(here).finished("glyphs")
 
 
 def test_a_folder_without_cells_is_refused(tmp_path):
@@ -163,6 +173,7 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow
 def test_a_node_with_only_pytorch_computes_what_another_brings_home(workspace, monkeypatch, tmp_path_factory):
     """Without MLflow, DVC and git, training and evaluation leave complete folders."""
     bare = environment() | {"PATH": "/nowhere"}

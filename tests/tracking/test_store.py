@@ -241,6 +241,7 @@ def server(request, tmp_path_factory):
     process.wait()
 
 
+@pytest.mark.slow
 def test_what_a_server_has_is_read_back(server, tmp_path, monkeypatch):
     workspace = checkout(tmp_path / "a")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
@@ -463,6 +464,51 @@ def test_a_killed_table_set_is_no_running_one(tmp_path):
     with open_tables(workspace, "glyphs", [CELL]):
         pass
     assert sorted(run.info.status for run in runs(Store(workspace), "tables")) == ["FAILED", "FINISHED"]
+
+
+def test_a_folder_where_the_database_belongs_is_to_be_moved_away(tmp_path):
+    workspace = checkout(tmp_path / "a")
+    workspace.database.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"mlflow\.db: a folder, expected a database; move it away \(mv "):
+        Store(workspace).finished("glyphs")
+
+
+def test_a_killed_drawing_leaves_its_cell_as_it_was(tmp_path):
+    workspace = checkout(tmp_path / "a")
+    assert handed_over(workspace, model=False)
+
+    def work():
+        with open_trained(workspace, CELL, finished_record(workspace), later="") as run:
+            run.log_text("page", "index.html")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert ending(forked(work)) == -signal.SIGKILL
+    store = Store(workspace)
+    (found,) = runs(store)
+    assert found.info.status == "FINISHED" and KEY in store.finished("glyphs")
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_damaged_model_is_replaced_when_its_cell_is_handed_over_again(tmp_path, capsys, taken):
+    workspace = checkout(tmp_path / "a")
+    assert handed_over(workspace)
+    final = workspace.run(CELL) / "final.pt"
+    whole = final.read_bytes()
+    (file,) = workspace.artifacts.glob("glyphs/models/*/artifacts/artifacts/final.pt")
+    assert file.samefile(final)
+    if taken:
+        shutil.rmtree(file.parents[1])
+    else:
+        file.write_bytes(b"damaged")  # and with it the run's, of which it is a hard link
+    final.unlink()
+    final.write_bytes(whole)  # trained again
+    for _ in range(2):
+        capsys.readouterr()
+        assert hand_over(workspace, CELL, workspace.evaluation(CELL), workspace.run(CELL))
+        assert all(each.read_bytes() == whole for each in workspace.artifacts.rglob("final.pt"))
+    assert "damaged" not in capsys.readouterr().err
+    (run,) = runs(Store(workspace))
+    assert len(run.outputs.model_outputs) == 1 + taken
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"cbml_log: [", b"- 1", b"cbml_log: 5"])

@@ -118,6 +118,7 @@ def served(workspace):
     process.kill()
 
 
+@pytest.mark.slow
 def test_a_store_that_is_a_server_gets_its_links_alone(workspace, served):
     server = served[1][0].partition("/#/")[0]
     process = script(workspace.root, MLFLOW_TRACKING_URI=server)
@@ -146,6 +147,7 @@ def test_the_links_open_on_the_cells_and_their_curves(served):
         browser.close()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_server_too(served):
     process, (address, *_) = served
     assert answers(address)
@@ -157,6 +159,7 @@ def test_ctrl_c_ends_the_server_too(served):
 ENDS = {"Ctrl-C": signal.SIGINT, "kill": signal.SIGTERM, "its terminal": signal.SIGHUP, "kill -9": signal.SIGKILL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ENDS)
 def test_the_server_ends_with_its_script_however_that_was_started(workspace, how):
     # As a background job of a script is; a terminal that closes is no end where `nohup` says so.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import (
     TINY_RECIPE,
+    VALIDATING,
     break_at,
     broken,
     checkpoints,
@@ -22,7 +23,7 @@ from helpers import (
 )
 
 from cbml import provenance
-from cbml.errors import run_main
+from cbml.errors import UserError, run_main
 from cbml.files import read_tensors
 from cbml.stages import evaluate
 from cbml.stages.evaluate import evaluate_cell
@@ -156,7 +157,7 @@ def test_two_processes_on_one_cell_both_end_with_its_result(workspace):
     ]
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
-    assert sum("another process trains it, waiting" in error for error in errors) >= 1
+    assert sum("another process trains or evaluates it, waiting" in error for error in errors) >= 1
     assert result(Path("runs/glyphs/resnet18-cbml_log-16-0")) == expected
 
 
@@ -165,7 +166,8 @@ def test_a_checkpoint_is_not_removed_while_a_process_holds_it(tmp_path):
     code = f"""
 from pathlib import Path
 from cbml.training import checkpoint
-checkpoint.remove(Path({str(folder)!r}))
+with checkpoint.removing(Path({str(folder)!r})) as waited:
+    assert waited
 """
     with acquire(folder, "cell", {"torch": "1"}) as held:
         held.write({"iteration": 1})
@@ -247,6 +249,39 @@ def test_weights_that_a_run_will_need_are_looked_at_when_it_goes_on(workspace, i
     assert f"starts again: {best.resolve()}: damaged" in capsys.readouterr().err
     for file in Path("runs/glyphs/resnet18-cbml_log-16-0").glob("*.pt"):
         read_tensors(file, "train")
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"damaged")])
+@pytest.mark.parametrize("name", ["best-*.pt", "kept-*.pt", "selection/state.pt", "selection/best-*.pt"])
+def test_weights_that_a_finished_run_will_be_made_of_are_looked_at(workspace, capsys, name, damage):
+    """Those that end as `best_on_test.pt` and `validated.pt`, and of the part that selects an iteration."""
+    folder = run(workspace, recipe=VALIDATING)
+    unbroken = {file.name: file.read_bytes() for file in folder.glob("*.pt")}
+    (file,) = Path().glob(f".checkpoints/*/*/{name}")
+    damage(file)
+    begins = name == "selection/state.pt" and not file.exists()  # as the part that has not begun
+    shutil.rmtree(folder)
+    capsys.readouterr()
+    run(workspace, recipe=VALIDATING)
+    assert (f"starts again: {file.resolve()}: damaged" in capsys.readouterr().err) == (not begins)
+    assert {file.name: file.read_bytes() for file in folder.glob("*.pt")} == unbroken
+
+
+def test_a_folder_where_the_state_belongs_is_to_be_moved_away_before_anything_is_trained(workspace, interrupted):
+    file = state()
+    file.rename(file.with_name("moved"))
+    file.mkdir()
+    with pytest.raises(UserError, match=r"state\.pt: a folder, expected a file; move it away"):
+        run(workspace, **OFTEN)
+
+
+def test_weights_that_went_away_during_a_run_are_missed_by_the_next(tmp_path):
+    with acquire(tmp_path / "cell", "cell", {"torch": "1"}) as kept:
+        kept.keep("best-1", {"a": torch.zeros(2)})
+        kept.weights("best-1").unlink()
+        kept.write({"iteration": 2}, weights=("best-1", "kept-9"))
+    with acquire(tmp_path / "cell", "cell", {"torch": "1"}) as again:
+        assert again.read() is None
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "3", '{"torch": ["9"]}'])

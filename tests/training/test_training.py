@@ -39,11 +39,11 @@ from cbml.errors import UserError
 from cbml.files import read_tensors
 from cbml.losses import Loss
 from cbml.models import EmbeddingModel
+from cbml.models.weights import weights_sha256
 from cbml.samplers import clusters
 from cbml.spec.params import load_cell
 from cbml.stages import train as stages_train
 from cbml.stages.evaluate import evaluate_cell
-from cbml.stages.train import weights_sha256
 from cbml.tracking import run as tracking
 from cbml.training import device, loop
 
@@ -90,7 +90,7 @@ def test_switches_are_set_for_the_run_alone(workspace, monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.allow_tf32
 
 
-METHODS = ["abier", "divide_conquer", "hdc", "horde", "mic"]
+METHODS = ["abier", "deml", "divide_conquer", "hdc", "horde", "mic"]
 WITHOUT_LABELS = ["cbml_clusters", "isif", "moco", "multi_similarity_clusters", "stml"]
 
 
@@ -102,7 +102,8 @@ def method(name, **recipe):
     if "batches" in config:
         config["batches"]["refresh"] = 0.375 if config["batches"]["type"] in ("instances", "neighbours") else 0.75
         config["batches"] |= {"clusters": {"k": 6}, "neighbours": {"count": 2}}.get(config["batches"]["type"], {})
-    return {"loss": {name: config}, "embedding_dim": [48], "recipe": TINY_RECIPE | recipe}
+    size = 54 if name == "deml" else 48  # which has nine equal parts
+    return {"loss": {name: config}, "embedding_dim": [size], "recipe": TINY_RECIPE | recipe}
 
 
 @pytest.mark.parametrize("loss", ["cbml_log", "softtriple", "xbm_contrastive", *METHODS, *WITHOUT_LABELS])
@@ -142,7 +143,7 @@ def test_what_only_training_has_does_not_reach_the_trained_network(workspace, lo
     state = read_tensors(folder / "final.pt", "train")
     assert {name.partition(".")[0] for name in state} == {"trunk", "head"}
     model = network.load(cell, folder / "final.pt")
-    assert model(torch.zeros(1, 3, 20, 20)).shape == (1, 48)
+    assert model(torch.zeros(1, 3, 20, 20)).shape == (1, cell.embedding_dim)
 
 
 def test_validated_is_the_run_on_all_classes_as_long_as_held_out_classes_say(workspace):
@@ -212,6 +213,7 @@ def test_the_share_of_time_spent_on_batches_is_logged(workspace, monkeypatch):
     assert 1.0 <= speed["train_data_percent"] / 100 * seconds < seconds
 
 
+@pytest.mark.slow
 def test_killed_it_continues_to_the_same_bits(workspace):
     recipe = TINY_RECIPE | {"iterations": 40, "validate_every": 20}
     unbroken = from_the_beginning(workspace, recipe=recipe)
@@ -225,6 +227,25 @@ def test_killed_it_continues_to_the_same_bits(workspace):
     again = subprocess.run(train_command(), env=environment(), stderr=subprocess.PIPE, text=True, check=True)
     assert "continues after iteration" in again.stderr
     assert result(Path("runs/glyphs/resnet18-cbml_log-16-0")) == unbroken
+
+
+@pytest.mark.slow
+def test_killed_with_streams_it_continues_to_the_same_bits(workspace, monkeypatch, capsys):
+    """At 68 pixels, of which the last map is 3 × 3: the later streams see crops."""
+    changes = method("deml", checkpoint_every=1, resize=72, crop=68, iterations=4, validate_every=4)
+    lr_scale = loop.lr_scale
+
+    def killed(recipe, iteration):
+        if iteration == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return lr_scale(recipe, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "lr_scale", killed)
+        assert ending(forked(lambda: run(workspace, **changes))) == -signal.SIGKILL
+    continued = result(run(workspace, **changes))
+    assert "continues after iteration 3" in capsys.readouterr().err
+    assert continued == from_the_beginning(workspace, **changes)
 
 
 MOMENTS = {  # where a run on clusters that looks at the images before iterations 1 and 4 is killed
@@ -328,6 +349,17 @@ def one_step(workspace, **changes):
 def test_the_head_has_a_learning_rate_of_its_own(workspace):
     (trunk, head), (same, faster) = one_step(workspace), one_step(workspace, head_lr_factor=10)
     assert torch.equal(trunk, same) and torch.allclose(faster, 10 * head, rtol=1e-2, atol=1e-6)
+
+
+def test_attentions_have_the_rate_of_the_head(workspace):
+    folder = run(workspace, **method("deml", iterations=1, head_lr_factor=7.0))
+    (cell,) = workspace.cells("glyphs")
+    model, criterion = network.build(cell, num_classes=6, root=workspace.root)
+    groups = loop.parameter_groups(model, criterion, load_cell(folder / "cell.yaml").recipe)
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        expected = 7e-3 if name.startswith(("head.", "trunk.attentions.")) else 1e-3
+        assert rates[id(parameter)] == pytest.approx(expected), name
 
 
 def test_gradients_are_clipped_together(workspace):
@@ -543,10 +575,13 @@ def test_fresh_memory_that_is_not_filled_changes_no_bit(workspace, monkeypatch, 
     assert torch.utils.deterministic.fill_uninitialized_memory  # as it was
 
 
-def test_compile_changes_nothing_but_speed(workspace, monkeypatch):
+@pytest.mark.parametrize("loss", ["cbml_log", "deml"])
+def test_compile_changes_nothing_but_speed(workspace, monkeypatch, loss):
+    changes = method(loss, iterations=1) if loss in METHODS else {"recipe": TINY_RECIPE}
+    expected = torch.load(run(workspace, **changes) / "final.pt")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    names = torch.load(run(workspace, recipe=TINY_RECIPE | {"compile": True}) / "final.pt")
-    assert names.keys() == torch.load(run(workspace) / "final.pt").keys()
+    changes["recipe"] = changes["recipe"] | {"compile": True}
+    assert torch.load(run(workspace, **changes) / "final.pt").keys() == expected.keys()
 
 
 def test_without_a_compiler_it_runs_uncompiled_and_says_so(workspace, monkeypatch, capsys):

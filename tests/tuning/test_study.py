@@ -12,6 +12,8 @@ from cbml.errors import UserError
 from cbml.models.embedding_model import OnFeatures
 from cbml.schema import Range
 from cbml.spec.params import Params
+from cbml.tracking.run import log_study
+from cbml.tracking.store import Store
 from cbml.training.device import device_context
 from cbml.training.features import Features
 from cbml.tuning import study
@@ -119,10 +121,11 @@ def test_what_diverges_or_does_not_fit_together_is_a_trial_and_scores_nothing(pr
 def test_the_preset_is_what_hydra_composes_and_says_the_constants(problem, tmp_path):
     found = ran(problem, f"sqlite:///{tmp_path}/x.db")
     best = {"cbml_log": found.best_params}
-    text = write_preset([problem.cell], best, "Tuned: 4 trials.")
+    text = write_preset([problem.cell], best, "4 trials", "Tuned: 4 trials.")
     content = yaml.safe_load(text)
     assert "override /loss: [cbml_log]" in text and text.startswith("# @package _global_\n# Tuned: 4 trials.\n")
     assert content["loss"]["cbml_log"]["margin"] == pytest.approx(found.best_params["margin"], rel=1e-3)
+    assert content["loss"]["cbml_log"]["tuned"] == "4 trials"
     table = trials_table(problem, found)
     assert table.columns.tolist()[:5] == ["loss", "trial", "score", "fold_1", "fold_2"] and len(table) == 4
 
@@ -131,3 +134,20 @@ def test_a_best_value_at_an_end_of_its_range_is_told(problem):
     assert near_an_end(problem, {"recipe.lr": 1.02e-4, "margin": 0.15}) == ["recipe.lr"]
     assert near_an_end(problem, {"recipe.lr": 1e-3, "margin": 0.299}) == ["margin"]
     assert near_an_end(problem, {"recipe.lr": 1e-2, "margin": 0.1}) == []
+
+
+def test_a_study_is_one_run_of_mlflow_with_its_trials_inside_and_logged_once(problem, tmp_path, workspace):
+    found = ran(problem, f"sqlite:///{tmp_path}/x.db")
+    table = trials_table(problem, found)
+    for _ in range(2):
+        log_study(workspace, problem.cell, found.study_name, BUDGET.told, table)
+    client = Store(workspace).client
+    experiment = client.get_experiment_by_name("tuning").experiment_id
+    runs = client.search_runs([experiment])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.data.metrics["score"] == table.score.max() and parent.data.tags["budget"] == BUDGET.told
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs if run is not parent} == {parent.info.run_id}
+    scores = {int(run.data.tags["trial"]): run.data.metrics for run in runs if run is not parent}
+    assert [scores[i]["score"] for i in range(1, 5)] == table.score.tolist()
+    assert [scores[i]["fold_2"] for i in range(1, 5)] == table.fold_2.tolist()
+    assert {run.data.params["margin"] for run in runs if run is not parent} == set(map(str, table.margin))

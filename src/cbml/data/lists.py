@@ -16,8 +16,8 @@ import pandas as pd
 
 from cbml.data.sources.base import SPLITS
 from cbml.data.sources.layout import number, read_lines
-from cbml.errors import UserError
-from cbml.files import atomic_write, damaged
+from cbml.errors import UserError, trouble
+from cbml.files import atomic_write, cure, damaged
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,17 @@ def read_list(path: Path) -> ImageList:
     for n, line in _lines(classes):
         text, _, name = line.partition(" ")
         if (label := number(text)) is None or not name:
-            raise UserError(f"{classes}, line {n}: {line[:100]!r}; expected 'label name'")
+            raise damaged(classes, f"line {n}: {line[:100]!r}; expected 'label name'", "build_lists")
         names[label] = name
     paths, labels = [], []
     for n, line in _lines(path):
         image, _, text = line.rpartition(",")
         label = number(text)
         if not image or label is None or ".." in PurePosixPath(image).parts:
-            raise UserError(f"{path}, line {n}: {line[:100]!r}; expected 'PATH,label' with a label from 0")
+            reason = f"line {n}: {line[:100]!r}; expected 'PATH,label' with a label from 0"
+            raise damaged(path, reason, "build_lists")
         if label not in names:
-            raise UserError(f"{path}, line {n}: label {label} is not in classes.txt; build_lists writes both")
+            raise damaged(path, f"line {n}: label {label} is not in classes.txt", "build_lists")
         paths.append(image)
         labels.append(label)
     return ImageList(paths, np.array(labels, dtype=np.int64), {label: names[label] for label in set(labels)})
@@ -124,9 +125,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a file with their numbers, from 1."""
     if not path.is_file():
         raise UserError(f"image list {path} does not exist; build_lists writes it")
-    lines = read_lines(path, path)
+    try:
+        lines = read_lines(path, path)
+    except UserError as error:
+        if trouble(error):
+            raise
+        raise UserError(f"{error}; {cure(path, 'build_lists')}") from None
     if not lines:
-        raise UserError(f"{path} is empty; build_lists writes it")
+        raise damaged(path, "it is empty", "build_lists")
     if not path.read_bytes().endswith(b"\n"):  # else a label of 12 may have become one of 1
         raise damaged(path, "it ends in the middle of a line", "build_lists")
     return enumerate(lines, 1)

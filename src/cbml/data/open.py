@@ -13,7 +13,7 @@ from cbml.data.lists import ImageList, fingerprint_of, read_list
 from cbml.data.packing import Packing, Size, pack_images
 from cbml.data.scoring import Scoring
 from cbml.errors import UserError
-from cbml.files import read_json
+from cbml.files import MEND, read_json
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,10 @@ class Data:
         every = self.train + self.test
         parts = {"train": self.train, **self._tested}
         splits = [name for name, part in parts.items() for _ in part.paths]
-        if fingerprint_of(splits, every.paths, every.labels.tolist(), digests) != self.fingerprint:
+        whole = len(digests) == len(splits)
+        if not whole or fingerprint_of(splits, every.paths, every.labels.tolist(), digests) != self.fingerprint:
             stages = f"download@{self.lists.name} build_lists@{self.lists.name}"
             raise UserError(
-                f"{self.root}: the images or the lists have changed since the lists were made; again: "
-                f"`dvc repro -f -s {stages}`, then `dvc repro`"
+                f"{self.root}: the images or the lists in {self.lists} have changed since the lists were made; again: "
+                f"`{MEND}`, `dvc repro -f -s {stages}`, then `dvc repro`"
             )

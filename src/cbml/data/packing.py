@@ -6,7 +6,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -93,16 +93,19 @@ def pack_images(
 
     Args:
         root, cache, fingerprint: see `Packing`.
-        check: called with the hashes of the files before they are decoded.
+        check: called with the hashes of the files, those that were decoded or are about to be; raises a UserError if
+            they are not what is wanted.
 
     Raises:
-        UserError: an image cannot be decoded.
+        UserError: an image cannot be decoded; or that of `check`.
     """
     packing, size = Packing(images, root, cache, fingerprint), (resize, interpolation)
     with packing.acquire():
         found = packing.open(size)
         if isinstance(found, PackedImages) or (found and found.nbytes > packing.room):
-            return found
+            with suppress(UserError):  # of these files, or of other lists: the files will tell
+                check(packing.digests(size))
+                return found
         inspected = inspect(packing.files, root.name)
         if unreadable := inspected.unreadable:
             raise unreadable_error(unreadable, len(inspected.sizes))
@@ -143,8 +146,8 @@ class Packing:
 
     def folder(self, size: Size) -> Path:
         """Of the images of a size: `index.npy`, where each begins, its height and its width, all in pixels, and in the
-        last row where they end; and, if they fit, they themselves, `images.bin`, the CRC-32 of each,
-        `checksums.npy`, and the hashes of their files, `digests.npy`."""
+        last row where they end; the hashes of their files, `digests.npy`; and, if they fit, they themselves,
+        `images.bin`, and the CRC-32 of each, `checksums.npy`."""
         return self.cache / f"{self._key}-{_name(size)}"
 
     @property
@@ -158,7 +161,7 @@ class Packing:
         allowed = float(os.environ.get(PACKED_GB, DEFAULT_GB)) * 2**30
         return min(allowed, shutil.disk_usage(self.cache).free - SPARE_BYTES)
 
-    def acquire(self) -> AbstractContextManager[None]:
+    def acquire(self) -> AbstractContextManager[bool]:
         """Keep other processes from decoding the same images for the time of the block."""
         path = self.cache / self._key
         return locked(path, f"waiting for another process, which decodes the same images ({path}.lock)")
@@ -193,6 +196,15 @@ class Packing:
         if data is None:
             return EncodedImages(self.files, shapes, labels, *size)
         return PackedImages(torch.from_numpy(data), shapes, labels, starts)
+
+    def digests(self, size: Size) -> list[str]:
+        """The hashes of the files whose images `keep` kept; none if that record is damaged."""
+        try:
+            return [digest.decode() for digest in np.load(self.folder(size) / "digests.npy").tolist()]
+        except Exception as error:  # NumPy raises errors of many types
+            if trouble(error):
+                raise
+            return []
 
     def fitting(self, sizes: Sequence[Size], inspected: Inspected) -> list[Size]:
         """Those sizes of which the decoded images fit on the disk, all of them together; says which do not."""
@@ -288,9 +300,9 @@ class Packing:
                 new.mkdir()
                 index = np.concatenate([index, [[starts[-1], 0, 0]]])
                 np.save(new / "index.npy", index)
+                np.save(new / "digests.npy", digests)
                 if written.is_file():
                     written.rename(new / "images.bin")
-                    np.save(new / "digests.npy", digests)
                     np.save(new / "checksums.npy", _checksums(index, _data(new)))
         self.discard()
 

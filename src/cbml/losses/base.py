@@ -23,7 +23,7 @@ L = TypeVar("L", bound="type[Loss]")
 
 REGISTRY: dict[str, type["Loss"]] = {}
 # What the file of a method sets beside its loss: see spec/method.py.
-METHOD = ("head", "batches", "teacher", "recipe", "search")
+METHOD = ("trunk", "head", "batches", "teacher", "recipe", "search", "tuned")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,13 @@
 """BN-Inception: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv 1502.03167, figure 5), as published for Caffe."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cbml.models.stages import Staged
 
 # block: widths of 1x1 | 3x3_reduce, 3x3 | double_3x3_reduce, double_3x3_1 = double_3x3_2 | pool_proj, its pooling.
 # Blocks without 1x1 halve the feature map and pass their pooled input through.
@@ -20,7 +25,7 @@ BLOCKS = {
 }
 
 
-class BNInception(nn.Module):
+class BNInception(Staged):
     """The trunk of BN-Inception: images (B, 3, H, W) → feature map (B, 1024, h, w), 7 × 7 for 224 and for 227 pixels.
 
     Its layers are named as in `bn_inception-52deb4733.pth`, whose input is BGR, 0–255.
@@ -69,18 +74,10 @@ class BNInception(nn.Module):
         branches = [self._apply_layers(x, f"{name}_1x1"), *branches, self._apply_layers(pooled, f"{name}_pool_proj")]
         return torch.cat(branches, 1)
 
-    @property
-    def stages(self) -> list[str]:
-        """What can be named as a tap."""
-        return [f"inception_{block}" for block in BLOCKS]
-
-    def forward(self, x: Tensor, taps: tuple[str, ...] = ()) -> Tensor | list[Tensor]:
-        """The last feature map or, if `taps` are named, a list of that and of the maps after those blocks."""
+    def _stem(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self._apply_layers(x, "conv1_7x7_s2"), 3, 2, ceil_mode=True)
-        x = F.max_pool2d(self._apply_layers(x, "conv2_3x3_reduce", "conv2_3x3"), 3, 2, ceil_mode=True)
-        maps = {}
-        for stage, block in zip(self.stages, BLOCKS, strict=True):
-            x = self._block(x, block)
-            if stage in taps:
-                maps[stage] = x
-        return [x, *(maps[stage] for stage in taps)] if taps else x
+        return F.max_pool2d(self._apply_layers(x, "conv2_3x3_reduce", "conv2_3x3"), 3, 2, ceil_mode=True)
+
+    def steps(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        blocks = [(f"inception_{block}", partial(self._block, block=block)) for block in BLOCKS]
+        return [("stem", self._stem), *blocks]

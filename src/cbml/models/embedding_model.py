@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from cbml.models import heads
 from cbml.models.entries import BackboneConfig, InputConvention
-from cbml.models.trunks import build_trunk, channels_of, input_convention
+from cbml.models.stages import channels_of
+from cbml.models.streams import Streams
+from cbml.models.trunks import build_trunk, input_convention
 
 POOLING: dict[str, Callable[..., Tensor]] = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}
 
@@ -108,6 +110,12 @@ class EmbeddingModel(nn.Module):
             self.head = head.build(features, channels_of(trunk, taps), self.parts)
         self.train()
 
+    @property
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Those that no backbone's weights hold: the head's, and what a composite trunk adds to its backbones."""
+        added = getattr(self.trunk, "added", nn.Identity())
+        return [*self.head.parameters(), *added.parameters()]
+
     def forward(self, images: Tensor) -> Tensor:
         """RGB images (B, 3, H, W), uint8 or float with values 0–255 → float32 embeddings (B, D) of unit length."""
         return self.outputs(images).embeddings
@@ -156,18 +164,22 @@ def create_model(
     root: Path,
     crop: int | None = None,
     head: heads.Head | None = None,
+    streams: Streams | None = None,
     load_weights: bool = True,
 ) -> EmbeddingModel:
     """Build a backbone with its weights (unless `load_weights` is off: for a checkpoint to follow) and a new head.
 
     Args:
         root, crop: as in `build_trunk`.
+        streams: what to make of the trunk; None to leave it.
 
     Raises:
-        UserError: as `build_trunk` and `EmbeddingModel`.
+        UserError: as `build_trunk`, `Streams.build` and `EmbeddingModel`.
     """
     if not load_weights:
         config = config.model_copy(update={"weights": None})
     taps = head.stages(config.type) if head else ()
     trunk = build_trunk(config, root, crop)
+    if streams:
+        trunk = streams.build(trunk, config.type)
     return EmbeddingModel(trunk, input_convention(config), config.pooling, embedding_dim, head=head, taps=taps)

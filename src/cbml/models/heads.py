@@ -4,7 +4,7 @@ An embedding is one unit vector. Its parts are slices of it, each proportional t
 loss works on a part: `normalize(embedding[slice])`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cbml.errors import UserError
+from cbml.models.stages import of_backbone
 from cbml.schema import Count, Positive, Schema, Share
 
 
@@ -40,9 +41,18 @@ class HeadConfig(Schema):
 
 
 class Linear(HeadConfig):
-    """One linear layer, one part."""
+    """One linear layer, one part.
+
+    Attributes:
+        norm: of the features before it.
+    """
 
     type: Literal["linear"] = "linear"
+    norm: Literal["layer"] | None = None
+
+    def build(self, features: int, channels: list[int], parts: list[int]) -> nn.Module:
+        layer = linear(features, sum(parts))
+        return nn.Sequential(nn.LayerNorm(features), layer) if self.norm else layer
 
 
 class Groups(HeadConfig):
@@ -111,12 +121,7 @@ class Branches(HeadConfig):
         return self.weights or super().part_weights(parts)
 
     def stages(self, backbone: str) -> tuple[str, ...]:
-        for beginning, stages in self.taps.items():
-            if backbone.startswith(beginning):
-                return tuple(stages)
-        raise UserError(
-            f"head branches: no taps for backbones of type {backbone}; there are for {', '.join(self.taps)}"
-        )
+        return tuple(of_backbone(self.taps, backbone, "head branches"))
 
     def build(self, features: int, channels: list[int], parts: list[int]) -> nn.Module:
         return BranchesHead(self, features, channels, parts)
@@ -148,7 +153,80 @@ class BranchesHead(nn.Module):
         return torch.cat([*(tap(x) for tap, x in zip(self.taps, maps, strict=True)), self.end(features)], 1)
 
 
-Head = Annotated[Linear | Groups | Branches, Field(discriminator="type")]
+class Slices(HeadConfig):
+    """A part for each learner of a trunk of streams, by a linear layer that the learners of a stream share.
+
+    The parts are in the order of the features: the learners of the first stream, those of the second, and so on. Any
+    trunk will do whose features divide into as many slices.
+
+    Attributes:
+        streams, learners: S and L, of S × L parts of equal size.
+    """
+
+    type: Literal["slices"]
+    streams: Count = 3
+    learners: Count = 3
+
+    def parts(self, embedding_dim: int) -> list[int]:
+        count = self.streams * self.learners
+        if embedding_dim < 1 or embedding_dim % count:
+            raise UserError(
+                f"head slices: embedding_dim {embedding_dim} has no {count} parts of equal size; allowed: multiples of "
+                f"{count}"
+            )
+        return [embedding_dim // count] * count
+
+    def build(self, features: int, channels: list[int], parts: list[int]) -> nn.Module:
+        if features % len(parts):
+            raise UserError(
+                f"head slices: {features} features do not divide into {len(parts)} slices; allowed: the features of a "
+                "trunk of as many streams and learners"
+            )
+        return SlicesHead(self, features // len(parts), parts[0])
+
+
+class SlicesHead(nn.Module):
+    """See `Slices`."""
+
+    def __init__(self, config: Slices, features: int, size: int):
+        super().__init__()
+        self.shape = config.streams, config.learners, features
+        self.streams = nn.ModuleList(nn.Linear(features, size, bias=False) for _ in range(config.streams))
+        for layer in self.streams:  # rows of about unit length, as the authors start them
+            nn.init.kaiming_uniform_(cast(nn.Linear, layer).weight, nonlinearity="linear")
+
+    def split(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(B, L, C) of each stream."""
+        return features.unflatten(1, self.shape).unbind(1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        streams = zip(self.streams, self.split(features), strict=True)
+        return torch.cat([layer(x).flatten(1) for layer, x in streams], 1)
+
+
+def activations(head: nn.Module, features: Tensor, parts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a head's weights make of pooled features for each part, without a bias, and these weights.
+
+    Args:
+        features: (B, C).
+
+    Returns:
+        (B, size) of each part; (size, C) of each part or, where parts share them, of each set of such parts.
+
+    Raises:
+        UserError: the head is more than weights.
+    """
+    if isinstance(head, SlicesHead):
+        weights = [cast(nn.Linear, layer).weight for layer in head.streams]
+        streams = zip(head.split(features), weights, strict=True)
+        return [part for x, weight in streams for part in (x @ weight.to(x.dtype).T).unbind(1)], weights
+    if isinstance(head, nn.Linear):
+        weights = list(head.weight.split(parts))
+        return [features @ weight.to(features.dtype).T for weight in weights], weights
+    raise UserError("loss: the network's head is not one linear layer; allowed: head groups, head slices")
+
+
+Head = Annotated[Linear | Groups | Branches | Slices, Field(discriminator="type")]
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:

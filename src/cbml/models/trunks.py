@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cbml.errors import UserError
 from cbml.models.bn_inception import BNInception
 from cbml.models.entries import BackboneConfig, InputConvention
+from cbml.models.stages import Staged
 from cbml.models.weights import CLASSIFIERS, Unavailable, fetch_published, load_state, read_state
 
 
@@ -159,48 +160,15 @@ TRUNKS: dict[str, Callable[[BackboneConfig], nn.Module]] = {
 }
 
 
-class Stages(nn.Sequential):
+class Stages(Staged, nn.Sequential):
     """The layers of a torchvision network before its global pooling, under their own names."""
 
     def __init__(self, network: nn.Module):
         super().__init__(OrderedDict(takewhile(lambda child: child[0] != "avgpool", network.named_children())))
         self.num_features = cast(nn.Linear, network.fc).in_features
 
-    def forward(self, x: Tensor, taps: tuple[str, ...] = ()) -> Tensor | list[Tensor]:
-        """The last feature map or, if `taps` are named, a list of that and of the maps after those layers."""
-        maps = {}
-        for name, layer in self.named_children():
-            x = layer(x)
-            if name in taps:
-                maps[name] = x
-        return [x, *(maps[name] for name in taps)] if taps else x
-
-    @property
-    def stages(self) -> list[str]:
-        """What can be named as a tap."""
-        return [name for name, _ in self.named_children()]
-
-
-def channels_of(trunk: nn.Module, taps: tuple[str, ...]) -> list[int]:
-    """The channels of a trunk's stages.
-
-    Raises:
-        UserError: the trunk has no such stages.
-    """
-    if not taps:
-        return []
-    names = getattr(trunk, "stages", [])
-    if not names:
-        raise UserError(
-            f"head: taps {', '.join(taps)}: this trunk has no stages (a timm model gives its features alone)"
-        )
-    if absent := [name for name in taps if name not in names]:
-        raise UserError(f"head: the trunk has no stage {absent[0]!r}; allowed: {', '.join(names)}")
-    training = trunk.training
-    with torch.no_grad():
-        _, *maps = trunk.eval()(torch.zeros(1, 3, 64, 64), taps)
-    trunk.train(training)
-    return [found.shape[1] for found in maps]
+    def steps(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        return list(self.named_children())
 
 
 def _kaiming(trunk: nn.Module) -> nn.Module:

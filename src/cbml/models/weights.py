@@ -140,3 +140,12 @@ def load_state(
     if problems:
         raise UserError(f"weights {source} do not fit the backbone: {'; '.join(problems)}")
     trunk.load_state_dict(state, strict=False)
+
+
+def weights_sha256(state: dict[str, Tensor]) -> str:
+    """A hash of a state dict's names and values."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

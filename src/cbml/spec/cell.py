@@ -62,6 +62,7 @@ class Cell:
         """
         config = self._by_name() | {"backbone": {self.backbone: self.trunk}}
         del config["dataset"], config["seed"]
+        config["loss"][self.loss].pop("tuned", None)
         content = json.dumps([config, fingerprint, weights], sort_keys=True)
         return f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_serializer, model_validator
 
 from cbml.losses.base import METHOD, REGISTRY, LossConfig, loss_type
-from cbml.models.heads import Head
+from cbml.models.heads import Head, Slices
+from cbml.models.streams import Streams
 from cbml.samplers.config import AnyBatchSampler
 from cbml.schema import Range
 
@@ -15,16 +16,19 @@ from cbml.schema import Range
 class MethodConfig(LossConfig):
     """The outermost loss of a cell, with its own parameters in a subclass for each loss.
 
-    It may say what else its method changes: the `head` of the network, the `batches`, the momentum of a `teacher`, the
-    moving average of the network, and parameters of a `recipe` by its name, which win over what the backbone's entry
-    says, and not over what is set for a run. `search` is what `pipeline.tune` may change of its parameters, by name.
+    It may say what else its method changes: the `trunk` and the `head` of the network, the `batches`, the momentum of a
+    `teacher`, the moving average of the network, and parameters of a `recipe` by its name, which win over what the
+    backbone's entry says, and not over what is set for a run. `search` is what `pipeline.tune` may change of its
+    parameters, by name; `tuned` says by what budget the constants here were found, and changes nothing.
     """
 
+    trunk: Streams | None = None
     head: Head | None = None
     batches: AnyBatchSampler | None = None
     teacher: Annotated[float, Field(ge=0, lt=1)] | None = None
     recipe: dict[str, dict[str, Any]] = {}
     search: dict[str, Range] = {}
+    tuned: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _labels_mean_the_same_all_the_time(self) -> Self:
@@ -34,6 +38,17 @@ class MethodConfig(LossConfig):
                 f"{of_classes[0]} has parameters of its own for each class, and the labels of these batches change "
                 "their meaning; allowed: batches whose labels persist (clusters: warm: true), or a loss of pairs"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _slices_are_of_the_streams(self) -> Self:
+        if self.trunk and isinstance(self.head, Slices):
+            there, sliced = ((each.streams, each.learners) for each in (self.trunk, self.head))
+            if there != sliced:
+                raise ValueError(
+                    f"trunk has {there[0]} streams of {there[1]} learners, head slices is for {sliced[0]} of "
+                    f"{sliced[1]}; allowed: the same numbers"
+                )
         return self
 
     @model_serializer(mode="wrap")

@@ -38,7 +38,7 @@ def option_file(conf: Path, group: str, name: str) -> dict[str, Any]:
     try:
         with initialize_config_dir(str(conf.resolve()), version_base=None):
             option: Any = OmegaConf.to_container(compose(f"{group}/{name}")[group])
-    except (yaml.YAMLError, HydraException, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         raise UserError(
             f"{conf}/{group}/{name}.yaml: Hydra cannot compose it: {' '.join(str(error).split())}"
         ) from None

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from cbml.data.sources import Dataset
 from cbml.errors import UserError
+from cbml.files import cure
 from cbml.models import BackboneConfig, input_convention
 from cbml.schema import Name, Schema, Seed, first_error
 from cbml.spec.cell import Cell
@@ -23,7 +24,6 @@ def _distinct(values: list[int]) -> list[int]:
     return values
 
 
-WRITTEN = "run the stage train again, which writes it"
 Distinct = (Field(min_length=1), AfterValidator(_distinct))
 
 
@@ -145,21 +145,24 @@ def _check_name(name: str, where: str) -> None:
         raise UserError(f"{where}: to DVC a dot in a name is a level below; allowed: letters, digits, _ and -")
 
 
-def load_cell(path: Path) -> Cell:
+def load_cell(path: Path, stage: str = "train") -> Cell:
     """The cell of a file that `Cell.to_yaml` was written to, also if a recipe was not flat then.
+
+    Args:
+        stage: the one that wrote this file.
 
     Raises:
         UserError: it is missing or damaged.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; the stage train writes it")
+        raise UserError(f"{path}: no such file; the stage {stage} writes it")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))  # PyYAML wrote it; to Hydra some of its text is numbers
         params = _validated(_flat(data), path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}; {WRITTEN}") from None
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}; {cure(path, stage)}") from None
     except UserError as error:
-        raise UserError(f"{error}; {WRITTEN}") from None
+        raise UserError(f"{error}; {cure(path, stage)}") from None
     return _only_cell(params)
 
 

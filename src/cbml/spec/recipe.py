@@ -33,7 +33,7 @@ class Recipe(Schema):
         batch_size, instances: images per batch, and of each class in it; classes per batch = batch_size / instances.
         optimizer: "adam", "adamw" (its weight decay is no part of the gradient), or "sgd" with `momentum`.
         lr, weight_decay, momentum: of the optimizer.
-        head_lr_factor: multiplies the learning rate of the head.
+        head_lr_factor: multiplies the learning rate of the head, and of attentions in the trunk.
         warmup: iterations over which the learning rate rises linearly to its value.
         schedule: what it does then: "steps", or "cosine" down to zero at the end.
         lr_steps, lr_gamma: from each of these iterations on, the learning rate is multiplied by `lr_gamma` once more;

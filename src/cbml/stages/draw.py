@@ -40,15 +40,15 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
     Raises:
         UserError: a file of it, or an image, is missing or damaged.
     """
-    cell = load_cell(evaluation / "cell.yaml")
-    record = record_of(evaluation)
+    cell = load_cell(evaluation / "cell.yaml", "evaluate")
+    record = record_of(evaluation, "evaluate")
     data = open_data(workspace, cell)
     tested, labels = data.test, data.test.labels
     title = f"{cell.name} on {cell.dataset}"
 
     found = neighbours_of(evaluation, data.scoring.queries or len(labels), len(labels))
     mapped = indexed(evaluation / "map.npz", ("indices", "embeddings"), len(labels))
-    losses, validations = curves_of(evaluation, cell)
+    losses, validations = curves_of(evaluation, cell, "evaluate")
     best = record["iterations"]["best_on_test"]
     densities, moments = similarities_of(evaluation)
     recalls = recalls_of(evaluation, len(labels) - (data.scoring.queries or 0))

@@ -11,19 +11,23 @@ from torch import Tensor
 
 from cbml import network, provenance
 from cbml.data.images import Images
+from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import affords_nmi, evaluate
 from cbml.evaluation.per_class import class_table, sample_images
 from cbml.evaluation.pseudo_labels import pseudo_label_table
 from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
-from cbml.files import atomic_write, read_arrays
+from cbml.files import atomic_write, read_arrays, read_csv, read_json
+from cbml.models.embedding_model import EmbeddingModel
+from cbml.spec.cell import Cell
 from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
 from cbml.stages.inputs import open_data
 from cbml.stages.records import curves_of, record_of
 from cbml.training import checkpoint
 from cbml.training.device import device_context, set_up
+from cbml.training.features import images_for, learned
 from cbml.workspace import Workspace
 
 CURVE = tuple(2**power for power in range(10))  # the K of recall_at_k.csv
@@ -32,8 +36,10 @@ NEIGHBOURS = 8
 TRAIN_CLASSES, TRAIN_IMAGES = 20, 15
 MAP_CLASSES, MAP_IMAGES = 10, 60
 
+Metrics = dict[str, dict[str, float]]
 
-def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = False) -> dict[str, dict[str, float]]:
+
+def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = False) -> Metrics:
     """Score what `train_cell` wrote, by each protocol, and write the cell's evaluation folder.
 
     `final` is the model after the last iteration. `best_on_test` is the one whose Recall@1 was highest on the test list
@@ -61,21 +67,47 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         UserError: a file of the run, a list or an image is missing or damaged.
     """
     cell = load_cell(run_folder / "cell.yaml")
+    out = workspace.evaluation(cell)
+    # The checkpoint goes last: until the store has all of it, training might be wanted again.
+    with checkpoint.removing(workspace.checkpoint(record_of(run_folder)["key"])) as waited:
+        metrics = _scored_meanwhile(out, run_folder) if waited else None
+        metrics = metrics or _score(cell, run_folder, workspace, out)
+        hand_over(workspace, cell, out, run_folder, register=register)
+    return metrics
+
+
+def _scored_meanwhile(out: Path, run_folder: Path) -> Metrics | None:
+    """What another process has just found, if it is of this very run and by this code."""
+    try:
+        if record_of(out) == record_of(run_folder) | {"scoring_code": provenance.scoring_code()}:
+            return read_json(out / "metrics.json", "evaluate")
+    except UserError:  # none yet
+        pass
+    return None
+
+
+def _score(cell: Cell, run_folder: Path, workspace: Workspace, out: Path) -> Metrics:
+    """Write the evaluation folder `out` of a cell; see `evaluate_cell`."""
     record = record_of(run_folder)
     data = open_data(workspace, cell)
     tested, scoring, ks = data.test, data.scoring, data.ks
     sample = data.train.subset(sample_images(data.train.labels, TRAIN_CLASSES, TRAIN_IMAGES, seed=0))
-    images, train_images = data.images(tested), data.images(sample)
+    final = network.load(cell, run_folder / "final.pt")
+    label = f"{cell.dataset}, {cell.backbone}"
+    images_of = images_for(cell.recipe, data, final, trunk=cell.trunk, label=label, views=0)
+    images, train_images = images_of(tested), images_of(sample)
     _, validations = curves_of(run_folder, cell)
+    if selection := cell.recipe.select_by:
+        read_csv(run_folder / "selection.csv", "train", ("iteration", selection.metric))
 
     with device_context(cell.recipe) as fabric:
         where: dict[str, Any] = {"crop": cell.recipe.crop, "interpolation": cell.recipe.interpolation}
 
-        def embeddings_of(file: Path, *lists: Images) -> list[Tensor]:
-            model = set_up(network.load(cell, file), fabric, cell.recipe)
+        def embeddings_of(model: EmbeddingModel, *lists: Images) -> list[Tensor]:
+            model = set_up(learned(model, cell.recipe), fabric, cell.recipe).eval()
             return [embed(model, each, **where, device=fabric.device) for each in lists]
 
-        test, train = embeddings_of(run_folder / "final.pt", images, train_images)
+        test, train = embeddings_of(final, images, train_images)
         queried, labels, gallery, gallery_labels = scoring.split_query_gallery(test, images.labels)
         nmi, first = gallery is None and affords_nmi(images.labels), scoring.queries or 0  # of the gallery
         curve = [k for k in CURVE if k == 1 or k < len(test) - first]
@@ -84,8 +116,8 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         beyond = {f"recall_at_{k}" for k in set(curve) - set(ks)}
         metrics = {"final": {name: value for name, value in scores.items() if name not in beyond}}
         for protocol, iteration in record["iterations"].items():
-            if protocol != "final" and (file := run_folder / f"{protocol}.pt").is_file():  # else it is the final model
-                (embeddings,) = embeddings_of(file, images)
+            if iteration != record["iterations"]["final"]:  # else it is the final model
+                (embeddings,) = embeddings_of(network.load(cell, run_folder / f"{protocol}.pt"), images)
                 metrics[protocol] = evaluate(*scoring.split_query_gallery(embeddings, images.labels), ks=ks, nmi=nmi)
             metrics[protocol] = {**metrics.get(protocol, metrics["final"]), "iteration": iteration}
         metrics["untrained"] = validations.iloc[0].to_dict()
@@ -99,7 +131,6 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
 
     mapped = sample_images(tested.labels, MAP_CLASSES, MAP_IMAGES, cell.seed)
     densities = pd.concat({split: table for split, (table, _) in distributions.items()}, names=["split"])
-    out = workspace.evaluation(cell)
     with atomic_write(out) as folder:
         folder.mkdir()
         for file in run_folder.iterdir():
@@ -123,6 +154,4 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
             table = pseudo_label_table(arrays["history"], data.train.labels)
             table.assign(iteration=arrays["iterations"]).to_csv(folder / "pseudo_labels.csv", index=False)
         shutil.copyfile(workspace.lists(cell.dataset) / "summary.json", folder / "summary.json")
-    hand_over(workspace, cell, out, run_folder, register=register)
-    checkpoint.remove(workspace.checkpoint(record["key"]))  # last: until here training might be wanted again
     return metrics

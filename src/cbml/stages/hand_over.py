@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from cbml.files import read_csv, read_json
+from cbml.files import read_csv
+from cbml.report.common.evaluated import metrics_of
 from cbml.report.common.numbers import recalls
 from cbml.report.tables.commands import command
 from cbml.report.tables.markdown import pipe_table
@@ -40,10 +41,10 @@ def hand_over(
     Returns:
         Whether the store has taken everything.
     """
-    record, metrics = record_of(evaluation), read_json(evaluation / "metrics.json", "evaluate")
+    record, metrics = record_of(evaluation, "evaluate"), metrics_of(evaluation)
     with open_trained(workspace, cell, record, later=LATER, tags=tags) as run:
         run.tag("evaluated", "false")  # until all of it is there
-        for curve in curves_of(evaluation, cell):
+        for curve in curves_of(evaluation, cell, "evaluate"):
             run.log(curve.to_dict("records"))
         if (file := evaluation / "pseudo_labels.csv").is_file():
             table = read_csv(file, "evaluate", ("iteration", "nmi", "purity", "changed")).set_index("iteration")
@@ -67,7 +68,7 @@ def hand_over(
 
 def _note(cell: Cell, metrics: dict[str, dict[str, float]], conf: Path) -> str:
     """A cell's rows of the table, and its command, as Markdown."""
-    names = [name for name in metrics["final"] if "recall" in name and name in metrics["untrained"]]
+    names = [name for name in recalls(metrics["final"]) if all(name in scores for scores in metrics.values())]
     rows = [[protocol, *(f"{scores[name]:.1f}" for name in names)] for protocol, scores in metrics.items()]
     table = pipe_table(pd.DataFrame(rows, columns=["protocol", *names]))
     # Not as a block, whose long line would push the rest of MLflow's page out of sight.

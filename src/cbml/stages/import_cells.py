@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from cbml import network
 from cbml.errors import UserError
-from cbml.files import read_json
 from cbml.progress import message
+from cbml.report.common.evaluated import metrics_of
 from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
 from cbml.stages.records import record_of
@@ -26,14 +27,17 @@ def import_cells(source: Path, workspace: Workspace) -> list[str]:
         The keys of the cells that came; one that the store has already is left as it is.
 
     Raises:
-        UserError: there is no evaluated cell, MLflow is not installed, or the store has a cell with other results,
-            before anything is brought; or it does not take a cell, after the others are brought.
+        UserError: there is no evaluated cell, MLflow is not installed, a cell's weights are damaged, or the store has a
+            cell with other results, before anything is brought; or it does not take a cell, after the others are
+            brought.
     """
     theirs = Workspace(source)
     folders = theirs.evaluations()
     if not folders:
         raise UserError(f"{source}: no evaluations/<dataset>/<cell>/cell.yaml; an evaluated cell has one")
-    cells = [(load_cell(folder / "cell.yaml"), folder, record_of(folder)["key"]) for folder in folders]
+    cells = []
+    for folder in folders:
+        cells.append((load_cell(folder / "cell.yaml", "evaluate"), folder, record_of(folder, "evaluate")["key"]))
     store = Store(workspace)
     known = {dataset: store.finished(dataset) for dataset in {cell.dataset for cell, _, _ in cells}}
     new = []
@@ -41,10 +45,13 @@ def import_cells(source: Path, workspace: Workspace) -> list[str]:
         here = known[cell.dataset].get(key)
         if here is None:
             new.append((cell, folder, key))
-        elif read_json(here / "metrics.json", "evaluate") != read_json(folder / "metrics.json", "evaluate"):
+        elif metrics_of(here) != metrics_of(folder):
             raise UserError(f"{folder}: the store has {key} already, with other results ({here})")
         else:
             message(f"{key}: here already")
+    for cell, *_ in new:
+        if (weights := theirs.run(cell) / "final.pt").is_file():
+            network.load(cell, weights)  # they become a model
     came = []
     for cell, folder, key in new:
         page = theirs.page(cell) if theirs.page(cell).is_dir() else None

@@ -14,8 +14,11 @@ from cbml.spec.cell import Cell
 RECORD = "key run_id fingerprint iterations train_seconds data_seconds finished device code versions unit"
 
 
-def curves_of(folder: Path, cell: Cell) -> tuple[pd.DataFrame, pd.DataFrame]:
+def curves_of(folder: Path, cell: Cell, stage: str = "train") -> tuple[pd.DataFrame, pd.DataFrame]:
     """The losses and the validations of a trained cell by iteration; see `train_cell`.
+
+    Args:
+        stage: the one that wrote the folder: `evaluate` copies them.
 
     Raises:
         UserError: one is missing or damaged, or not of all iterations.
@@ -26,24 +29,27 @@ def curves_of(folder: Path, cell: Cell) -> tuple[pd.DataFrame, pd.DataFrame]:
     tables = []
     for name, columns in (("losses", ("iteration", "loss")), ("validations", ("iteration", "recall_at_1"))):
         file = folder / f"{name}.csv"
-        table = read_csv(file, "train", columns) if expected[name] else pd.DataFrame(columns=columns)
+        table = read_csv(file, stage, columns) if expected[name] else pd.DataFrame(columns=columns)
         if table.iteration.tolist() != expected[name]:
-            raise damaged(file, "not of all iterations", "train")
+            raise damaged(file, "not of all iterations", stage)
         tables.append(table)
     return tuple(tables)
 
 
-def record_of(folder: Path) -> dict[str, Any]:
+def record_of(folder: Path, stage: str = "train") -> dict[str, Any]:
     """The run.json of a trained cell; see `train_cell`.
+
+    Args:
+        stage: see `curves_of`.
 
     Raises:
         UserError: it is missing or damaged.
     """
     file = folder / "run.json"
-    record = read_json(file, "train", tuple(RECORD.split()))
+    record = read_json(file, stage, tuple(RECORD.split()))
     # A key becomes a part of paths, and the file may be somebody else's.
     if not isinstance(record["key"], str) or not re.fullmatch(r"\w[\w.-]*", record["key"]):
-        raise damaged(file, "no key of a cell", "train")
+        raise damaged(file, "no key of a cell", stage)
     return record
 
 

@@ -16,6 +16,7 @@ from cbml.report.tables.latex import to_latex
 from cbml.report.tables.markdown import to_markdown
 from cbml.report.tables.page import SHOWN, index_page, strip_part, tables_page
 from cbml.report.tables.rows import Evaluated
+from cbml.report.tables.tuning import settings, worth, worth_chart
 from cbml.spec.params import load_cell
 from cbml.stages.inputs import open_data
 from cbml.stages.records import neighbours_of, record_of
@@ -31,7 +32,8 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
 
     In its folder: `tables.md`, `.csv` and `.tex`; `metrics.json`, the headline; `curves.csv` and, for the first seed,
     `similarities.csv`, what `dvc plots` draws; `curves.svg`, a picture of the curves; `index.html`, the page;
-    `strip.html`, its part of the page over all datasets, which is written as well.
+    `strip.html`, its part of the page over all datasets, which is written as well. Where cells are tuned,
+    `tuned-1.svg`, …, pictures of what that was worth.
 
     Args:
         all_cells: tabulate every finished cell of the dataset in the tracking store, the newest of each key, and not
@@ -40,13 +42,14 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     Raises:
         UserError: a cell has not been evaluated, or there is none.
     """
-    cells = _archived(workspace, dataset) if all_cells else _here(workspace, dataset)
-    evaluated = tables.with_variants(cells, workspace.conf)
+    found = _archived(workspace, dataset) if all_cells else _here(workspace, dataset)
+    evaluated = tables.with_variants(found, workspace.conf)
     summary = read_json(evaluated[0].folder / "summary.json", "evaluate", ("test",))
     test = summary["test"] | ({"queries": summary["query"]["images"]} if "query" in summary else {})
     with_published = evaluated[0].cell.dataset_config.type == "cub200"
-    table = tables.summarise(tables.collect(evaluated, workspace.conf), with_published=with_published)
-    text, curves = to_markdown(table, dataset, test, evaluated), tables.curves(evaluated)
+    cells = tables.collect(evaluated, workspace.conf)
+    table, gains = tables.summarise(cells, with_published=with_published), worth(cells)
+    text, curves = to_markdown(table, dataset, test, evaluated, gains), tables.curves(evaluated)
     first_seed = [one for one in evaluated if one.cell.seed == evaluated[0].cell.seed]
     folder = workspace.report(dataset)
     retrieved = _retrieved(workspace, evaluated[0])
@@ -62,6 +65,8 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
         "index.html": tables_page(table, evaluated, dataset, test, folder, *retrieved),
         "strip.html": strip_part(table, evaluated, dataset, *retrieved),
     }
+    for number, (_, rows) in enumerate(settings(gains), 1):
+        contents[f"tuned-{number}.svg"] = worth_chart(rows).replace("<svg", '<svg style="background: white"', 1)
     for name, content in contents.items():
         write_text(folder / name, content)
     pages = sorted(workspace.reports.glob("*/index.html"))  # git has the figures of datasets whose page is not here
@@ -117,7 +122,9 @@ def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable
 def _here(workspace: Workspace, dataset: str) -> list[Evaluated]:
     """The cells of params.yaml."""
     return [
-        Evaluated(cell, record_of(workspace.evaluation(cell)), workspace.evaluation(cell), workspace.page(cell))
+        Evaluated(
+            cell, record_of(workspace.evaluation(cell), "evaluate"), workspace.evaluation(cell), workspace.page(cell)
+        )
         for cell in workspace.cells(dataset)
     ]
 
@@ -125,7 +132,10 @@ def _here(workspace: Workspace, dataset: str) -> list[Evaluated]:
 def _archived(workspace: Workspace, dataset: str) -> list[Evaluated]:
     """The finished cells in the tracking store that are of the same images and lists as the newest one."""
     folders = Store(workspace).finished(dataset).values()
-    found = [Evaluated(load_cell(folder / "cell.yaml"), record_of(folder), folder, folder) for folder in folders]
+    found = [
+        Evaluated(load_cell(folder / "cell.yaml", "evaluate"), record_of(folder, "evaluate"), folder, folder)
+        for folder in folders
+    ]
     if not found:
         raise UserError(f"{dataset}: the tracking store has no evaluated cell of it; the stage evaluate brings them")
     fingerprint = max(found, key=lambda one: one.record["finished"]).record["fingerprint"]

@@ -1,9 +1,7 @@
 """Train one cell: from the lists of its dataset to its run folder."""
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,16 +10,14 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from cbml import network, provenance
-from cbml.data.images import Images
 from cbml.data.lists import ImageList, check_disjoint, hold_out
 from cbml.data.open import Data
 from cbml.data.scoring import Scoring
 from cbml.files import atomic_write, write_tensors, write_text
-from cbml.models.embedding_model import EmbeddingModel
 from cbml.models.trunks import weights_content
+from cbml.models.weights import weights_sha256
 from cbml.progress import message
 from cbml.samplers.base import BatchSampler
 from cbml.samplers.classes import ClassesConfig
@@ -29,8 +25,8 @@ from cbml.spec.cell import Cell
 from cbml.stages.inputs import open_data
 from cbml.tracking.run import open_cell
 from cbml.training.checkpoint import Checkpoint, acquire
-from cbml.training.device import device_context, facts, set_up
-from cbml.training.features import compute_features
+from cbml.training.device import device_context, facts
+from cbml.training.features import images_for
 from cbml.training.history import Row
 from cbml.training.loop import Job, Trained, train
 from cbml.workspace import Workspace
@@ -118,27 +114,10 @@ def _prepare(
     sampler = config.build(labels, cell.recipe, cell.seed)
     torch.manual_seed(cell.seed)
     model, criterion = network.build(cell, num_classes=sampler.num_classes, root=workspace.root)
-    images_of = data.images if cell.recipe.train == "all" else features_of(cell, data, model, workspace.root)
+    images_of = images_for(cell.recipe, data, model, trunk=cell.trunk, label=f"{cell.dataset}, {cell.backbone}")
     images = images_of(replace(train_list, labels=labels)), images_of(scored)
     teacher = cell.loss_config.teacher
     return Job(cell.recipe, cell.seed, model, criterion, sampler, *images, scoring, select_by, teacher)
-
-
-def features_of(cell: Cell, data: Data, model: EmbeddingModel, root: Path) -> Callable[[ImageList], Images]:
-    """What gives the features of a list's images, of a cell whose trunk is not trained; computed where they are not."""
-    recipe = cell.recipe
-    with device_context(recipe) as fabric:
-        features = compute_features(
-            set_up(model, fabric, recipe).eval(),
-            data.every,
-            recipe,
-            training=len(data.train.paths),
-            cache=data.cache,
-            identity=[data.fingerprint, weights_content(cell.backbone_config, root), cell.trunk],
-            device=fabric.device,
-            label=f"{cell.dataset}, {cell.backbone}",
-        )
-    return lambda listed: cast(Images, features.subset(data.rows(listed), torch.from_numpy(listed.labels)))
 
 
 def _write_run(
@@ -171,12 +150,3 @@ def _write_run(
 def _of_selection(rows: list[Row]) -> list[Row]:
     """The rows with names of their own."""
     return [{name if name == "iteration" else f"selection_{name}": row[name] for name in row} for row in rows]
-
-
-def weights_sha256(state: dict[str, Tensor]) -> str:
-    """A hash of a state dict's names and values."""
-    digest = hashlib.sha256()
-    for name, value in state.items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

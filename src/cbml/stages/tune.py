@@ -10,13 +10,13 @@ import torch
 from cbml import network, provenance
 from cbml.errors import UserError
 from cbml.files import write_text
-from cbml.models.embedding_model import OnFeatures
 from cbml.progress import message
 from cbml.report.tables.tuning import trials_chart
 from cbml.spec.cell import Cell
 from cbml.stages.inputs import open_data
-from cbml.stages.train import features_of
+from cbml.tracking.run import log_study
 from cbml.training.device import device_context
+from cbml.training.features import images_for, learned
 from cbml.tuning.preset import near_an_end, trials_table, write_preset
 from cbml.tuning.study import Budget, Problem, run_study
 from cbml.workspace import Workspace
@@ -48,6 +48,7 @@ def tune(workspace: Workspace, dataset: str, budget: Budget, storage: str | None
         with device_context(cell.recipe) as fabric:
             study = run_study(problem, budget, storage, fabric)
         tables.append(trials_table(problem, study))
+        log_study(workspace, cell, study.study_name, budget.told, tables[-1])
         best[cell.loss] = study.best_params
         if ends := near_an_end(problem, study.best_params):
             notes.append(f"{cell.loss}: at an end of its range: {', '.join(ends)}")
@@ -59,11 +60,9 @@ def _problem(workspace: Workspace, cell: Cell, search: dict[str, Any], loss: dic
     data = open_data(workspace, cell)
     torch.manual_seed(cell.seed)
     model, _ = network.build(cell, num_classes=len(data.train.class_names), root=workspace.root)
-    images_of = data.images if cell.recipe.train == "all" else features_of(cell, data, model, workspace.root)
-    if cell.recipe.train == "head":
-        model = OnFeatures(model)  # each trial begins with a copy, which needs no trunk
+    images_of = images_for(cell.recipe, data, model, trunk=cell.trunk, label=f"{cell.dataset}, {cell.backbone}")
     of = {"images": images_of(data.train), "labels": data.train.labels, "fingerprint": data.fingerprint}
-    return Problem.of(cell, search, loss, model=model, **of)
+    return Problem.of(cell, search, loss, model=learned(model, cell.recipe), **of)
 
 
 def _write(
@@ -75,10 +74,10 @@ def _write(
     budget: Budget,
 ) -> Path:
     first, today = cells[0], datetime.now(UTC).date().isoformat()
-    told = f"{budget.trials} trials for each loss, {budget.folds} folds of the training classes, {budget.metric}"
-    heading = [f"Tuned: {told}; {today}, {provenance.revision()}.", *notes]
+    told = budget.told
+    heading = [f"Each loss is tuned by {told}; {today}, {provenance.revision()}.", *notes]
     preset = workspace.conf / "paper" / f"tuned_{first.dataset}_{first.recipe_name}_{first.backbone}.yaml"
-    write_text(preset, write_preset(cells, best, "\n".join(heading)))
+    write_text(preset, write_preset(cells, best, told, "\n".join(heading)))
     folder = workspace.report(first.dataset) / "tuning"
     write_text(folder / "trials.csv", trials.to_csv(index=False))
     for cell in cells:

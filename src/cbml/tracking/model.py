@@ -1,7 +1,9 @@
 """The trained cell as a logged model of MLflow: how it is made, and where it is."""
 
+import filecmp
 import io
 import re
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +15,7 @@ import yaml
 from PIL import Image
 
 from cbml.errors import UserError
-from cbml.files import share
+from cbml.files import atomic_write, share
 from cbml.progress import message
 from cbml.spec.params import load_cell
 from cbml.tracking.store import Store, installed, local, mlflow, public
@@ -30,13 +32,19 @@ WEIGHTS = "final_weights_sha256"  # the tag that tells one model of a run from a
 def log_model(store: Store, run_id: str, folder: Path, weights: str | None, register_as: str | None) -> None:
     """Log what training a cell left in `folder` as a model that turns pictures into embeddings.
 
-    A model of the same `weights` (a hash) that the run has already is left.
+    A model of the same `weights` (a hash) that the run has already is left; its file of them is replaced if it holds
+    something else.
     """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     if weights and (known := _logged(store, run_id, weights)):
-        uri = f"models:/{known}"
+        uri = f"models:/{known.model_id}"
+        if (file := _weights_file(known)) and not _same(file, folder / "final.pt"):
+            message(f"{file}: damaged, replaced")
+            with atomic_write(file) as temporary:
+                shutil.copyfile(folder / "final.pt", temporary)
+            share(folder / "final.pt", file)
         versions = store.client.search_model_versions(f"name = '{register_as}'") if register_as else []
         if register_as and uri not in {each.source for each in versions}:
             mlflow.register_model(uri, register_as)
@@ -88,11 +96,25 @@ def source_name() -> dict[str, str]:
     return {"mlflow.source.name": Path(sys.argv[0]).name}
 
 
-def _logged(store: Store, run_id: str, weights: str) -> str | None:
-    """The id of the whole model of these weights that the run has."""
+def _weights_file(model: "mlflow.entities.LoggedModel") -> Path | None:
+    """The file of a model's weights, if it lies in a folder of this machine."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    if not local(model.artifact_location):
+        return None
+    return Path(local_file_uri_to_path(model.artifact_location)) / "artifacts/final.pt"
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_file() and (one.samefile(other) or filecmp.cmp(one, other, shallow=False))
+
+
+def _logged(store: Store, run_id: str, weights: str) -> "mlflow.entities.LoggedModel | None":
+    """The whole model of these weights that the run has, if its files were not taken away."""
     outputs = store.client.get_run(run_id).outputs
     models = [store.client.get_logged_model(each.model_id) for each in (outputs.model_outputs if outputs else [])]
-    return next((each.model_id for each in models if _whole(each) and each.tags.get(WEIGHTS) == weights), None)
+    alike = [each for each in models if _whole(each) and each.tags.get(WEIGHTS) == weights]
+    return next((each for each in alike if not (file := _weights_file(each)) or file.parent.is_dir()), None)
 
 
 def known_models(workspace: Workspace) -> list[str]:

@@ -48,6 +48,8 @@ ABOUT_TABLES = (
 )
 LONGEST = 200  # characters of what a run's name has beside the cell's
 SOURCES = ("weights", "published")  # of a backbone: where it is from
+TUNING = "tuning"  # and of all studies
+SAME_CELL = ("cell_key", WEIGHTS)
 PATIENCE = 60.0  # seconds between attempts at a store that is away, and
 SHARE = 20  # times as long as an attempt takes, which may be half a minute
 ID = re.compile(r"[0-9A-Za-z][\w-]{0,255}", re.ASCII)  # what MLflow takes for a run's id
@@ -238,6 +240,7 @@ def open_run(
     config: dict[str, Any],
     params: dict[str, Any],
     tags: dict[str, str],
+    identity: tuple[str, ...] = SAME_CELL,
     fingerprint: str | None = None,
     run_id: str | None = None,
     remember: Path | None = None,
@@ -247,7 +250,7 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a run, or continue that of `run_id` if the store has it; it ends with the block, failed if that raised.
 
-    If the store has no such run, one with the same tags `cell_key` and `final_weights_sha256` is continued.
+    If the store has no such run, one whose tags of these names are the same, its `identity`, is continued.
 
     Args:
         config, params: of a new run, logged as the artifact `params.yaml` and as parameters.
@@ -255,7 +258,8 @@ def open_run(
         fingerprint: of the dataset that the run uses, which is the experiment's.
         remember: a file for the id of a new run; what it holds is the `run_id`, if none is given.
         later: what to say if the store has not taken all.
-        at_once: it counts as failed until it is complete: nobody continues it if this process is killed.
+        at_once: it is not running meanwhile, as nobody may continue it if this process is killed: a new run counts as
+            failed until it is complete, another one as what it was.
         about: the description of the experiment, if it has none.
     """
     if not installed():
@@ -266,7 +270,7 @@ def open_run(
         run_id = run_id or remember.read_text(encoding="utf-8", errors="replace").strip()
     # From a file, which may be damaged.
     run = Run(store, run_id if isinstance(run_id, str) and ID.fullmatch(run_id) else None)
-    run.do(lambda: _start(run, store, experiment, about, name, tags, remember, at_once))
+    run.do(lambda: _start(run, store, experiment, about, name, tags, identity, remember, at_once))
     run.do(lambda: _describe(run, experiment, config, params, fingerprint))
     try:
         with _system_metrics(run):
@@ -288,6 +292,7 @@ def _start(
     about: str,
     name: str,
     tags: dict[str, str],
+    identity: tuple[str, ...],
     remember: Path | None,
     at_once: bool,
 ) -> None:
@@ -295,8 +300,9 @@ def _start(
     from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
     client, id = store.client, store.experiment(experiment, about)
-    if found := _same(client, id, run.id, tags):
-        client.update_run(found, status="RUNNING")
+    if found := _same(client, id, run.id, tags, identity):
+        if not at_once:
+            client.update_run(found, status="RUNNING")
         if "error" in client.get_run(found).data.tags:  # of an earlier attempt
             client.delete_tag(found, "error")
         run.id, run.continued = found, True
@@ -312,14 +318,16 @@ def _start(
     run.made = True
 
 
-def _same(client: "MlflowClient", experiment: str, run_id: str | None, tags: dict[str, str]) -> str | None:
-    """The id of the run to continue: `run_id`, or that of the same cell with the same weights."""
+def _same(
+    client: "MlflowClient", experiment: str, run_id: str | None, tags: dict[str, str], identity: tuple[str, ...]
+) -> str | None:
+    """The id of the run to continue: `run_id`, or one of the same identity."""
     of_cell = tags.get("cell_key")
     if run_id and active(client, run_id) and client.get_run(run_id).data.tags.get("cell_key") == of_cell:
         return run_id
-    if WEIGHTS not in tags:
+    if not tags.keys() >= set(identity):
         return None
-    alike = " and ".join(f"tags.{name} = '{tags[name]}'" for name in ("cell_key", WEIGHTS))
+    alike = " and ".join(f"tags.{name} = '{tags[name]}'" for name in identity)
     found = client.search_runs([experiment], alike, max_results=1, order_by=["attributes.start_time DESC"])
     return found[0].info.run_id if found else None
 
@@ -368,6 +376,7 @@ def open_cell(
     run_id: str | None = None,
     remember: Path | None = None,
     later: str = "the stage evaluate hands it over",
+    at_once: bool = False,
 ) -> AbstractContextManager[Run]:
     """`open_run` for a cell, under its dataset's experiment; `tags` go with its own."""
     own = {"cell_key": key, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
@@ -383,12 +392,15 @@ def open_cell(
         run_id=run_id,
         remember=remember,
         later=later,
+        at_once=at_once,
         about=ABOUT_CELLS.format(cell.dataset, cell.dataset),
     )
 
 
 def run_name(cell: Cell, conf: Path) -> str:
     """The cell's name, and what was set for it beyond the files of `conf`: `… margin=0.2, recipe.iterations=60`."""
+    if cell.loss_config.tuned:  # too many to be read
+        return f"{cell.name} tuned"
     parts = [
         f"{path if group == 'loss' else f'{group}.{path}'}={json.dumps(value)}".replace('"', "")
         for group, values in settings_of(cell, conf).items()
@@ -410,7 +422,8 @@ def open_trained(
     key, tags = record["key"], dict(tags or {})
     if re.fullmatch("[0-9a-f]+", weights := str(record.get(WEIGHTS))):
         tags[WEIGHTS] = weights
-    opened = open_cell(workspace, cell, key, record["fingerprint"], tags=tags, run_id=record["run_id"], later=later)
+    known = {"tags": tags, "run_id": record["run_id"], "later": later, "at_once": True}
+    opened = open_cell(workspace, cell, key, record["fingerprint"], **known)
     with locked(workspace.cache / "mlflow-cells" / key, f"{key}: another process logs it; waiting"), opened as run:
         yield run
 
@@ -437,6 +450,52 @@ def open_tables(workspace: Workspace, dataset: str, cells: list[Cell]) -> Abstra
         at_once=True,
         about=ABOUT_TABLES,
     )
+
+
+def log_study(workspace: Workspace, cell: Cell, study: str, budget: str, trials: pd.DataFrame) -> None:
+    """Log a study of a cell's constants: one run, and in it one for each trial. A study is logged once.
+
+    Args:
+        study: its name, which changes with all that makes trials comparable.
+        trials: `loss`, `trial`, `score` and `fold_…`, and the constants by name.
+    """
+    opened = open_run(
+        workspace,
+        TUNING,
+        f"{cell.dataset} {cell.backbone} {cell.loss}",
+        config=cell.to_dict(),
+        params=cell.flat(),
+        tags={"study": study, "trials": str(len(trials)), "budget": budget, "loss": cell.loss},
+        identity=("study", "trials"),
+        at_once=True,
+    )
+    with opened as run:
+        run.do(partial(_log_trials, run, trials))
+        run.log([{"iteration": 0, "score": trials.score.max()}])
+        run.log_text(trials.to_csv(index=False), "trials.csv")
+
+
+def _log_trials(run: Run, trials: pd.DataFrame) -> None:
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+    client, run_id = run.opened()
+    experiment = client.get_run(run_id).info.experiment_id
+    logged = client.search_runs([experiment], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}' and status = 'FINISHED'")
+    known = {each.data.tags["trial"] for each in logged}
+    for values in trials.to_dict("records"):
+        loss, number = values.pop("loss"), str(values.pop("trial"))
+        if number in known:
+            continue
+        tags = {MLFLOW_PARENT_RUN_ID: run_id, "trial": number, "loss": loss}
+        trial = client.create_run(experiment, run_name=f"{loss} trial {number}", tags=tags).info.run_id
+        now = int(time.time() * 1000)
+        scores = {name: value for name, value in values.items() if name == "score" or name.startswith("fold_")}
+        client.log_batch(
+            trial,
+            metrics=[mlflow.entities.Metric(name, float(value), now, 0) for name, value in scores.items()],
+            params=[mlflow.entities.Param(name, str(values[name])) for name in values.keys() - scores.keys()],
+        )
+        client.set_terminated(trial)
 
 
 def summary(metrics: dict[str, dict[str, float]]) -> dict[str, float]:

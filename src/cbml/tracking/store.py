@@ -89,6 +89,8 @@ class Store:
         """
         with self._alone():
             if file := sqlite_file(self.uri):
+                if file.is_dir():
+                    raise UserError(f"{file}: a folder, expected a database; {_move_away(file)}")
                 # Made beside and renamed: half a database would stop every later run.
                 if not (file.is_file() and file.stat().st_size):
                     with atomic_write(file) as temporary:
@@ -135,7 +137,7 @@ class Store:
         """The URI, for a command that is shown; a password is not."""
         return shlex.quote(self.uri) if public(self.uri) == self.uri else '"$MLFLOW_TRACKING_URI"'
 
-    def _alone(self) -> AbstractContextManager[None]:
+    def _alone(self) -> AbstractContextManager[bool]:
         """Hold what two processes might make at once: the database, an experiment."""
         return locked(self.workspace.cache / "mlflow", "MLflow: waiting for another process")
 

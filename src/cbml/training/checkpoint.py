@@ -17,6 +17,7 @@ from cbml.files import Damaged, damaged, locked, read_json, read_tensors, set_as
 from cbml.progress import message
 
 SHARE = 0.05  # of the time, at most, goes into checkpoints
+BUSY = "another process trains or evaluates it, waiting"
 RESUME = "CBML_RESUME"  # environment variable: `always` continues what other code began, `never` starts again
 
 
@@ -30,6 +31,7 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self._not_before = 0.0
+        self._kept: set[str] = set()  # names of weights that are there, unless somebody took them away
 
     def part(self, name: str) -> "Checkpoint":
         """That of a part of the run, which goes with this one."""
@@ -43,10 +45,11 @@ class Checkpoint:
             UserError: it cannot be read now.
         """
         file = self.folder / "state.pt"
-        if not file.is_file():
+        if not file.exists():
             return None
         state = read_tensors(file, "train")
-        for name in state.pop("weights", ()):
+        self._kept.update(state.pop("weights", ()))
+        for name in sorted(self._kept):
             if not self.weights(name).exists():
                 raise damaged(self.weights(name), "missing", "train")
             read_tensors(self.weights(name), "train")
@@ -57,8 +60,8 @@ class Checkpoint:
         began = time.monotonic()
         if not now and began < self._not_before:
             return
-        kept = [name for name in weights if self.weights(name).is_file()]
-        write_tensors(self.folder / "state.pt", state | {"weights": kept})
+        self._kept.intersection_update(weights)
+        write_tensors(self.folder / "state.pt", state | {"weights": sorted(self._kept)})
         for file in self.folder.glob("*.pt"):
             if file.stem not in ("state", *weights):
                 file.unlink()
@@ -67,6 +70,7 @@ class Checkpoint:
     def keep(self, name: str, weights: dict[str, Tensor]) -> None:
         """Keep a state dict in the file `weights(name)`."""
         write_tensors(self.weights(name), weights)
+        self._kept.add(name)
 
     def weights(self, name: str) -> Path:
         """The file of `keep`."""
@@ -86,7 +90,7 @@ def acquire(folder: Path, label: str, made_with: dict[str, str]) -> Iterator[Che
         label: what messages call the run.
         made_with: code and packages by name.
     """
-    with locked(folder, f"{label}: another process trains it, waiting"):
+    with locked(folder, f"{label}: {BUSY}"):
         own = folder / hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:10]
         resume = os.environ.get(RESUME)
         if resume == "never":
@@ -132,7 +136,12 @@ def _differences(file: Path, ours: dict[str, str]) -> str:
     )
 
 
-def remove(folder: Path) -> None:
-    """Delete all checkpoints of a run, whose result is safe; wait for a process that holds them."""
-    with locked(folder, f"{folder.name}: another process trains it, waiting"):
+@contextmanager
+def removing(folder: Path) -> Iterator[bool]:
+    """Hold all checkpoints of a run for the block, after which its result is safe, and they are deleted.
+
+    Yields whether another process had them first.
+    """
+    with locked(folder, f"{folder.name}: {BUSY}") as waited:
+        yield waited
         shutil.rmtree(folder, ignore_errors=True)

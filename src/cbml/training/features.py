@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +13,17 @@ from torch import Tensor
 
 from cbml.data.crops import center_boxes, color_jitter, random_boxes
 from cbml.data.images import Images
+from cbml.data.lists import ImageList
 from cbml.data.loading import load_batches
+from cbml.data.open import Data
 from cbml.errors import UserError
 from cbml.evaluation.embedding import batch_size
 from cbml.files import locked, write_text
-from cbml.models.embedding_model import EmbeddingModel
+from cbml.models.embedding_model import EmbeddingModel, OnFeatures
+from cbml.models.weights import weights_sha256
 from cbml.progress import progress
 from cbml.spec.recipe import Recipe
+from cbml.training.device import device_context, set_up
 
 CHUNK = 240  # images between two notes of how far it is
 # What of a recipe determines the features: of a centre crop, and of a view.
@@ -70,7 +74,7 @@ class Features:
 
     def to(self, device: torch.device) -> "Features":
         """The same on `device`."""
-        views = self.views if int(self.rows.max()) < len(self.views[0]) else ()
+        views = self.views if self.views and int(self.rows.max()) < len(self.views[0]) else ()
         centre, *placed = (table[self.rows].to(device) for table in (self.centre, *views))
         return Features(centre, tuple(placed), torch.arange(len(self)), self.labels)
 
@@ -80,11 +84,43 @@ class Features:
             table[:, :1].sum()
 
 
+def learned(network: EmbeddingModel, recipe: Recipe) -> EmbeddingModel:
+    """What is trained of a network: all of it, or its head, on the features of a frozen trunk."""
+    return OnFeatures(network) if recipe.train == "head" else network
+
+
+def images_for(
+    recipe: Recipe, data: Data, network: EmbeddingModel, *, trunk: Any, label: str, views: int | None = None
+) -> Callable[[ImageList], Images]:
+    """What gives a list's images for what is `learned`: as they are, or features; computed where they are not there.
+
+    Args:
+        trunk: what determines the network's trunk beside its weights.
+        views: None for as many as the recipe says; 0 where only centre crops are wanted.
+    """
+    if recipe.train == "all":
+        return data.images
+    with device_context(recipe) as fabric:
+        features = compute_features(
+            set_up(network, fabric, recipe).eval(),
+            data.every,
+            recipe,
+            views=recipe.views if views is None else views,
+            training=len(data.train.paths),
+            cache=data.cache,
+            identity=[data.fingerprint, trunk, weights_sha256(network.trunk.state_dict())],
+            device=fabric.device,
+            label=label,
+        )
+    return lambda listed: cast(Images, features.subset(data.rows(listed), torch.from_numpy(listed.labels)))
+
+
 def compute_features(
     model: EmbeddingModel,
     images: Images,
     recipe: Recipe,
     *,
+    views: int,
     training: int,
     cache: Path,
     identity: Any,
@@ -98,6 +134,7 @@ def compute_features(
 
     Args:
         model: in eval mode, on `device`, in the recipe's precision.
+        views: of each training image.
         training: so many of the images, the first ones, have views.
         identity: what determines the features beside the recipe: the images in their order, and the trunk.
 
@@ -112,13 +149,13 @@ def compute_features(
         if not file.is_file():
             with locked(file, f"{label}: another process computes the same features, waiting"):
                 if not file.is_file():
-                    what = f"features, view {view} of {recipe.views}" if view else "features"
+                    what = f"features, view {view} of {views}" if view else "features"
                     chosen = images if not view else images.subset(torch.arange(training), images.labels[:training])
                     _compute(model, chosen, recipe, view, int(key[:15], 16), file, device, f"{label}: {what}")
         return torch.from_numpy(np.load(file, mmap_mode="c"))
 
-    centre, *views = (table(view) for view in range(recipe.views + 1))
-    return Features(centre, tuple(views), torch.arange(len(images)), images.labels)
+    centre, *others = (table(view) for view in range(views + 1))
+    return Features(centre, tuple(others), torch.arange(len(images)), images.labels)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from cbml.errors import UserError
 from cbml.evaluation.embedding import embed
 from cbml.evaluation.metrics import evaluate
 from cbml.losses.base import Batch, Loss, needs, total
-from cbml.models.embedding_model import EmbeddingModel, OnFeatures, Outputs
+from cbml.models.embedding_model import EmbeddingModel, Outputs
 from cbml.models.teacher import Teacher
 from cbml.progress import message, progress
 from cbml.samplers.base import BatchSampler, SampledBatch
@@ -31,6 +31,7 @@ from cbml.spec.recipe import Recipe
 from cbml.training.checkpoint import Checkpoint
 from cbml.training.clock import Clock
 from cbml.training.device import compile_trunk, make_optimizer, place, set_up
+from cbml.training.features import learned
 from cbml.training.history import History, Row
 
 SETTLE_EVERY = 10  # iterations between waits for the device
@@ -59,11 +60,6 @@ class Job:
     select_by: str = "recall_at_1"
     teacher_momentum: float | None = None
 
-    @property
-    def learned(self) -> EmbeddingModel:
-        """What is trained of the network: all of it, or its head, on the features of a frozen trunk."""
-        return OnFeatures(self.network) if self.recipe.train == "head" else self.network
-
 
 class Learner:
     """What a training step changes: network, loss, their optimizer, and a teacher, if the loss looks at one.
@@ -73,7 +69,7 @@ class Learner:
     """
 
     def __init__(self, job: Job, fabric: Fabric):
-        recipe, network, criterion = job.recipe, job.learned, job.criterion
+        recipe, network, criterion = job.recipe, learned(job.network, job.recipe), job.criterion
         self.network, self.criterion = set_up(network, fabric, recipe), criterion.to(fabric.device)
         self.recipe, self.fabric, self.wanted = recipe, fabric, needs(criterion)
         groups = parameter_groups(network, criterion, recipe)
@@ -292,10 +288,11 @@ def lr_scale(recipe: Recipe, iteration: int) -> float:
 
 def parameter_groups(network: EmbeddingModel, criterion: Loss, recipe: Recipe) -> list[dict[str, Any]]:
     """Groups for the optimizer, each with the rate that `lr_scale` multiplies, `initial_lr`."""
-    trunk = [p for name, p in network.named_parameters() if not name.startswith("head.")]
+    new = network.new_parameters
+    theirs = {id(parameter) for parameter in new}
     groups = [
-        {"params": trunk, "lr": recipe.lr},
-        {"params": list(network.head.parameters()), "lr": recipe.lr * recipe.head_lr_factor},
+        {"params": [p for p in network.parameters() if id(p) not in theirs], "lr": recipe.lr},
+        {"params": new, "lr": recipe.lr * recipe.head_lr_factor},
         *criterion.parameter_groups(recipe.lr),
     ]
     return [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]

@@ -36,12 +36,13 @@ def near_an_end(problem: Problem, values: dict[str, Any]) -> list[str]:
     return found
 
 
-def write_preset(cells: list[Cell], best: dict[str, dict[str, Any]], heading: str) -> str:
+def write_preset(cells: list[Cell], best: dict[str, dict[str, Any]], budget: str, heading: str) -> str:
     """A file for conf/paper: the cells' options, each loss with its tuned constants, and five seeds.
 
     Args:
         cells: one for each loss, of one backbone and one size.
         best: by loss, the constants of its best trial.
+        budget: what they were found by, which tables show.
         heading: comment lines, without `#`.
     """
     first = cells[0]
@@ -53,7 +54,7 @@ def write_preset(cells: list[Cell], best: dict[str, dict[str, Any]], heading: st
     ]
     losses: dict[str, Any] = {}
     for cell in cells:
-        tree: dict[str, Any] = {}
+        tree: dict[str, Any] = {"tuned": budget}
         for name, value in best[cell.loss].items():
             path = name.split(".")
             if name.startswith(SHARED):  # of the recipe, for this loss alone

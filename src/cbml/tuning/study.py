@@ -53,6 +53,11 @@ class Budget:
     metric: str = "map_at_r"
     seed: int = 0
 
+    @property
+    def told(self) -> str:
+        """In words, for a table's heading."""
+        return f"{self.trials} trials, {self.folds} folds of the training classes, {self.metric}"
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -50,6 +50,7 @@ def test_every_dataset_has_the_contract_of_the_base(dataset, method):
     assert inspect.signature(getattr(dataset, method)) == contract
 
 
+@pytest.mark.slow
 def test_mypy_sees_a_dataset_that_breaks_the_contract(tmp_path):
     pytest.importorskip("mypy", reason="mypy is not installed (pip install 'cbml[dev]')")
     text = Path(__file__).read_text().partition("def test_")[0]

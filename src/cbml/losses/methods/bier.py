@@ -11,6 +11,7 @@ from torch.nn.functional import normalize, softplus
 from cbml.errors import UserError
 from cbml.losses.base import Batch, Loss, Sizes, pair_masks, register
 from cbml.losses.methods.adversarial import ReverseGradient
+from cbml.models.heads import activations
 from cbml.schema import NonNegative, Positive
 
 
@@ -42,7 +43,7 @@ class BIER(Loss):
         hidden: of the regressors.
 
     Raises:
-        UserError: the embedding has one part; the network's head is not one linear layer.
+        UserError: the embedding has one part; the network's head is more than weights.
     """
 
     needs = ("features",)
@@ -79,13 +80,9 @@ class BIER(Loss):
     def compute(self, batch: Batch) -> dict[str, Tensor]:
         terms = {"boosting": self._boosting(batch.embeddings, batch.labels)}
         if self.decorrelation_weight:
-            if not isinstance(head := batch.get("head"), nn.Linear):
-                raise UserError("loss bier: the network's head is not one linear layer; allowed: head groups")
-            weights = list(head.weight.split(self.parts))
-            features = batch.get("features").detach()
-            activations = [features @ weight.to(features.dtype).T for weight in weights]
+            of_parts, weights = activations(batch.get("head"), batch.get("features").detach(), self.parts)
             decorrelation = self._adversarial if self.regressors else self._activation
-            terms["decorrelation"] = self.decorrelation_weight * decorrelation(activations, weights)
+            terms["decorrelation"] = self.decorrelation_weight * decorrelation(of_parts, weights)
         return terms
 
     def _boosting(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -109,10 +106,7 @@ class BIER(Loss):
         return loss / len(self.parts)
 
     def _activation(self, activations: list[Tensor], weights: list[Tensor]) -> Tensor:
-        squares = [activation.square().mean(1) for activation in activations]
-        products = [(squares[m] * squares[n]).mean() for m, n in self.pairs]
-        penalties = [_unlike_one(weight, dim=1) for weight in weights]
-        return torch.stack(products).sum() + self.penalty_weight * torch.stack(penalties).sum()
+        return products_of_squares(activations, 2) + self.penalty_weight * unlike_one(weights)
 
     def _adversarial(self, activations: list[Tensor], weights: list[Tensor]) -> Tensor:
         reversed_ = [ReverseGradient.apply(activation) for activation in activations]
@@ -121,11 +115,71 @@ class BIER(Loss):
             for (m, n), regressor in zip(self.pairs, self.regressors, strict=True)
         ]
         layers = [layer for layer in self.regressors.modules() if isinstance(layer, nn.Linear)]
-        penalties = [_unlike_one(weight, dim=0) for weight in [*weights, *(layer.weight for layer in layers)]]
-        penalties += [(layer.bias.square().sum() - 1).relu() for layer in layers]
-        return torch.stack(products).sum() + self.penalty_weight * torch.stack(penalties).sum()
+        biases = torch.stack([(layer.bias.square().sum() - 1).relu() for layer in layers]).sum()
+        penalty = unlike_one([*weights, *(layer.weight for layer in layers)], dim=0) + biases
+        return torch.stack(products).sum() + self.penalty_weight * penalty
 
 
-def _unlike_one(weight: Tensor, dim: int) -> Tensor:
-    """Mean over a matrix's vectors along `dim` of (|w|² − 1)²."""
-    return (weight.square().sum(dim) - 1).square().mean()
+@register("activation")
+class Activation(Loss):
+    """The term of `bier` that decorrelates activations, as a loss of its own, within each stream of learners.
+
+    Of a stream, with f_m the weights of part m times the pooled features, which get no gradient: the sum over all sets
+    of `order` parts of the mean over images of the product of their mean squares, mean_i f_m,i²; and the penalty of
+    `bier` on weight vectors that are not of unit length. It trains the head alone.
+
+    Args:
+        learners: of a stream, parts that follow each other.
+        order: 2 for pairs of parts, as in BIER; 1 for each alone.
+        penalty_weight: of the penalty.
+
+    Raises:
+        UserError: the parts are no streams of as many learners, or `order` is above their number; the network's head is
+            more than weights.
+    """
+
+    needs = ("features",)
+    idle_on = ()
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        learners: Annotated[int, Field(ge=1)] = 3,
+        order: Literal[1, 2] = 2,
+        penalty_weight: NonNegative = 100.0,
+    ):
+        super().__init__()
+        self.parts, self.learners, self.order = streams_of("activation", sizes, max(learners, order)), learners, order
+        self.penalty_weight = penalty_weight
+
+    def compute(self, batch: Batch) -> dict[str, Tensor]:
+        of_parts, weights = activations(batch.get("head"), batch.get("features").detach(), self.parts)
+        streams = range(0, len(of_parts), self.learners)
+        products = [products_of_squares(of_parts[first : first + self.learners], self.order) for first in streams]
+        return {"product": torch.stack(products).sum(), "penalty": self.penalty_weight * unlike_one(weights)}
+
+
+def products_of_squares(activations: list[Tensor], order: int) -> Tensor:
+    """Over all sets of `order` parts, the sum of the means over images of the products of mean squares."""
+    squares = [activation.square().mean(1) for activation in activations]
+    return torch.stack([torch.stack(some).prod(0).mean() for some in combinations(squares, order)]).sum()
+
+
+def unlike_one(weights: list[Tensor], dim: int = 1) -> Tensor:
+    """The sum over matrices of the mean over their vectors along `dim` of (|w|² − 1)²."""
+    return torch.stack([(weight.square().sum(dim) - 1).square().mean() for weight in weights]).sum()
+
+
+def streams_of(name: str, sizes: Sizes, learners: int) -> list[int]:
+    """The sizes of the parts, which are streams of as many learners, all of one size.
+
+    Raises:
+        UserError: they are not.
+    """
+    parts = sizes.of_parts()
+    if len(parts) % learners or len(set(parts)) > 1:
+        raise UserError(
+            f"loss {name}: parts {parts} are no streams of {learners} equal learners; the head must give them, as "
+            "slices does"
+        )
+    return parts

@@ -8,7 +8,7 @@ import pandas as pd
 
 from cbml.files import read_json
 from cbml.report.cell.failures import confusions, failures, surest
-from cbml.report.common.evaluated import classes_of
+from cbml.report.common.evaluated import classes_of, metrics_of
 from cbml.report.common.html import figure, render
 from cbml.report.common.numbers import NO_NMI, NO_NMI_IN_GALLERY, metrics, number
 from cbml.report.common.pictures import Neighbours, Pictures
@@ -54,8 +54,8 @@ def cell_page(
     Raises:
         UserError: a file of the evaluation is missing or damaged, or an image.
     """
-    scores = read_json(evaluation / "metrics.json", "evaluate", ("final", "untrained"))
-    record = read_json(evaluation / "run.json", "train", ("run_id",))
+    scores = metrics_of(evaluation)
+    record = read_json(evaluation / "run.json", "evaluate", ("run_id",))
     protocols = pd.DataFrame({"Protocol": scores.keys()})
     for name in metrics([*scores["final"], "nmi"]):
         label = LABELS.get(name) or f"R@{name.removeprefix('recall_at_')}"

@@ -12,6 +12,21 @@ from cbml.spec.cell import Cell
 LARGEST_K = 512
 
 
+def metrics_of(evaluation: Path) -> dict[str, dict[str, float]]:
+    """The metrics by protocol, `recall_at_1` in each.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    file = evaluation / "metrics.json"
+    metrics = read_json(file, "evaluate", ("final", "untrained"))
+    for protocol, scores in metrics.items():
+        numbers = isinstance(scores, dict) and all(isinstance(value, int | float) for value in scores.values())
+        if not numbers or "recall_at_1" not in scores:
+            raise damaged(file, f"no metrics of {protocol}", "evaluate")
+    return metrics
+
+
 def recalls_of(evaluation: Path, gallery: int) -> pd.DataFrame:
     """Recall@K (`recall`, in percent) by `k`: 1, 2, 4, … 512, below the number of images in the gallery.
 
@@ -32,9 +47,9 @@ def validations_of(evaluation: Path, cell: Cell) -> pd.DataFrame:
         UserError: the file is missing or damaged, or does not go to the last iteration.
     """
     file = evaluation / "validations.csv"
-    table = read_csv(file, "train", ("iteration", "recall_at_1"))
+    table = read_csv(file, "evaluate", ("iteration", "recall_at_1"))
     if (table.iteration.iloc[0], table.iteration.iloc[-1]) != (0, cell.recipe.iterations):
-        raise damaged(file, "not of all iterations", "train")
+        raise damaged(file, "not of all iterations", "evaluate")
     return table
 
 
@@ -61,7 +76,8 @@ def similarities_of(evaluation: Path) -> tuple[pd.DataFrame, dict[str, dict[str,
         UserError: a file is missing or damaged, or not of all similarities from -1 to 1.
     """
     file, of_moments = evaluation / "similarities.csv", evaluation / "similarities.json"
-    densities = read_csv(file, "evaluate", ("split", "pair", "similarity", "density"))
+    columns, text = ("split", "pair", "similarity", "density"), {"split": str, "pair": str}
+    densities = read_csv(file, "evaluate", columns, dtype=text)
     moments = read_json(of_moments, "evaluate", ("train", "test"))
     try:
         expected = {(split, pair) for split, kinds in moments.items() for pair in kinds if kinds[pair]["pairs"]}

@@ -3,17 +3,23 @@
 import pandas as pd
 
 from cbml.report.tables.rows import PROTOCOLS, Evaluated, notes, outdated, provenance, sections, shown
+from cbml.report.tables.tuning import settings, shown_worth
 
 
-def to_markdown(table: pd.DataFrame, dataset: str, test: dict[str, int], evaluated: list[Evaluated]) -> str:
+def to_markdown(
+    table: pd.DataFrame, dataset: str, test: dict[str, int], evaluated: list[Evaluated], gains: pd.DataFrame
+) -> str:
     """The tables of `summarise` for reading, one for each embedding size.
 
     Args:
         test: the number of `images` and `classes` of the test list.
+        gains: what `worth` returns.
     """
     parts = [f"# Recall@K on {dataset}, in percent", *outdated(evaluated), *notes(table, test)]
     for title, rows in sections(table):
         parts += [f"## {title}", pipe_table(shown(rows))]
+    for title, rows in settings(gains):
+        parts += [f"## {title}", pipe_table(shown_worth(rows))]
     parts.append("Mean ± standard deviation over seeds. Protocols:")
     parts.append("\n".join(f"- `{name}`: {text}" for name, text in PROTOCOLS.items() if name in set(table.protocol)))
     if commands := "\n".join(dict.fromkeys(table.command.dropna())):

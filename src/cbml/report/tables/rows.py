@@ -13,9 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cbml.files import read_json
 from cbml.provenance import changed, gone
-from cbml.report.common.evaluated import similarities_of, validations_of
+from cbml.report.common.evaluated import metrics_of, similarities_of, validations_of
 from cbml.report.common.numbers import NO_NMI, NO_NMI_IN_GALLERY, metrics, number, recalls
 from cbml.report.tables.commands import command
 from cbml.spec.cell import Cell, flatten
@@ -98,16 +97,21 @@ def published() -> pd.DataFrame:
 def with_variants(evaluated: list[Evaluated], conf: Path) -> list[Evaluated]:
     """The same cells with a `variant` where something that their names do not show differs between them.
 
-    It reads like `margin=0.2, recipe=cpu`. Between cells of the same names, that are no seeds of one another, it is any
-    parameter; between all cells, what was set of the recipe. A parameter that follows from the choice of another recipe
-    is left out, and one that every cell has as its options' files in the folder `conf` have it. What no parameter shows
-    is told by the last digits of the cells' keys.
+    It reads like `margin=0.2, recipe=cpu`; or `tuned`, where the constants are those of `pipeline.tune`. Between cells
+    of the same names, that are no seeds of one another, it is any parameter; between all cells, what was set of the
+    recipe. A parameter that follows from the choice of another recipe is left out, and one that every cell has as its
+    options' files in the folder `conf` have it. What no parameter shows is told by the last digits of the cells' keys.
     """
-    kinds = {_row_hash(one): one.cell for one in evaluated}
+    kinds = {_row_hash(one): one.cell for one in evaluated if not one.cell.loss_config.tuned}
     flats = {kind: {name: json.dumps(value) for name, value in cell.flat().items()} for kind, cell in kinds.items()}
     set_of_recipe = {name for cell in kinds.values() for name in _set_of_recipe(cell, conf)}
     named = [
-        replace(one, variant=_variant(_row_hash(one), {_row_hash(each) for each in alike}, flats, set_of_recipe))
+        replace(
+            one,
+            variant="tuned"
+            if one.cell.loss_config.tuned
+            else _variant(_row_hash(one), {_row_hash(each) for each in alike}, flats, set_of_recipe),
+        )
         for one, alike in _with_its_row(evaluated)
     ]
     return [
@@ -153,7 +157,7 @@ def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
     """One row per cell and protocol: `ROW`, `BUDGET`, `protocol`, `seed`, metrics, and the `command` of its row."""
     rows = []
     for one in evaluated:
-        scores = read_json(one.folder / "metrics.json", "evaluate", ("final", "untrained"))
+        scores = metrics_of(one.folder)
         seeds = sorted(each.cell.seed for each in evaluated if each.row == one.row)
         for protocol in [name for name in PROTOCOLS if name in scores]:
             values = {name: scores[protocol][name] for name in metrics(scores[protocol])}
@@ -164,6 +168,8 @@ def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
                     "batch_size": one.cell.recipe.batch_size,
                     "unsupervised": one.unsupervised,
                     "started": one.started,
+                    "recipe": one.cell.recipe_name,
+                    "tuned": one.cell.loss_config.tuned or "",
                     "protocol": protocol,
                     "seed": one.cell.seed,
                     **values,
@@ -172,6 +178,13 @@ def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def interval(values: pd.Series) -> tuple[float, float, float]:
+    """Mean of one value per seed, and the ends of its 95 % interval by Student's t."""
+    mean, n = values.mean(), len(values)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std() / np.sqrt(n)
+    return mean, mean - reach, mean + reach
 
 
 def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
@@ -195,11 +208,9 @@ def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
         best = recalls.mean().idxmax()
         for method in recalls.columns.drop(best):
             differences = (recalls[method] - recalls[best]).dropna()
-            if (n := len(differences)) < MIN_SEEDS:
+            if len(differences) < MIN_SEEDS:
                 continue
-            mean = differences.mean()
-            reach = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std() / np.sqrt(n)
-            low, high = mean - reach, mean + reach
+            mean, low, high = interval(differences)
             rows.append([*key[: len(by)], *method, mean, low, high, bool(low <= 0 <= high)])
     columns = [*by, "method", "variant", "versus_best", "versus_best_low", "versus_best_high", "within_noise"]
     return pd.DataFrame(rows, columns=columns)
@@ -277,7 +288,7 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
         if f"paper_{name}" in rows and rows[f"paper_{name}"].notna().any():
             text[f"{label} paper"] = column(partial(_against_paper, name=name))
         if name == "recall_at_1" and rows.versus_best.notna().any():
-            text["R@1 against the best [95 %]"] = column(_against_best)
+            text["R@1 against the best [95 %]"] = column(partial(against, name="versus_best"))
     text["MAP@R"] = column(lambda row: _figure(row, "map_at_r"))
     text["R@1 untrained"] = column(lambda row: number(row.untrained_recall_at_1, ""))
     return text
@@ -295,11 +306,12 @@ def _against_paper(row: Any, name: str) -> str:
     return f"{paper:.1f} ({size}{getattr(row, f'difference_{name}'):+.1f})"
 
 
-def _against_best(row: Any) -> str:
-    if pd.isna(row.versus_best):
+def against(row: Any, name: str) -> str:
+    """A difference with its interval, which may hold zero."""
+    mean, low, high = (getattr(row, f"{name}{end}") for end in ("", "_low", "_high"))
+    if pd.isna(low):
         return ""
-    noise = ", within noise" if row.within_noise else ""
-    return f"{row.versus_best:+.1f} [{row.versus_best_low:+.1f}, {row.versus_best_high:+.1f}]{noise}"
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{', within noise' if low <= 0 <= high else ''}"
 
 
 def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
