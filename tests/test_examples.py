@@ -23,7 +23,7 @@ def test_the_notebook_runs_and_cbml_learns(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code()],
         cwd=tmp_path,
-        env=environment() | {"ITERATIONS": "40"},
+        env=environment() | {"ITERATIONS": "100"},
         capture_output=True,
         text=True,
     )
