@@ -27,7 +27,8 @@ lint: .venv/installed
 	ruff format --check
 	mypy
 
-ui: .venv/installed
+# In an environment of one's own, which is active, no other is made
+ui: $(if $(wildcard .venv/installed)$(if $(VIRTUAL_ENV)$(CONDA_PREFIX),,none),.venv/installed)
 	PYTHONPATH=src python -m pipeline.ui --port $(PORT)
 
 .venv/installed: requirements.lock pyproject.toml

@@ -123,15 +123,14 @@ def folder_of(workspace):
     return workspace.images(GlyphsConfig(**TINY_GLYPHS))
 
 
-def write_cell_page(one, workspace):
+def write_cell_page(one, workspace, run_address=None):
     """The page of a finished cell, all its charts with the same ids."""
     with chart(2, 2) as (figure, axis):
         axis.plot([0, 1], [0, 1], marker="o")
         charts = dict.fromkeys([name for name in CHARTS if name != "pseudo_labels"], to_svg(figure))
     report, index = workspace.report("glyphs") / "index.html", workspace.index
     found = neighbours(range(0, 40, 2))
-    page = cell_page(
-        one.cell, one.folder, charts, pictures(workspace), found, folder=one.page, report=report, index=index
-    )
+    places = {"folder": one.page, "report": report, "index": index, "run_address": run_address}
+    page = cell_page(one.cell, one.folder, charts, pictures(workspace), found, **places)
     (one.page / "index.html").write_text(page)
     return one.page / "index.html"

@@ -35,7 +35,7 @@ def test_every_import_is_declared(folder):
         | requirements("ray").keys()
     )
     distributions = packages_distributions()
-    ours = {"cbml", "pipeline", "umap"}  # and the one that `dev` does not install
+    ours = {"cbml", "pipeline", "umap", "gradio"}  # and those that `dev` does not install
     for file in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -111,3 +111,17 @@ def test_a_wheel_has_all_of_the_package(tmp_path):
     files = {str(file.relative_to(ROOT / "src")) for file in (ROOT / "src/cbml").rglob("*") if file.is_file()}
     assert {file for file in files if "__pycache__" not in file} <= packed
     assert "cbml/py.typed" in packed
+
+
+@pytest.mark.parametrize(
+    ("active", "installed", "makes"), [("/mine", False, False), ("", False, True), ("", True, False)]
+)
+def test_the_ui_uses_the_environment_that_is_active(tmp_path, active, installed, makes):
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    if installed:
+        (tmp_path / ".venv").mkdir()
+        (tmp_path / ".venv" / "installed").touch()
+    variables = ["VIRTUAL_ENV=" + active, "CONDA_PREFIX="]
+    done = subprocess.run(["make", "-n", "ui", *variables], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert ("-m venv .venv" in done.stdout) == makes and "python -m pipeline.ui" in done.stdout

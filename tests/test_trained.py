@@ -1,6 +1,7 @@
 """A trained cell used elsewhere: the same embeddings from its run, from an exported folder, and from ONNX."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,15 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import HIDE, environment
+from finished_cells import cells, finish
+from helpers import HIDE, environment, tiny_params
+from huggingface_hub import ModelCard
 
 from cbml import network, progress, trained
 from cbml.data.lists import read_list
 from cbml.data.packing import pack_images
 from cbml.errors import UserError
-from cbml.evaluation.embedding import embed
+from cbml.evaluation.embedding import embed as embed_list
 from cbml.files import write_tensors
-from cbml.stages.embed import embed_images, load_model, nearest
+from cbml.report.tables import rows as tables
+from cbml.stages.embed import Embedded, as_text, embed, embed_images, load_model
+from cbml.stages.export import model_card, scores_of
+from cbml.trained import portable
+from cbml.workspace import Workspace
 
 
 @pytest.fixture
@@ -44,7 +51,7 @@ def expected(folder, workspace):
     size = {"resize": 24, "interpolation": "bilinear"}
     packed = pack_images(images, Path("data/glyphs"), workspace.cache, fingerprint="-", **size)
     where = {"crop": 20, "interpolation": "bilinear", "device": torch.device("cpu")}
-    return embed(trained.load(folder).network, packed, **where).numpy()
+    return embed_list(trained.load(folder).network, packed, **where).numpy()
 
 
 def test_the_embeddings_are_those_of_evaluate(folder, pictures, expected):
@@ -102,7 +109,7 @@ def test_neighbours_are_shown_whatever_their_names_are(folder, pictures, tmp_pat
     (tmp_path / "mine").mkdir()
     for name in (b"\xff.png", "grün ±.png".encode()):
         shutil.copy(pictures[0], os.path.join(os.fsencode(tmp_path / "mine"), name))
-    command = [sys.executable, "-m", "pipeline.embed", str(folder), "mine", "--neighbours", "1"]
+    command = [sys.executable, "-m", "pipeline.embed", str(folder), "mine", "--neighbours", "1", "--overwrite"]
     for encoding, shown in ((None, rb"mine/\udcff.png"), ("ascii", rb"mine/gr\xfcn \xb1.png")):
         env = environment() | ({"PYTHONIOENCODING": encoding} if encoding else {"PYTHONUTF8": "1"})
         done = subprocess.run(command, env=env, capture_output=True)
@@ -113,12 +120,12 @@ def test_a_login_node_of_a_cluster_gives_no_hints(folder, workspace, pictures, t
     """Lightning's, about a `srun` that it finds."""
     (tmp_path / "srun").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    embed_images(load_model(str(folder), workspace), pictures[:1], Path("e.npz"))
+    embed_images(load_model(str(folder), workspace), pictures[:1])
     assert not [each for each in recwarn if "srun" in str(each.message)]
 
 
 def test_neighbours_are_the_most_similar_others(folder, pictures, expected):
-    lines = nearest(pictures, expected, 3).splitlines()
+    lines = as_text(pictures, Embedded(pictures, expected).nearest(3))
     similarities = expected[0] @ expected[1:].T
     order = np.argsort(-similarities)[:3]
     assert lines[:5] == [
@@ -126,7 +133,69 @@ def test_neighbours_are_the_most_similar_others(folder, pictures, expected):
         *(f"    {similarities[index]:.3f} {pictures[index + 1]}" for index in order),
         str(pictures[1]),
     ]
-    assert nearest(pictures[:1], expected[:1], 3) == str(pictures[0])
+    assert as_text(pictures[:1], Embedded(pictures[:1], expected[:1]).nearest(3)) == [str(pictures[0])]
+
+
+def test_a_new_image_has_neighbours_in_a_gallery_and_a_page_of_them(folder, workspace, pictures, expected):
+    new = Path("new.png")
+    shutil.copy(pictures[0], new)
+    options = {"out": Path("e.npz"), "page": Path("found.html"), "gallery": pictures[1:], "neighbours": 2}
+    first, second, *found, last = embed(str(folder), [new], workspace, **options).splitlines()
+    similarities = expected[0] @ expected[1:].T
+    order = np.argsort(-similarities)[:2]
+    assert (first, second) == ("e.npz: 1 embeddings of 16", "new.png")
+    assert found == [f"    {similarities[index]:.3f} {pictures[index + 1]}" for index in order]
+    page = Path("found.html").read_text()
+    assert last == f"The page: {Path('found.html').resolve().as_uri()}"
+    titles = re.findall(r'title="([^"]+)"', page)
+    assert titles == ["new.png", *(f"{pictures[i + 1].name}, {similarities[i]:.3f}" for i in order)]
+    assert page.count("data:image/jpeg;base64,") == 1 and "<h1>Nearest images by resnet18-cbml_log-16-0</h1>" in page
+
+
+def test_an_image_of_the_gallery_is_not_found_for_itself(folder, pictures, expected, tmp_path):
+    gallery = Embedded(pictures, expected)
+    here = Embedded([tmp_path / pictures[3]], expected[3:4])  # by another path
+    (found,) = here.nearest(len(pictures), gallery)
+    assert len(found) == len(pictures) - 1 and pictures[3] not in dict(found)
+
+
+def test_files_are_replaced_on_request_alone(folder, workspace, pictures):
+    options = {"out": Path("e.npz"), "page": Path("page.html"), "neighbours": 1}
+    embed(str(folder), pictures[:2], workspace, **options)
+    before = Path("e.npz").read_bytes()
+    with pytest.raises(UserError, match=r"^e\.npz, page\.html: exists; name another .* --overwrite"):
+        embed(str(folder), pictures[:3], workspace, **options)
+    assert Path("e.npz").read_bytes() == before
+    embed(str(folder), pictures[:3], workspace, **options, overwrite=True)
+    assert len(np.load("e.npz")["paths"]) == 3
+
+
+def test_one_image_without_a_gallery_has_no_neighbours_and_says_so(folder, workspace, pictures):
+    with pytest.raises(UserError, match="one image has no neighbours; name where to search for them: --gallery PATH"):
+        embed(str(folder), pictures[:1], workspace, out=Path("e.npz"), neighbours=5)
+    assert not Path("e.npz").exists()
+
+
+def test_a_card_has_figures_with_their_protocol_and_no_path_of_this_machine(tmp_path):
+    weights, images = tmp_path / "w" / "mine.pth", tmp_path / "my images"
+    backbone = {"resnet18": tiny_params()["backbone"]["resnet18"] | {"weights": str(weights)}}
+    dataset = {"glyphs": {"type": "folder", "path": str(images)}}
+    (cell,) = cells(backbone=backbone, dataset=dataset)
+    workspace = Workspace(tmp_path, tmp_path)
+    finish(workspace, cell, 50.0)
+    run = workspace.run(cell)
+    run.mkdir(parents=True)
+    shutil.copy(workspace.evaluation(cell) / "run.json", run)
+    scores = scores_of(str(run), cell, workspace)
+    card = model_card(cell, scores, 16)
+    assert "| final " in card and " 50.0 " in card and tables.PROTOCOLS["final"] in card
+    assert "`mine.pth`" in card and "path: my images" in card and str(tmp_path) not in card
+    head = ModelCard(card).data
+    assert head.library_name == "cbml" and head.eval_results[0].metric_type == "recall_at_1"
+    assert head.eval_results[0].metric_value == 50.0
+    assert str(tmp_path) not in portable(cell).to_yaml() and portable(portable(cell)) == portable(cell)
+    (workspace.evaluation(cell) / "run.json").unlink()
+    assert scores_of(str(run), cell, workspace) == {} and "Not known" in model_card(cell, {}, 16)
 
 
 def test_an_exported_cell_gives_the_same_and_so_does_onnx(folder, pictures, expected):
@@ -137,7 +206,8 @@ def test_an_exported_cell_gives_the_same_and_so_does_onnx(folder, pictures, expe
     command = [sys.executable, "-m", "pipeline.export", str(folder), "exported"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.stdout == "exported\n" and done.stderr.count("\n") == 1, done.stderr
-    assert sorted(file.name for file in Path("exported").iterdir()) == ["cell.yaml", "model.onnx", "model.safetensors"]
+    names = ["README.md", "cell.yaml", "model.onnx", "model.safetensors"]
+    assert sorted(file.name for file in Path("exported").iterdir()) == names
     assert (
         b"cbml/models/embedding_model.py" not in Path("exported/model.onnx").read_bytes()
     )  # nor other paths of this machine
@@ -173,10 +243,9 @@ def test_what_is_no_model_or_no_picture_is_one_line(folder, workspace, tmp_path)
     assert not Path("mlflow.db").exists()
     model = load_model(str(folder), workspace)
     with pytest.raises(UserError, match=r"empty: no images; expected \.avif, \.bmp"):
-        embed_images(model, [tmp_path / "empty"], Path("e.npz"))
+        embed_images(model, [tmp_path / "empty"])
     with pytest.raises(UserError, match="params.yaml: not an image that Pillow can read"):
-        embed_images(model, [Path("params.yaml")], Path("e.npz"))
-    assert not Path("e.npz").exists()
+        embed_images(model, [Path("params.yaml")])
     (folder / "final.pt").unlink()
     with pytest.raises(UserError, match=r"final\.pt: no such file; the stage train writes it"):
         trained.load(folder)

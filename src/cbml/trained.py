@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -20,7 +20,7 @@ from cbml.files import atomic_write
 from cbml.models import EmbeddingModel
 from cbml.progress import message, progress
 from cbml.spec.cell import Cell
-from cbml.spec.params import load_cell
+from cbml.spec.params import cell_from, load_cell
 
 WEIGHTS = ("model.safetensors", "final.pt")  # of an exported cell, and of a run
 
@@ -62,11 +62,17 @@ class Trained:
         ((top, left, height, width),) = center_boxes(torch.tensor([image.shape[:2]]), recipe.crop).tolist()
         return torch.tensor(image[top : top + height, left : left + width]).permute(2, 0, 1)
 
-    def export(self, folder: Path) -> Path:
-        """Write the cell as a folder for use elsewhere: weights, configuration, and an ONNX model.
+    @property
+    def embedding_dim(self) -> int:
+        """The size of an embedding."""
+        return self.network.embedding_dim
+
+    def export(self, folder: Path, card: str | None = None) -> Path:
+        """Write the cell as a folder for use elsewhere: weights, configuration, and an ONNX model; nothing in it names
+        a path of this machine.
 
         `model.safetensors` and `cell.yaml` are what `load` takes. `model.onnx` takes `images`, (B, 3, crop, crop) RGB
-        with values 0–255 as float32, and gives `embeddings`, (B, D) of unit norm.
+        with values 0–255 as float32, and gives `embeddings`, (B, D) of unit norm. `card` is kept as README.md.
 
         Raises:
             UserError: ONNX's packages are missing, it cannot express the network, or `folder` exists.
@@ -78,7 +84,9 @@ class Trained:
             temporary.mkdir()
             state = {name: value.contiguous() for name, value in self.network.state_dict().items()}
             (temporary / WEIGHTS[0]).write_bytes(safetensors.torch.save(state))  # save_file's is the owner's alone
-            (temporary / "cell.yaml").write_text(self.cell.to_yaml(), encoding="utf-8")
+            (temporary / "cell.yaml").write_text(portable(self.cell).to_yaml(), encoding="utf-8")
+            if card:
+                (temporary / "README.md").write_text(card, encoding="utf-8")
             message(f"{folder}: tracing the network for ONNX, which takes up to a minute")
             try:
                 program = torch.onnx.export(
@@ -100,6 +108,22 @@ class Trained:
                 node.metadata_props.clear()  # among them paths of this machine
             program.save(temporary / "model.onnx", external_data=False)
         return folder
+
+
+def portable(cell: Cell) -> Cell:
+    """The cell with names of files in place of paths of this machine, on which no embedding depends."""
+    return cell_from(_names_alone(cell.to_dict()))
+
+
+def _names_alone(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _names_alone(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_names_alone(inner) for inner in value]
+    if isinstance(value, str) and value.startswith("file:"):
+        return f"file://elsewhere/{Path(value).name}"
+    absolute = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
+    return (Path(value).name or "root") if absolute else value
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Trained:

@@ -16,7 +16,7 @@ from helpers import ROOT, tiny_params
 from cbml.report.cell import page as cell_page
 from cbml.report.common.numbers import NO_NMI
 from cbml.report.tables import rows as tables
-from cbml.report.tables.page import index_page, tables_page
+from cbml.report.tables.page import index_page, strip_part, tables_page
 from cbml.stages.records import neighbours_of
 from cbml.workspace import Workspace
 
@@ -49,7 +49,8 @@ def finish_all(tree, several, **facts):
     """Finish cells, each in a tree of its own, the first one's Recall@1 50 %, each next one's 1 % more."""
     trees = [Workspace(tree / str(i)) for i in range(len(several))]
     return tables.with_variants(
-        [finish(own, cell, 50.0 + i, **facts) for i, (own, cell) in enumerate(zip(trees, several, strict=True))]
+        [finish(own, cell, 50.0 + i, **facts) for i, (own, cell) in enumerate(zip(trees, several, strict=True))],
+        ROOT / "conf",
     )
 
 
@@ -88,7 +89,8 @@ def pages(folder, evaluated):
     page = write_tables_page(report, evaluated, table, pictures(workspace), found)
     cell = write_cell_page(evaluated[0], workspace)
     reports = {"glyphs": tables.headline(table), "cub200": tables.headline(table) | {"best_cell": "a<b>&c", "cells": 7}}
-    workspace.index.write_text(index_page(reports))
+    strip = strip_part(table, evaluated, "glyphs", pictures(workspace), found)
+    workspace.index.write_text(index_page(reports, {"glyphs": strip, "cub200": ""}))
     return {"tables": page, "cell": cell, "index": workspace.index}
 
 
@@ -109,8 +111,11 @@ def test_the_page_of_tables_holds_every_row_and_leads_to_every_cell(pages, evalu
         *files,
         pages["index"],
     }
-    back = {(one.page / back).resolve() for one, (_, _, back) in zip(evaluated, links, strict=False) if back}
+    back = {((pages["tables"].parent / link).parent / back).resolve() for link, _, back in links if "/pages/" in link}
     assert back == {pages["tables"]}
+    named = re.findall(r'<th scope="row"><span><a href="([^#]+)#[^"]+">(\w+)</a>', page.html)
+    firsts = {(pages["tables"].parent / link).resolve().parent.name: method for link, method in named}
+    assert len(named) == 8 and firsts == {one.cell.name: one.cell.loss for one in evaluated if one.cell.seed == 0}
     assert "50.5 ± 0.7" in page.text  # seeds at 50 and 51 %
     assert "paper 61.3 (-10.8)" in page.text
     assert page.text.count("-1.2 [-2.5, -0.5]") == 13 and page.text.count("+0.5], within noise") == 1
@@ -132,10 +137,10 @@ def test_both_variants_of_a_method_are_rows_and_named_in_the_charts(tmp_path):
     several = [*cells(loss={"a": {"type": "cbml", "margin": 0.1}}), *cells(loss={"a": {"type": "cbml", "margin": 0.2}})]
     evaluated = finish_all(tmp_path, several)
     page = Page(write_tables_page(tmp_path / "page" / "index.html", evaluated, table_of(evaluated)))
-    names = re.findall(r'<th scope="row"><span>(.*)<small>resnet18 · \w+</small></span></th>', page.html)
+    names = re.findall(r'<th scope="row"><span><a [^>]+>(.*)</a><small>resnet18 · \w+</small></span></th>', page.html)
     assert sorted(names) == ["a (margin=0.1)"] * 2 + ["a (margin=0.2)"] * 2
-    links = [attributes["href"] for attributes in page.all("a") if "#" in attributes["href"]]
-    assert len(links) == 4 and len(set(links)) == 2
+    links = [attributes["href"] for attributes in page.all("a") if "/pages/" in attributes["href"]]
+    assert len(links) == 8 and len(set(links)) == 2
     curves, similarities = re.findall(r"<svg.*?</svg>", page.html, re.DOTALL)
     assert all(f">a (margin={margin})<" in curves and f"margin={margin}" in similarities for margin in (0.1, 0.2))
 
@@ -174,9 +179,25 @@ def test_cells_that_other_code_trained_are_announced_above_the_tables(evaluated,
 
 def test_the_page_over_all_tables_leads_to_each(pages):
     page = Page(pages["index"])
-    assert [attributes["href"] for attributes in page.all("a")] == ["glyphs/index.html", "cub200/index.html"]
+    links = [attributes["href"] for attributes in page.all("a")]
+    assert links == ["glyphs/index.html", "cub200/index.html", "glyphs/index.html"]  # and over the strip
     rows = re.sub(r"\s*\n\s*", "|", page.text)
     assert "cub200|56.5|10.0|7|a<b>&c|" in rows and "glyphs|56.5|10.0|4|resnet18-" in rows and not page.all("b")
+
+
+def test_the_page_over_all_tables_shows_what_the_best_methods_of_each_retrieve(pages):
+    page = Page(pages["index"])
+    strip = page.html.partition('<div id="strip-glyphs">')[2].partition("</div>\n</main>")[0]
+    names = ["cbml_2, resnet18, 16", "cbml_2, resnet18, 64", "cbml_log, resnet18, 16"]  # best first
+    assert re.findall(r"<span>(\w+, resnet18, \d+) <strong>", strip) == names
+    assert strip.count('class="tile "') == 6 and len(re.findall('class="tile (right|wrong)"', strip)) == 6 * 3 * 3
+    assert page.html.count("data:image/jpeg;base64,") == 1 and "strip-cub200" not in page.html
+
+
+@pytest.mark.parametrize("name", ["tables", "cell", "index"])
+def test_every_page_has_one_main_part_after_its_links_upwards(pages, name):
+    tags = [tag for tag, _ in Page(pages[name]).tags if tag in ("nav", "main", "h1")]
+    assert tags == (["main", "h1"] if name == "index" else ["nav", "main", "h1"])
 
 
 @pytest.mark.parametrize("name", ["tables", "cell", "index"])
@@ -185,7 +206,7 @@ def test_nothing_is_loaded(pages, name):
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "srcset", "poster", "data"):
             value = attributes.get(name, "")
-            own = ":" not in value or value.startswith("http://127.0.0.1:5000/#/runs/")
+            own = ":" not in value or value.startswith("http://here:5000/#/experiments/")
             assert re.match(r"data:|#|$", value) or (tag == "a" and own), (tag, name, value[:80])
     assert not re.search(r"@import|url\((?!#|data:)", page.html)
 
@@ -347,8 +368,9 @@ def test_in_a_browser(pages, name, browser, width, scheme):
         assert header.get_attribute("aria-sort") == "ascending" and shown() == sorted(shown())
     if name == "tables":
         before = body.locator("tr:visible").count()
-        page.locator("input[value=best_on_test]").uncheck()
-        assert body.locator("tr:visible").count() == before - 2
+        assert page.locator("tr.best_on_test:visible").count() == 0
+        page.locator("input[value=best_on_test]").check()
+        assert body.locator("tr:visible").count() == before + 2
         page.locator("summary").first.click()
         command = page.get_by_text("dvc exp run").first
         assert command.is_visible()
@@ -398,11 +420,38 @@ def test_the_way_back_from_a_page_that_is_kept_elsewhere(pages, browser, tmp_pat
     page = browser.new_page()
     page.goto(f"{kept.as_uri()}#{os.path.relpath(pages['tables'], tmp_path)}")
     links = page.locator("nav a").evaluate_all("links => links.map(link => link.href)")
-    assert links == [pages["index"].resolve().as_uri(), pages["tables"].resolve().as_uri()]
+    assert links == [f"{pages['index'].resolve().as_uri()}#all", pages["tables"].resolve().as_uri()]
     page.goto(pages["cell"].as_uri())
     page.locator("nav a").last.click()
     assert page.locator("h1").inner_text() == "Recall@K on glyphs"
     page.close()
+
+
+def test_the_link_to_mlflow_follows_the_address_of_its_ui(tmp_path, browser):
+    (one,) = finish_all(tmp_path, cells(), run_id="abc")
+    write_images(workspace := Workspace(tmp_path, tmp_path))
+    address = "http://here:5000/#/experiments/7/runs/abc?workflowType=machine_learning"
+    page = browser.new_page()
+    page.goto(write_cell_page(one, workspace, run_address=address).as_uri())
+    link = page.get_by_role("link", name="it is here")
+    assert link.get_attribute("href") == address
+    page.locator("input").fill("http://127.0.0.1:5001/")
+    assert link.get_attribute("href") == address.replace("here:5000", "127.0.0.1:5001")
+    page.close()
+
+
+def test_of_one_dataset_the_page_over_all_is_that_datasets(pages, browser):
+    others = pages["index"].read_text()
+    try:
+        pages["index"].write_text(index_page({"glyphs": {}}, {}))
+        page = browser.new_page()
+        page.goto(pages["index"].resolve().as_uri())
+        page.get_by_role("heading", name="Recall@K on glyphs").wait_for()
+        page.locator("nav a").click()
+        page.get_by_role("heading", name="Recall@K, by dataset").wait_for()
+        page.close()
+    finally:
+        pages["index"].write_text(others)
 
 
 def test_long_names_stay_inside_their_charts(long_names, browser):

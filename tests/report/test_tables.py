@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 from finished_cells import TEST, cells, finish, write_cell_page, write_images
-from helpers import ROOT, tiny_params
+from helpers import ROOT, entry, tiny_params
 
 from cbml import provenance
 from cbml.errors import UserError
@@ -29,6 +29,7 @@ SEEDS = [0, 1, 2]
 LOSSES = {name: {"type": "cbml", "form": name[5:]} for name in ("cbml_log", "cbml_sqrt")}
 CUB = {"type": "cub200", "mirrors": [[{"url": "http://x/CUB_200_2011.tgz", "size": 1, "md5": "0" * 32}]]}
 DATASETS = tiny_params()["dataset"] | {"cub200": CUB}
+CONF = ROOT / "conf"
 TRAIN = "dvc repro -f -s train@resnet18-cbml_log-16-0-glyphs"
 
 
@@ -62,7 +63,9 @@ def finished(tmp_path):
     count = iter(range(100))
 
     def finish_all(*several, **options):
-        return tables.with_variants([finish(Workspace(tmp_path / str(next(count))), one, **options) for one in several])
+        return tables.with_variants(
+            [finish(Workspace(tmp_path / str(next(count))), one, **options) for one in several], CONF
+        )
 
     return finish_all
 
@@ -111,6 +114,8 @@ def cells_with(recalls):
             "backbone": "b",
             "method": method,
             "variant": "",
+            "iterations": 200,
+            "batch_size": 32,
             "unsupervised": False,
             "protocol": "final",
             "seed": seed,
@@ -183,6 +188,35 @@ def test_another_recipe_is_named_without_what_follows_from_it(finished):
     ]
 
 
+def test_what_was_set_of_the_recipe_is_shown_on_all_rows(finished):
+    long, short = cells(loss={"a": {"type": "cbml"}}), cells(loss={"b": {"type": "cbml"}}, recipe=recipe(iterations=3))
+    assert [one.variant for one in finished(*long, *short)] == ["recipe.iterations=6", "recipe.iterations=3"]
+
+
+def test_what_the_files_of_options_want_of_the_recipe_is_not_shown_until_something_else_is_set(finished):
+    backbones = {name: {"backbone": {name: entry("backbone", name)}} for name in ("resnet50", "googlenet")}
+    paper = entry("recipe", "paper")
+    by_file = [one for groups in backbones.values() for one in cells(**groups, recipe=paper)]
+    assert by_file[0].recipe.lr_steps != by_file[1].recipe.lr_steps
+    assert [one.variant for one in finished(*by_file)] == ["", ""]
+    other = cells(**backbones["resnet50"], recipe=paper | {"lr_steps": [7]}, loss={"a": {"type": "cbml"}})
+    assert [one.variant for one in finished(*by_file, *other)] == [f"recipe.lr_steps=[{n}]" for n in (1200, 3000, 7)]
+
+
+def test_rows_of_unlike_budgets_are_tables_of_their_own_and_not_ranked_together(finished):
+    several = [cells(loss=LOSSES, seed=SEEDS, recipe=recipe(iterations=n, validate_every=0)) for n in (6, 3)]
+    evaluated = finished(*several[0][:3], *several[1][3:])
+    for one in evaluated:
+        (one.folder / "validations.csv").write_text("iteration,recall_at_1\n0,1.0\n6,2.0\n")
+    table = tables.summarise(tables.collect(evaluated, CONF), with_published=False)
+    assert table.versus_best.isna().all()
+    text = squeezed(to_markdown(table, "glyphs", TEST, evaluated))
+    assert "not ranked together" in text and text.index("6 iterations of 8 images") < text.index("3 iterations of 8")
+    alike = finished(*several[0])
+    table = tables.summarise(tables.collect(alike, CONF), with_published=False)
+    assert table.versus_best.notna().any() and "iterations of 8" not in to_markdown(table, "glyphs", TEST, alike)
+
+
 def test_a_parameter_that_a_cell_does_not_have_is_not_its_name(finished):
     selected = cells(recipe=recipe(select_by="map_at_r"))
     assert [one.variant for one in finished(*cells(), *selected)] == [
@@ -203,7 +237,7 @@ def test_where_things_come_from_tells_nothing_apart(finished, tmp_path):
         for weights, classes in (("a.pth", 12), ("b.pth", 14))
     ]
     digits = [one.record["key"][-10:] for one in other]
-    assert [one.variant for one in tables.with_variants(other)] == digits and digits[0] != digits[1]
+    assert [one.variant for one in tables.with_variants(other, CONF)] == digits and digits[0] != digits[1]
 
 
 def test_no_two_variants_are_the_same(tmp_path):
@@ -213,7 +247,7 @@ def test_no_two_variants_are_the_same(tmp_path):
     evaluated = [
         finish(Workspace(tmp_path / str(i)), cell, weights=weights) for i, (cell, weights) in enumerate(started)
     ]
-    evaluated = tables.with_variants(evaluated)
+    evaluated = tables.with_variants(evaluated, CONF)
     digits = [one.record["key"][-10:] for one in evaluated]
     assert [one.variant for one in evaluated] == [f"margin=0.1, {digits[0]}", "margin=0.2", f"margin=0.1, {digits[2]}"]
     assert (tables.summarise(tables.collect(evaluated, ROOT / "conf"), with_published=False).n == 1).all()
@@ -261,6 +295,7 @@ def test_every_finished_cell_of_the_store_is_tabulated(tmp_path, monkeypatch, ca
     seeds = {
         re.search(r"\((margin=0.\d)\)", row)[1]: re.search(r"<td>(.*0.*)</td>\n<td><button", row)[1] for row in rows
     }
+    assert "<a href" not in next(row for row in rows if "margin=0.2" in row)
     link = re.fullmatch(r'<a href="(.+)#.+">0</a>', seeds["margin=0.1"])[1]
     assert (workspace.report("glyphs") / link).read_text() == "the page of a cell" and seeds["margin=0.2"] == "0"
 
@@ -269,7 +304,8 @@ def test_every_finished_cell_of_the_store_is_tabulated(tmp_path, monkeypatch, ca
     assert run.data.params["loss"] == "cbml_log" and run.data.tags["dataset"] == "glyphs"
     assert squeezed(run.data.tags["mlflow.note.content"]) == text
     kept = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert {"tables.md", "tables.csv", "tables.tex", "index.html", "curves.csv", "curves.svg", "tables.json"} <= kept
+    assert {"tables.md", "tables.csv", "tables.tex", "curves.csv", "curves.svg", "tables.json"} <= kept
+    assert min(kept) == "cells.html"  # what MLflow lists first
 
 
 def test_two_datasets_have_a_page_each_and_one_page_leads_to_both(workspace):
@@ -277,13 +313,14 @@ def test_two_datasets_have_a_page_each_and_one_page_leads_to_both(workspace):
     (workspace.report("birds")).mkdir()  # as git has it: the figures of a page that was made elsewhere
     (workspace.report("birds") / "metrics.json").write_text((workspace.report("glyphs") / "metrics.json").read_text())
     links = re.findall(r'<a href="([^"]+)">', workspace.index.read_text())
-    assert links == ["glyphs/index.html"]
+    assert links == ["glyphs/index.html"] and 'location.replace("glyphs"' in workspace.index.read_text()
     tabulate(workspace, "cub200")
     text = workspace.index.read_text()
+    assert "location.replace" not in text
     assert re.findall(r'<a href="([^"]+)">', text) == ["cub200/index.html", "glyphs/index.html"]
     for dataset in DATASETS:
         page = (workspace.reports / dataset / "index.html").read_text()
-        assert f"<h1>Recall@K on {dataset}</h1>" in page and 'href="../index.html"' in page
+        assert f"<h1>Recall@K on {dataset}</h1>" in page and 'href="../index.html#all"' in page
     assert (
         len(re.findall(r">66.0</td>\s*<td class=\"number\">10.0</td>\s*.*2</td>\s*<td>resnet18-cbml_sqrt-64<", text))
         == 2
@@ -309,6 +346,15 @@ def test_one_command_trains_all_such_cells_again_and_names_each_once(finished):
     (line,) = tables.outdated([*evaluated, *finished(*cells(embedding_dim=[32]))])
     assert f"`{TRAIN} train@resnet18-cbml_log-16-1-glyphs && dvc repro`" in line and "-32-" not in line
     assert [line.count(f"-{name})") for name in ("0 (margin=0.1", "1 (margin=0.1", "0 (margin=0.2")] == [1, 1, 1]
+
+
+def test_the_command_for_a_cell_of_the_store_comes_after_that_of_its_row(finished):
+    """Params.yaml may have another cell of that name."""
+    old = {"code": {"network.py": "000000000000"}}
+    evaluated = finished(*cells(loss=losses(margin=0.1)), *cells(loss=losses(margin=0.2)), **old)
+    (line,) = tables.outdated([replace(one, page=one.folder) for one in evaluated])
+    assert "0 (margin=0.1), resnet18-cbml_log-16-0 (margin=0.2). Again, after the command of its row, just" in line
+    assert "after the command" not in tables.outdated(evaluated)[0]
 
 
 def test_a_cell_that_other_code_scored_is_announced_with_the_command_that_scores_it_again(finished):

@@ -34,7 +34,7 @@ def collected(tmp_path, monkeypatch):
             finish(workspace, cell, recall)
             folder = workspace.evaluation(cell)
             evaluated.append(tables.Evaluated(cell, record_of(folder), folder, folder))
-    return tables.collect(tables.with_variants(evaluated), tmp_path)
+    return tables.collect(tables.with_variants(evaluated, tmp_path), tmp_path)
 
 
 def test_each_loss_is_compared_with_itself_and_with_the_best_tuned_one(collected):

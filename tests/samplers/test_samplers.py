@@ -48,7 +48,7 @@ def test_order_depends_on_the_seed_and_the_pass_alone():
 
 
 def test_more_classes_a_batch_than_exist():
-    message = "batch_size 28 / instances 4 = 7 classes a batch, but the training list has 6; with instances 7 "
+    message = "batch_size 28 / instances 4 = 7 classes a batch, but the training list has 6; there are enough with "
     with pytest.raises(UserError, match=message):
         class_balanced_batches(LABELS, 28, 4, seed=0)
     assert len(next(class_balanced_batches(LABELS, 28, 7, seed=0))) == 28

@@ -72,7 +72,7 @@ def test_everything_arrives_and_the_tables_are_the_same(other):
         assert curves[0] == curves[1] and curves[0]
     versions = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/versions.json")
     assert versions == json.loads((other / "evaluations/glyphs" / NAME / "run.json").read_text())["versions"]
-    assert mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")
+    assert mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/resnet18-cbml_log-16-0")
 
     assert import_cells(other, here) == [] and len(records(Path())[1]) == 1  # again: nothing new
 

@@ -525,6 +525,6 @@ def test_a_file_of_options_that_cannot_be_read_costs_the_command_alone(tmp_path,
 def test_a_logged_model_says_which_columns_it_takes(finished, tmp_path):
     store = Store(checkout(copied(finished, tmp_path / "a")))
     (run,) = runs(store)
-    model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")
+    model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/resnet18-cbml_log-16-0")
     with pytest.raises(Exception, match="no column `image` .* or `path`"):
         model.predict(pd.DataFrame({"file": ["a.png"]}))

@@ -31,6 +31,7 @@ from cbml.stages.evaluate import evaluate_cell
 from cbml.stages.train import train_cell
 from cbml.tracking import run as tracking
 from cbml.tracking import store as stores
+from cbml.tracking import ui
 from cbml.workspace import Workspace
 
 
@@ -68,7 +69,7 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace, tmp_path_fac
     (dataset,) = run.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("glyphs", run.data.tags["dataset_fingerprint"])
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert {"params.yaml", "versions.json", "index.html", "training.svg"} <= artifacts
+    assert {"params.yaml", "versions.json", "training.svg"} <= artifacts and min(artifacts) == "cell.html"
     # What tables are made from: the store is the archive.
     needed = {"cell.yaml", "run.json", "metrics.json", "validations.csv", "similarities.csv", "summary.json"}
     assert needed <= artifacts
@@ -81,6 +82,8 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace, tmp_path_fac
     assert model.name == "glyphs-resnet18-cbml_log-16-0" and model.latest_versions[0].run_id == run.info.run_id
     text = (page / "index.html").read_text()
     assert "data:image/jpeg;base64," in text and "<svg" in text and "Most often taken for" in text
+    address = f"http://127.0.0.1:5000/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType="
+    assert address in text and ui.run_address(workspace, "0" * 32) is None
 
     # The logged model has the final model's metrics, lies on the disk once, and says what it takes, with an example.
     (output,) = run.outputs.model_outputs
@@ -93,7 +96,7 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace, tmp_path_fac
     assert info.signature.inputs.input_names() == ["image", "path"] and info.saved_input_example_info
 
     # It embeds as `evaluate` does, from paths and from bytes.
-    model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")
+    model = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/resnet18-cbml_log-16-0")
     images = read_list(Path("lists/glyphs/test.txt"))
     paths = [str(Path("data/glyphs") / path) for path in images.paths[:5]]
     from_paths = model.predict(pd.DataFrame({"path": paths}))
@@ -109,6 +112,8 @@ def test_a_cell_is_one_run_from_training_to_its_pictures(workspace, tmp_path_fac
     assert np.abs(load_model(key, workspace).embed(paths) - expected).max() < 1e-5
     with pytest.raises(UserError, match="^00: neither a folder nor the id of a run or the key of a cell"):
         load_model("00", workspace)
+    with pytest.raises(UserError, match=f"of that name it has, newest first: {key}$"):
+        load_model("runs/elsewhere/resnet18-cbml_log-16-0", workspace)
 
     # From any directory, with its own code.
     code = "import mlflow, sys; model = mlflow.pyfunc.load_model(sys.argv[1]); import cbml; print(cbml.__file__, "

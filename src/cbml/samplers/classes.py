@@ -52,7 +52,7 @@ def class_balanced_batches(labels: np.ndarray, batch_size: int, instances: int, 
         )
         raise UserError(
             f"recipe: batch_size {batch_size} / instances {instances} = {classes} classes a batch, "
-            f"but the training list has {len(members)}; with instances {fits} there are enough"
+            f"but the training list has {len(members)}; there are enough with -S recipe.instances={fits}"
         )
     return _passes(members, classes, instances, seed)
 

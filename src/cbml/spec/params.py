@@ -163,6 +163,15 @@ def load_cell(path: Path, stage: str = "train") -> Cell:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}; {cure(path, stage)}") from None
     except UserError as error:
         raise UserError(f"{error}; {cure(path, stage)}") from None
+    return _only_cell(params)
+
+
+def cell_from(config: dict[str, Any]) -> Cell:
+    """The cell of what `Cell.to_dict` returned."""
+    return _only_cell(Params.model_validate(config))
+
+
+def _only_cell(params: Params) -> Cell:
     dataset, backbone, loss = (next(iter(group)) for group in (params.dataset, params.backbone, params.loss))
     return Cell(
         dataset=dataset,

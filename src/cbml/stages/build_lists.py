@@ -7,7 +7,7 @@ from cbml.data.packing import Packing, inspect, of_two_classes, unreadable_error
 from cbml.data.sources.base import check_catalogue
 from cbml.files import read_csv
 from cbml.progress import message
-from cbml.stages.check import check_cells
+from cbml.stages.check import check_batches, check_cells
 from cbml.stages.inputs import ensure_images
 from cbml.workspace import Workspace
 
@@ -47,6 +47,7 @@ def build_lists(workspace: Workspace, dataset: str) -> dict:
         kept = np.setdiff1d(np.arange(len(table)), list(unreadable))
         table, digests = table.iloc[kept], [inspected.digests[i] for i in kept]
         check_catalogue(table, root)
+        check_batches(cells, table.label[table.split == "train"].to_numpy())
         fingerprint = fingerprint_of(table.split, table.path, table.label, digests)
         packing.keep(missing, inspected, kept, Packing(images.subset(kept), root, cache, fingerprint))
     pairs = of_two_classes(digests, table.label.tolist())

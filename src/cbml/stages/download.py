@@ -6,7 +6,7 @@ import pandas as pd
 
 from cbml.data.sources.base import check_catalogue
 from cbml.files import atomic_write
-from cbml.stages.check import check_cells
+from cbml.stages.check import check_batches, check_cells
 from cbml.stages.inputs import ensure_images
 from cbml.workspace import Workspace
 
@@ -28,6 +28,7 @@ def download(workspace: Workspace, dataset: str) -> pd.DataFrame:
     folder = ensure_images(workspace, config)
     table = config.catalogue(folder)
     check_catalogue(table, folder)
+    check_batches(cells, table.label[table.split == "train"].to_numpy())
     facts = [os.stat(folder / path) for path in table.path]
     table = table.assign(bytes=[each.st_size for each in facts], modified=[each.st_mtime_ns for each in facts])
     with atomic_write(workspace.catalogue(dataset)) as temporary:

@@ -12,6 +12,7 @@ from cbml.spec.params import load_cell
 from cbml.stages.inputs import open_data
 from cbml.stages.records import curves_of, indexed, neighbours_of, record_of
 from cbml.tracking.run import open_trained
+from cbml.tracking.ui import run_address
 from cbml.workspace import Workspace
 
 SIDE = 96  # of a thumbnail, in pixels
@@ -74,6 +75,7 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
         folder=out,
         report=workspace.report(cell.dataset) / "index.html",
         index=workspace.index,
+        run_address=run_address(workspace, record["run_id"]),
     )
     with atomic_write(out) as folder:
         folder.mkdir()
@@ -81,5 +83,5 @@ def draw_cell(evaluation: Path, workspace: Workspace) -> Path:
             (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
         (folder / "index.html").write_text(page, encoding="utf-8")
     with open_trained(workspace, cell, record, later="drawing it again brings the page there") as run:
-        run.log_folder(out)
+        run.log_page(out)
     return out

@@ -57,7 +57,7 @@ def hand_over(
         run.log_text(json.dumps(record["versions"], indent=2), "versions.json")
         run.log_folder(evaluation)
         if page:
-            run.log_folder(page)
+            run.log_page(page)
         if (run_folder / "final.pt").is_file():
             name = f"{cell.dataset}-{cell.name}" if register else None
             run.log_model(run_folder, weights=record.get(WEIGHTS), register_as=name)

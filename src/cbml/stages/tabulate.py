@@ -11,16 +11,16 @@ from cbml.files import damaged, read_json, write_text
 from cbml.progress import message
 from cbml.report.common.pictures import Neighbours, Pictures
 from cbml.report.tables import rows as tables
-from cbml.report.tables.comparisons import curves_chart
+from cbml.report.tables.comparisons import cell_colours, curves_chart
 from cbml.report.tables.latex import to_latex
 from cbml.report.tables.markdown import to_markdown
-from cbml.report.tables.page import SHOWN, index_page, tables_page
+from cbml.report.tables.page import SHOWN, index_page, strip_part, tables_page
 from cbml.report.tables.rows import Evaluated
 from cbml.report.tables.tuning import settings, worth, worth_chart
 from cbml.spec.params import load_cell
 from cbml.stages.inputs import open_data
 from cbml.stages.records import neighbours_of, record_of
-from cbml.tracking.run import open_tables
+from cbml.tracking.run import TABLES_PAGE, open_tables
 from cbml.tracking.store import Store
 from cbml.workspace import Workspace
 
@@ -31,8 +31,9 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     """Write the report of a dataset, log it to MLflow; return the table in Markdown, and last what is outdated in it.
 
     In its folder: `tables.md`, `.csv` and `.tex`; `metrics.json`, the headline; `curves.csv` and, for the first seed,
-    `similarities.csv`, what `dvc plots` draws; `curves.svg`, a picture of the curves; `index.html`, the page. The page
-    over all datasets is written as well. Where cells are tuned, `tuned-1.svg`, …, pictures of what that was worth.
+    `similarities.csv`, what `dvc plots` draws; `curves.svg`, a picture of the curves; `index.html`, the page;
+    `strip.html`, its part of the page over all datasets, which is written as well. Where cells are tuned,
+    `tuned-1.svg`, …, pictures of what that was worth.
 
     Args:
         all_cells: tabulate every finished cell of the dataset in the tracking store, the newest of each key, and not
@@ -41,7 +42,8 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     Raises:
         UserError: a cell has not been evaluated, or there is none.
     """
-    evaluated = tables.with_variants(_archived(workspace, dataset) if all_cells else _here(workspace, dataset))
+    found = _archived(workspace, dataset) if all_cells else _here(workspace, dataset)
+    evaluated = tables.with_variants(found, workspace.conf)
     summary = read_json(evaluated[0].folder / "summary.json", "evaluate", ("test",))
     test = summary["test"] | ({"queries": summary["query"]["images"]} if "query" in summary else {})
     with_published = evaluated[0].cell.dataset_config.type == "cub200"
@@ -50,6 +52,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
     text, curves = to_markdown(table, dataset, test, evaluated, gains), tables.curves(evaluated)
     first_seed = [one for one in evaluated if one.cell.seed == evaluated[0].cell.seed]
     folder = workspace.report(dataset)
+    retrieved = _retrieved(workspace, evaluated[0])
     contents = {
         "tables.md": text,
         "tables.csv": table.round(3).to_csv(index=False),
@@ -59,19 +62,26 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
         # On white: as a file of its own it cannot take a page's colours.
         "curves.svg": curves_chart(curves).replace("<svg", '<svg style="background: white"', 1),
         "similarities.csv": tables.similarities(first_seed, 0.02).to_csv(index=False),
-        "index.html": tables_page(table, evaluated, dataset, test, folder, *_retrieved(workspace, evaluated[0])),
+        "index.html": tables_page(table, evaluated, dataset, test, folder, *retrieved),
+        "strip.html": strip_part(table, evaluated, dataset, *retrieved),
     }
     for number, (_, rows) in enumerate(settings(gains), 1):
         contents[f"tuned-{number}.svg"] = worth_chart(rows).replace("<svg", '<svg style="background: white"', 1)
     for name, content in contents.items():
         write_text(folder / name, content)
     pages = sorted(workspace.reports.glob("*/index.html"))  # git has the figures of datasets whose page is not here
-    write_text(workspace.index, index_page({page.parent.name: _headline(page.parent) for page in pages}))
+    reports = [page.parent for page in pages]
+    write_text(
+        workspace.index,
+        index_page({each.name: _headline(each) for each in reports}, {each.name: _strip(each) for each in reports}),
+    )
     with open_tables(workspace, dataset, [one.cell for one in evaluated]) as run:
-        for name in contents:
+        for name in contents.keys() - {"index.html", "strip.html"}:
             run.log_file(folder / name)
+        run.log_text(contents["index.html"], TABLES_PAGE)
         run.log_table(table.round(3), "tables.json")
         run.note(text)
+        run.colour(dataset, *cell_colours(curves))
     return "\n".join([text, *tables.outdated(evaluated)])  # again where a terminal shows it: in the last line
 
 
@@ -85,6 +95,11 @@ def _headline(report: Path) -> dict[str, Any]:
         message(f"{report.parent}/index.html has no figures of {report.name}: {error}")
         return {}
     return headline
+
+
+def _strip(report: Path) -> str:
+    file = report / "strip.html"
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def _retrieved(workspace: Workspace, one: Evaluated) -> tuple[Pictures, Callable[[Path], Neighbours]] | tuple[()]:

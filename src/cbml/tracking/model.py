@@ -2,6 +2,7 @@
 
 import filecmp
 import io
+import re
 import shutil
 import sys
 from importlib.metadata import version
@@ -55,7 +56,7 @@ def log_model(store: Store, run_id: str, folder: Path, weights: str | None, regi
     needs = [*SERVING, *(["timm"] if cell.backbone_config.type == "timm" else [])]
     with mlflow.start_run(run_id=run_id, log_system_metrics=False):
         model = mlflow.pyfunc.log_model(
-            name="model",
+            name=cell.name,
             step=cell.recipe.iterations,  # whose metrics the model's page shows
             registered_model_name=register_as,
             python_model=str(PACKAGE / "serving.py"),
@@ -116,6 +117,34 @@ def _logged(store: Store, run_id: str, weights: str) -> "mlflow.entities.LoggedM
     return next((each for each in alike if not (file := _weights_file(each)) or file.parent.is_dir()), None)
 
 
+def known_models(workspace: Workspace) -> list[str]:
+    """The keys of the cells with a model in the store, newest first; none without a store, or if it is away."""
+    if not installed() or ((store := Store(workspace)).own and not store.database.is_file()):
+        return []
+    try:
+        with store.asked():
+            experiments = [each.experiment_id for each in store.client.search_experiments()]
+            return _keys(store, experiments, "tags.evaluated = 'true'")
+    except UserError as error:
+        message(str(error))
+        return []
+
+
+def _keys(store: Store, experiments: list[str], wanted: str) -> list[str]:
+    found = store.client.search_runs(experiments, wanted, order_by=["attributes.start_time DESC"])
+    with_model = (run for run in found if run.outputs and run.outputs.model_outputs)
+    return list(dict.fromkeys(run.data.tags["cell_key"] for run in with_model))
+
+
+def _alike(store: Store, experiments: list[str], name: str) -> str:
+    """The keys of cells whose run folder may have been `name`, before another experiment replaced it; to be shown."""
+    cell = Path(name).name
+    if not re.fullmatch(r"[\w.-]+", cell):
+        return ""
+    keys = _keys(store, experiments, f"tags.cell_key LIKE '{cell}-%'")
+    return f"; of that name it has, newest first: {', '.join(keys)}" if keys else ""
+
+
 def _whole(model: "mlflow.entities.LoggedModel") -> bool:
     return model.status == mlflow.entities.LoggedModelStatus.READY
 
@@ -137,6 +166,6 @@ def find_model(workspace: Workspace, name: str) -> Path:
         models = [client.get_logged_model(output.model_id) for output in outputs]
         if not (whole := [model for model in models if _whole(model)]):
             what = "neither a folder nor the id of a run or the key of a cell with a model in MLflow"
-            raise UserError(f"{name}: {what} at {public(store.uri)}")
+            raise UserError(f"{name}: {what} at {public(store.uri)}{_alike(store, experiments, name)}")
         newest = max(whole, key=lambda model: model.creation_timestamp)
         return store.folder(newest.artifact_location, newest.model_id) / "artifacts"

@@ -9,9 +9,10 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ from cbml import distributed, provenance
 from cbml.files import locked, write_text
 from cbml.progress import message
 from cbml.spec.cell import Cell
+from cbml.spec.settings import ABSENT, settings_of
 from cbml.tracking.model import WEIGHTS, log_model, source_name
-from cbml.tracking.store import Store, active, away, installed, mlflow, public
+from cbml.tracking.store import NOTE, Store, active, away, installed, mlflow, public
 from cbml.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -32,6 +34,20 @@ if TYPE_CHECKING:
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits
 DVC_VARIABLES = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 TABLES = "tables"  # the experiment of all table sets
+# The pages among artifacts, which MLflow lists by name: no other comes before these.
+PAGE, TABLES_PAGE = "cell.html", "cells.html"
+# Descriptions of experiments.
+ABOUT_CELLS = (
+    "One run for each cell: a network trained on {}. Its name has what was set beyond the files of conf/. Metrics are "
+    "in percent; `recall_at_1` is of the final model on the test list. Its page is `cell.html` among the artifacts. "
+    "`python -m pipeline.tabulate {} --all` makes one table of all."
+)
+ABOUT_TABLES = (
+    "One run for each time that the tables of a dataset were made. The table is its description; `cells.html` among "
+    "its artifacts is the page."
+)
+LONGEST = 200  # characters of what a run's name has beside the cell's
+SOURCES = ("weights", "published")  # of a backbone: where it is from
 TUNING = "tuning"  # and of all studies
 SAME_CELL = ("cell_key", WEIGHTS)
 PATIENCE = 60.0  # seconds between attempts at a store that is away, and
@@ -156,7 +172,7 @@ class Run:
 
     def note(self, text: str) -> None:
         """Set the run's description, Markdown that the UI shows above everything else."""
-        self.tag("mlflow.note.content", text)
+        self.tag(NOTE, text)
 
     def log_file(self, path: Path) -> None:
         """Keep a file as an artifact."""
@@ -166,6 +182,14 @@ class Run:
         """Keep the files of a folder as artifacts."""
         self.call("log_artifacts", str(folder))
 
+    def log_page(self, folder: Path) -> None:
+        """Keep the page of a cell and its charts as artifacts: its index.html as `PAGE`, which is listed first."""
+        for file in sorted(folder.iterdir()):
+            if file.name == "index.html":
+                self.log_text(file.read_text(encoding="utf-8"), PAGE)
+            else:
+                self.log_file(file)
+
     def log_text(self, text: str, name: str) -> None:
         """Keep a text as an artifact."""
         self.call("log_text", text, name)
@@ -173,6 +197,28 @@ class Run:
     def log_table(self, table: pd.DataFrame, name: str) -> None:
         """Keep a table where MLflow's UI shows and compares tables."""
         self.call("log_table", table, name)
+
+    def colour(self, experiment: str, colours: dict[str, str], others: Sequence[str]) -> None:
+        """Give the cells of an experiment the colours of their methods.
+
+        Args:
+            colours: by the key of a cell.
+            others: for what is no such cell: the methods take turns.
+        """
+
+        def operation() -> None:
+            client, _ = self.opened()
+            found = client.get_experiment_by_name(experiment)
+            runs = client.search_runs([found.experiment_id], "tags.cell_key LIKE '%'") if found else []
+            methods = sorted({run.data.tags["loss"] for run in runs if run.data.tags["cell_key"] not in colours})
+            by_method = dict(zip(methods, cycle(others), strict=False))
+            for run in runs:
+                tags = run.data.tags
+                colour = colours.get(tags["cell_key"]) or by_method[tags["loss"]]
+                if tags.get("mlflow.runColor") != colour:
+                    client.set_tag(run.info.run_id, "mlflow.runColor", colour)
+
+        self.do(operation)
 
     def log_model(self, folder: Path, *, weights: str | None = None, register_as: str | None = None) -> None:
         """Log what training a cell left in `folder` as an MLflow model; see `model.log_model`."""
@@ -200,6 +246,7 @@ def open_run(
     remember: Path | None = None,
     later: str = "the same command brings it there later",
     at_once: bool = False,
+    about: str = "",
 ) -> Iterator[Run]:
     """Open a run, or continue that of `run_id` if the store has it; it ends with the block, failed if that raised.
 
@@ -213,6 +260,7 @@ def open_run(
         later: what to say if the store has not taken all.
         at_once: it is not running meanwhile, as nobody may continue it if this process is killed: a new run counts as
             failed until it is complete, another one as what it was.
+        about: the description of the experiment, if it has none.
     """
     if not installed() or not distributed.first():
         yield Run(None)
@@ -222,7 +270,7 @@ def open_run(
         run_id = run_id or remember.read_text(encoding="utf-8", errors="replace").strip()
     # From a file, which may be damaged.
     run = Run(store, run_id if isinstance(run_id, str) and ID.fullmatch(run_id) else None)
-    run.do(lambda: _start(run, store, experiment, name, tags, identity, remember, at_once))
+    run.do(lambda: _start(run, store, experiment, about, name, tags, identity, remember, at_once))
     run.do(lambda: _describe(run, experiment, config, params, fingerprint))
     try:
         with _system_metrics(run):
@@ -241,6 +289,7 @@ def _start(
     run: Run,
     store: Store,
     experiment: str,
+    about: str,
     name: str,
     tags: dict[str, str],
     identity: tuple[str, ...],
@@ -250,7 +299,7 @@ def _start(
     from mlflow.tracking.context.registry import resolve_tags
     from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
-    client, id = store.client, store.experiment(experiment)
+    client, id = store.client, store.experiment(experiment, about)
     if found := _same(client, id, run.id, tags, identity):
         if not at_once:
             client.update_run(found, status="RUNNING")
@@ -335,7 +384,7 @@ def open_cell(
     return open_run(
         workspace,
         cell.dataset,
-        cell.name,
+        run_name(cell, workspace.conf),
         config=cell.to_dict(),
         params=cell.flat(),
         tags=own | (tags or {}),
@@ -344,7 +393,22 @@ def open_cell(
         remember=remember,
         later=later,
         at_once=at_once,
+        about=ABOUT_CELLS.format(cell.dataset, cell.dataset),
     )
+
+
+def run_name(cell: Cell, conf: Path) -> str:
+    """The cell's name, and what was set for it beyond the files of `conf`: `… margin=0.2, recipe.iterations=60`."""
+    if cell.loss_config.tuned:  # too many to be read
+        return f"{cell.name} tuned"
+    parts = [
+        f"{path if group == 'loss' else f'{group}.{path}'}={json.dumps(value)}".replace('"', "")
+        for group, values in settings_of(cell, conf).items()
+        for path, value in values.items()
+        if group != "dataset" and path not in SOURCES and value is not ABSENT
+    ]
+    text = ", ".join(parts)
+    return f"{cell.name} {text[:LONGEST]}{'…' if len(text) > LONGEST else ''}".strip()
 
 
 @contextmanager
@@ -376,7 +440,16 @@ def open_tables(workspace: Workspace, dataset: str, cells: list[Cell]) -> Abstra
     }
     params = {name: ", ".join(map(str, dict.fromkeys(values))) for name, values in axes.items()}
     config = {"cells": [cell.to_dict() for cell in cells]}
-    return open_run(workspace, TABLES, dataset, config=config, params=params, tags={"dataset": dataset}, at_once=True)
+    return open_run(
+        workspace,
+        TABLES,
+        dataset,
+        config=config,
+        params=params,
+        tags={"dataset": dataset},
+        at_once=True,
+        about=ABOUT_TABLES,
+    )
 
 
 def log_study(workspace: Workspace, cell: Cell, study: str, budget: str, trials: pd.DataFrame) -> None:

@@ -42,6 +42,7 @@ PLACES = {
     "model_versions": ("source", "storage_location"),
 }
 DELETED = "SELECT {} FROM {} WHERE lifecycle_stage = 'deleted'"
+NOTE = "mlflow.note.content"  # the tag with a description, of runs and experiments
 NOT_FOLDERS = ("databricks", "databricks-uc", "uc")  # URIs without a scheme that are none of a folder
 BUSY = 5.0  # seconds that a database may be locked by another process
 HTTP_AWAY = (408, 429, 502, 503, 504)  # statuses of a server that may answer later
@@ -106,18 +107,20 @@ class Store:
         file = sqlite_file(self.uri)
         return (file.parent if file else self.root) / self.workspace.artifacts.name
 
-    def experiment(self, name: str) -> str:
-        """The id of an experiment, made on first use."""
+    def experiment(self, name: str, about: str = "") -> str:
+        """The id of an experiment, made on first use; `about` is its description, if it has none."""
         client = self.client
         with self._alone():
             if found := self._experiment(name):
+                if about and NOTE not in found.tags:
+                    client.set_experiment_tag(found.experiment_id, NOTE, about)
                 return found.experiment_id
             database = self.uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
             # A server, or a store that is a folder, has a place of its own.
             artifacts = (self.artifacts / name).as_uri() if database else None
             # Else the UI takes the experiment for one of language models and opens on their pages.
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            return client.create_experiment(name, artifact_location=artifacts, tags=kind)
+            tags = {"mlflow.experimentKind": "custom_model_development"} | ({NOTE: about} if about else {})
+            return client.create_experiment(name, artifact_location=artifacts, tags=tags)
 
     def _experiment(self, name: str) -> "Experiment | None":
         found = self.client.get_experiment_by_name(name)

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from cbml.errors import UserError
 from cbml.progress import message
-from cbml.tracking.store import Store, public
+from cbml.tracking.store import Store, installed, public
 from cbml.workspace import Workspace
 
 # Name, mode and charts of each, by its key.
@@ -35,6 +35,19 @@ STARTS_IN = 120  # seconds, on a busy machine
 AS_LONG_AS_THIS = ["sh", "-c", 'exec 3<&0 </dev/null; { cat <&3 >/dev/null; kill 0; } & exec "$@" 3<&-', "sh"]
 
 
+def run_address(workspace: Workspace, run_id: str | None, port: int = 5000) -> str | None:
+    """Where the UI shows a run: that of the store if it is a server, else one of this machine; None if it has none."""
+    if not (installed() and run_id) or ((store := Store(workspace)).own and not store.database.is_file()):
+        return None
+    try:
+        experiment = store.client.get_run(run_id).info.experiment_id
+    except Exception:  # the store is away, or another one than it was; a link costs no page
+        return None
+    ui = public(store.uri).rstrip("/") if store.uri.startswith("http") else f"http://127.0.0.1:{port}"
+    # Without `workflowType` a browser that is new to it shows pages for language models.
+    return f"{ui}/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+
+
 def view(name: str, charts: tuple[str, ...], number: int) -> str:
     """The value of a view's tag: cells by Recall@1, lines of these metrics. The UI lists the highest number first."""
     metrics = [f"metrics.`{metric}`" for metric in METRICS]
@@ -44,7 +57,7 @@ def view(name: str, charts: tuple[str, ...], number: int) -> str:
         "orderByAsc": False,
         "selectedColumns": [DATASET, *metrics, *params],
         "columnOrder": [NAME, CREATED, DATASET, *metrics, *params],
-        "columnWidths": {DATASET: 120} | dict.fromkeys(metrics, 92),
+        "columnWidths": {NAME: 340, DATASET: 120} | dict.fromkeys(metrics, 92),
         "runsHiddenMode": "SHOW_ALL",  # else charts show the first ten runs
         "compareRunCharts": [
             {

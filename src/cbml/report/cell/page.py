@@ -38,6 +38,7 @@ def cell_page(
     folder: Path,
     report: Path,
     index: Path,
+    run_address: str | None = None,
 ) -> str:
     """The page of a cell.
 
@@ -48,6 +49,7 @@ def cell_page(
         found: of the test list.
         folder: of the page; links are relative to it.
         report, index: the pages over all cells of the dataset, and over all datasets.
+        run_address: of its run in MLflow's UI.
 
     Raises:
         UserError: a file of the evaluation is missing or damaged, or an image.
@@ -95,7 +97,8 @@ def cell_page(
         classes=classes[:CLASSES],
         all_classes=len(classes),
         run_id=record["run_id"],
+        run_address=run_address,
         files={name: (evaluation / name).read_text(encoding="utf-8") for name in ("cell.yaml", "run.json")},
         report=os.path.relpath(report, folder),
-        index=os.path.relpath(index, folder),
+        index=f"{os.path.relpath(index, folder)}#all",
     )

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from cbml.report.common.style import RIGHT, WRONG
 
 # Each room has the templates of its own pages, so that a change of one concerns that room alone.
-ROOMS = ("common", "cell", "tables")
+ROOMS = ("common", "cell", "tables", "search")
 ENVIRONMENT = Environment(
     loader=ChoiceLoader([PackageLoader("cbml.report", f"{room}/templates") for room in ROOMS]),
     autoescape=True,

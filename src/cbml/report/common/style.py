@@ -13,6 +13,9 @@ from matplotlib.rcsetup import cycler
 
 # Okabe and Ito's colours: distinct for the colour-blind, and on light and dark grounds.
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c"]
+# Of more methods than that, beside one another in MLflow: Tol's muted colours and a few between them.
+MORE_COLOURS = ["#332288", "#882255", "#44aa99", "#999933", "#aa4499", "#117733", "#b8860b", "#6699cc", "#661100"]
+MORE_COLOURS += ["#7fbf3f", "#9467bd", "#008b8b", "#ff7f7f"]
 RIGHT, WRONG = "#0072b2", "#d55e00"
 PAIRS = {"positive": (RIGHT, "-"), "negative": (WRONG, "--")}
 LETTERS = 12  # of a title, at least, to an inch

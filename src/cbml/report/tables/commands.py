@@ -1,22 +1,16 @@
 """The command that computes a row of a table again."""
 
-import functools
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from cbml.progress import message
 from cbml.spec.cell import Cell, flatten
-from cbml.spec.options import option_file
-from cbml.spec.params import Params
+from cbml.spec.settings import ABSENT, changed_entries, default_options, option_files, options_of
 
 PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z/][\w./+-]*", re.ASCII | re.IGNORECASE)  # a string to Hydra
-ABSENT = object()
 
 
 def command(cell: Cell, seeds: list[int], conf: Path) -> str | None:
@@ -34,7 +28,7 @@ def command(cell: Cell, seeds: list[int], conf: Path) -> str | None:
 
 def _command(cell: Cell, seeds: list[int], conf: Path) -> str:
     chosen = {"dataset": cell.dataset, "backbone": cell.backbone, "loss": cell.loss, "recipe": cell.recipe_name}
-    files = {group: _option(conf, group, name) for group, name in chosen.items()}
+    files = option_files(cell, conf)
     # An option without a file, as of a preset, is not one to choose, but can be added.
     backbone, loss = (chosen[group] if files[group] else "" for group in ("backbone", "loss"))
     settings = [
@@ -45,14 +39,14 @@ def _command(cell: Cell, seeds: list[int], conf: Path) -> str:
         f"embedding_dim=[{cell.embedding_dim}]",
         f"seed=[{','.join(map(str, seeds))}]",
     ]
-    own, default = _options(cell), _default(cell, files)
+    own, default = options_of(cell), default_options(cell, files)
     for group, name in chosen.items():
         owner = group if group == "recipe" else f"{group}.{name}"
         if not files[group]:
             settings.append(f"{'++' if group == 'recipe' else '+'}{owner}={_hydra(own[group])}")
             continue
         known = flatten("", files[group])
-        for path, value in _changed_entries("", own[group], default.get(group, {})):
+        for path, value in changed_entries("", own[group], default.get(group, {})):
             parameter, new = f"{owner}.{path}", path not in known
             if str(known.get(path)).startswith("${"):  # Hydra makes it of another
                 continue
@@ -63,41 +57,6 @@ def _command(cell: Cell, seeds: list[int], conf: Path) -> str:
             elif any(name == path or name.startswith(f"{path}.") for name in known):
                 settings.append(f"~{parameter}")
     return " ".join(["dvc exp run", *(f"-S {shlex.quote(setting)}" for setting in settings)])
-
-
-# Composed once: a table has many rows of the same options.
-_option = functools.cache(option_file)
-
-
-def _options(cell: Cell) -> dict[str, Any]:
-    """A cell's dataset, backbone, loss and recipe, as their files have them."""
-    config = cell.to_dict()
-    return {group: config[group][getattr(cell, group)] for group in ("dataset", "backbone", "loss")} | {
-        "recipe": config["recipe"]
-    }
-
-
-def _default(cell: Cell, files: dict[str, dict]) -> dict[str, Any]:
-    """The options of a cell when nothing is set; empty if a file is no longer an option."""
-    options = {group: files[group] or own for group, own in _options(cell).items()}
-    if cell.backbone_config.weights not in (None, "imagenet"):  # a path; what the file means may not be to be had
-        options["backbone"] = options["backbone"] | {"weights": "none"}
-    groups: dict[str, Any] = {name: {getattr(cell, name): options[name]} for name in ("dataset", "backbone", "loss")}
-    groups |= {"recipe": options["recipe"], "embedding_dim": [cell.embedding_dim], "seed": [cell.seed]}
-    try:
-        params = Params.model_validate(groups)
-    except ValidationError:
-        return {}
-    return _options(params.cells(cell.dataset, params.recipe)[0])
-
-
-def _changed_entries(prefix: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
-    """The innermost entries of a configuration that are not those of the default, by their path; or `ABSENT`."""
-    if isinstance(value, dict) and isinstance(default, dict):
-        for key in [*value, *(key for key in default if key not in value)]:
-            yield from _changed_entries(f"{prefix}.{key}".lstrip("."), value.get(key, ABSENT), default.get(key, ABSENT))
-    elif value != default:
-        yield prefix, value
 
 
 def _hydra(value: Any) -> str:

@@ -7,7 +7,7 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from cbml.report.common.style import COLOURS, INK, PAIRS, chart, legend, to_svg
+from cbml.report.common.style import COLOURS, INK, MORE_COLOURS, PAIRS, chart, legend, to_svg
 
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 LINE = 0.15  # inches, of a text's line
@@ -36,6 +36,26 @@ def _looks(names: list[str]) -> dict[str, dict[str, str]]:
     }
 
 
+def _labelled(curves: pd.DataFrame) -> pd.DataFrame:
+    """With the variant in the method's name."""
+    return curves.assign(method=curves.method + curves.variant.map(lambda text: f" ({text})" if text else ""))
+
+
+def _best_first(curves: pd.DataFrame) -> list[str]:
+    """The methods of labelled curves by their last Recall@1."""
+    last = curves[curves.iteration == curves.groupby("cell").iteration.transform("max")]
+    return list(last.groupby("method").recall_at_1.mean().sort_values(ascending=False, kind="stable").index)
+
+
+def cell_colours(curves: pd.DataFrame) -> tuple[dict[str, str], list[str]]:
+    """The colour of each cell's method by the cell's key, as in `curves_chart`; and what is left for others."""
+    curves = _labelled(curves)
+    methods, colours = _best_first(curves), [*COLOURS, *MORE_COLOURS]
+    looks = dict(zip(methods, cycle(colours), strict=False))
+    cells = curves.drop_duplicates("cell")
+    return dict(zip(cells.cell, cells.method.map(looks), strict=True)), colours[len(methods) :] or colours
+
+
 def curves_chart(curves: pd.DataFrame) -> str:
     """Recall@1 on the test list over iterations: the mean over seeds, with a marker where it is highest, and a band of
     one standard deviation to either side.
@@ -46,13 +66,12 @@ def curves_chart(curves: pd.DataFrame) -> str:
     Args:
         curves: what `cbml.report.tables.rows.curves` returns, with at least one row.
     """
-    curves = curves.assign(method=curves.method + curves.variant.map(lambda text: f" ({text})" if text else ""))
+    curves = _labelled(curves)
     curves = curves.assign(setting=curves.backbone + ", " + curves.embedding_dim.astype(str))
-    last = curves[curves.iteration == curves.groupby("cell").iteration.transform("max")]
-    best_first = last.groupby("method").recall_at_1.mean().sort_values(ascending=False, kind="stable").index
+    best_first = _best_first(curves)
     crowded = len(best_first) > len(COLOURS)
     panel_by, line_by = ("method", "setting") if crowded else ("setting", "method")
-    order = {"method": list(best_first), "setting": list(curves.setting.unique())}
+    order = {"method": best_first, "setting": list(curves.setting.unique())}
     panels, looks = order[panel_by], _looks(order[line_by])
     means = curves.pivot_table("recall_at_1", "iteration", ["setting", "method"])
     rows, columns = _grid(len(panels), 4 if crowded else 3)

@@ -21,9 +21,11 @@ from cbml.report.tables.rows import Evaluated
 from cbml.report.tables.side_by_side import comparison, strips
 
 MAX_CELLS = 12  # side by side
+IN_FRONT = 3  # methods of each dataset, on the page over all of them
 # Of the headline of a table set, on the page over all of them.
 SHOWN = ("recall_at_1", "untrained_recall_at_1", "cells", "best_cell")
 NAME = Markup("{}<small>{} · {}</small>")
+PAGE = Markup('<a href="{}#{}">{}</a>')
 COMMAND = Markup(
     '<button type="button" class="copy">copy</button><details><summary>command</summary><pre>{}</pre></details>'
 )
@@ -48,8 +50,7 @@ def tables_page(
         pictures, found: of the test list, and what the evaluation in a folder found there; without them the page has no
             test images.
     """
-    final = table[table.protocol == "final"].sort_values("recall_at_1", ascending=False, kind="stable")
-    order = list(final[tables.ROW].itertuples(index=False, name=None))
+    final, order = _ranking(table)
     cells = _best_first(evaluated, order)[:MAX_CELLS]
     best = cells[: len(order)]
     names = {one.record["key"]: _short_name(one, best) for one in cells}
@@ -89,38 +90,70 @@ def tables_page(
     )
 
 
-def index_page(reports: dict[str, dict[str, Any]]) -> str:
-    """The page over all table sets, from the `headline` of each dataset's; of one without, the link alone."""
+def strip_part(
+    table: pd.DataFrame,
+    evaluated: list[Evaluated],
+    dataset: str,
+    pictures: Pictures | None = None,
+    found: Callable[[Path], Neighbours] | None = None,
+) -> str:
+    """What the page over all table sets shows of this one: what its best methods retrieve. See `tables_page`."""
+    if not (pictures and found):
+        return ""
+    pictures = Pictures(pictures.images, pictures.root, pictures.side)  # with a sheet of these alone
+    final, order = _ranking(table)
+    best = _best_first(evaluated, order)[: min(IN_FRONT, len(order))]
+    names = [_short_name(one, best) for one in best]
+    shown = strips(pictures, [found(one.folder) for one in best], names, tables.shown(final)["R@1"])
+    return render("strip", dataset=dataset, strips=shown, pictures=pictures)
+
+
+def index_page(reports: dict[str, dict[str, Any]], strips: dict[str, str]) -> str:
+    """The page over all table sets. Where there is but one, a browser goes on to it.
+
+    Args:
+        reports: the `headline` of each dataset's; of one without, the link alone is shown.
+        strips: what `strip_part` returned for each.
+    """
     link = Markup('<a href="{0}/index.html">{0}</a>')
     rows = []
     for name, headline in reports.items():
         *recalls, count, best = (headline.get(each, "") for each in SHOWN)
         rows.append([link.format(name), *(number(each) if headline else "" for each in recalls), count, best])
     columns = ["Dataset", "R@1", "R@1 untrained", "Rows", "Best row"]
-    return render("index", reports=pd.DataFrame(rows, columns=columns, dtype=object))
+    table = pd.DataFrame(rows, columns=columns, dtype=object)
+    shown = {name: Markup(strip) for name, strip in strips.items() if strip}
+    return render("index", reports=table, strips=shown, only=name if len(reports) == 1 else None)
+
+
+def _ranking(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple]]:
+    """The rows of the headline protocol, of the largest budget and best first, and their values of `ROW`."""
+    final = table[table.protocol == "final"].sort_values(
+        [*tables.BUDGET, "recall_at_1"], ascending=False, kind="stable"
+    )
+    return final, list(final[tables.ROW].itertuples(index=False, name=None))
 
 
 def _parts(table: pd.DataFrame, evaluated: list[Evaluated], folder: Path) -> list[tuple[str, pd.DataFrame, list[str]]]:
     """Of each embedding size the title, the table as text and markup, and the protocols of its rows."""
-    links: dict[tuple, list[str]] = defaultdict(list)
+    links: dict[tuple, list[tuple]] = defaultdict(list)
     for one in evaluated:
-        page = one.page / "index.html"  # one of another checkout may not have come with its cell
-        link = '<a href="{}#{}">{}</a>' if page.is_file() else "{2}"  # one in the tracking store is told the way back
-        places = os.path.relpath(page, folder), os.path.relpath(folder / "index.html", one.page)
-        links[one.row].append(Markup(link).format(*places, one.cell.seed))
+        # One in the tracking store is told the way back.
+        back = os.path.relpath(folder / "index.html", one.page)
+        places = [os.path.relpath(page, folder), back] if (page := one.page_file) else []
+        links[one.row].append((one.cell.seed, *places))
     parts = []
     for title, rows in tables.sections(table):
         text = tables.shown(rows)
         parts_of_name = zip(text["Method"], text.pop("Backbone"), text.pop("Protocol"), strict=True)
-        columns: dict[str, list[str]] = {
-            "Method": [NAME.format(*each) for each in parts_of_name],
-            "Seeds": [],
-            "Reproduce": [],
-        }
-        for row in rows.itertuples():
+        columns: dict[str, list[str]] = {"Method": [], "Seeds": [], "Reproduce": []}
+        for row, (method, *setting) in zip(rows.itertuples(), parts_of_name, strict=True):
             ours = row.protocol != "published"
             of_row = links[row.embedding_dim, row.backbone, row.method, row.variant] if ours else []
-            columns["Seeds"].append(Markup(" ").join(of_row))
+            first = next((place for _, *place in of_row if place), None)
+            columns["Method"].append(NAME.format(PAGE.format(*first, method) if first else method, *setting))
+            seeds = [PAGE.format(*place, seed) if place else str(seed) for seed, *place in of_row]
+            columns["Seeds"].append(Markup(" ").join(seeds))
             columns["Reproduce"].append("" if pd.isna(row.command) else COMMAND.format(row.command))
         del text["Seeds"]  # comes last
         for name, cells in columns.items():

@@ -17,7 +17,8 @@ from cbml.provenance import changed, gone
 from cbml.report.common.evaluated import metrics_of, similarities_of, validations_of
 from cbml.report.common.numbers import NO_NMI, NO_NMI_IN_GALLERY, metrics, number, recalls
 from cbml.report.tables.commands import command
-from cbml.spec.cell import Cell
+from cbml.spec.cell import Cell, flatten
+from cbml.spec.settings import settings_of
 
 MIN_SEEDS = 3  # fewer get no interval, and so no claim
 CONFIDENCE = 0.95
@@ -32,6 +33,8 @@ PROTOCOLS = {
 }
 # What the cells of one row have in common: all but the seed.
 ROW = ["embedding_dim", "backbone", "method", "variant"]
+BUDGET = ["iterations", "batch_size"]  # rows of another are not ranked with one
+PAGES = ("cell.html", "index.html")  # the page of a cell: in the tracking store; here, and there once
 SOURCES = ("dataset", "backbone.weights", "backbone.published")  # where things are from, which is not what they are
 
 
@@ -43,7 +46,7 @@ class Evaluated:
         cell: its configuration.
         record: its run.json.
         folder: of its evaluation.
-        page: the folder of its page.
+        page: the folder of its page: index.html, or what it is called in the tracking store.
         variant: what tells it from others of its backbone, loss and embedding size; see `with_variants`.
     """
 
@@ -57,6 +60,16 @@ class Evaluated:
     def row(self) -> tuple[int, str, str, str]:
         """The values of `ROW`."""
         return self.cell.embedding_dim, self.cell.backbone, self.cell.loss, self.variant
+
+    @property
+    def page_file(self) -> Path | None:
+        """Its page, if that is there: one of another checkout may not have come with its cell."""
+        return next((self.page / name for name in PAGES if (self.page / name).is_file()), None)
+
+    @property
+    def archived(self) -> bool:
+        """Whether it is from the tracking store, which keeps all of a cell in one folder."""
+        return self.page == self.folder
 
     @property
     def unsupervised(self) -> bool:
@@ -81,14 +94,26 @@ def published() -> pd.DataFrame:
         return pd.read_csv(file)
 
 
-def with_variants(evaluated: list[Evaluated]) -> list[Evaluated]:
-    """The same cells with a `variant` where several of them that are no seeds of one another have the same names.
+def with_variants(evaluated: list[Evaluated], conf: Path) -> list[Evaluated]:
+    """The same cells with a `variant` where something that their names do not show differs between them.
 
-    It reads like `margin=0.2, recipe=cpu`; or `tuned`, where the constants are those of `pipeline.tune`. A parameter
-    that follows from the choice of another recipe is left out. What no parameter shows is told by the last digits of
-    the cells' keys.
+    It reads like `margin=0.2, recipe=cpu`; or `tuned`, where the constants are those of `pipeline.tune`. Between cells
+    of the same names, that are no seeds of one another, it is any parameter; between all cells, what was set of the
+    recipe. A parameter that follows from the choice of another recipe is left out, and one that every cell has as its
+    options' files in the folder `conf` have it. What no parameter shows is told by the last digits of the cells' keys.
     """
-    named = [replace(one, variant=_variant(one, alike)) for one, alike in _with_its_row(evaluated)]
+    kinds = {_row_hash(one): one.cell for one in evaluated if not one.cell.loss_config.tuned}
+    flats = {kind: {name: json.dumps(value) for name, value in cell.flat().items()} for kind, cell in kinds.items()}
+    set_of_recipe = {name for cell in kinds.values() for name in _set_of_recipe(cell, conf)}
+    named = [
+        replace(
+            one,
+            variant="tuned"
+            if one.cell.loss_config.tuned
+            else _variant(_row_hash(one), {_row_hash(each) for each in alike}, flats, set_of_recipe),
+        )
+        for one, alike in _with_its_row(evaluated)
+    ]
     return [
         replace(one, variant=", ".join(filter(None, [one.variant, _row_hash(one)])))
         if len({_row_hash(each) for each in alike}) > 1
@@ -104,17 +129,19 @@ def _with_its_row(evaluated: list[Evaluated]) -> list[tuple[Evaluated, list[Eval
     return [(one, rows[one.row]) for one in evaluated]
 
 
-def _variant(one: Evaluated, alike: list[Evaluated]) -> str:
-    if one.cell.loss_config.tuned:
-        return "tuned"
-    alike = [each for each in alike if not each.cell.loss_config.tuned]
-    if len({_row_hash(each) for each in alike}) == 1:
-        return ""
-    flats = [{name: json.dumps(value) for name, value in each.cell.flat().items()} for each in [one, *alike]]
+def _set_of_recipe(cell: Cell, conf: Path) -> set[str]:
+    """What was set of a cell's recipe: all of it, if it has no file."""
+    everything = flatten("", cell.recipe.model_dump(mode="json", exclude={"name"}))
+    return {f"recipe.{name}" for name in settings_of(cell, conf).get("recipe", everything)}
+
+
+def _variant(own: str, alike: set[str], flats: dict[str, dict[str, str]], set_of_recipe: set[str]) -> str:
+    """The variant of cells by their hash, from the flat parameters of all: compared are those `alike`, or all."""
     parts = []
-    for name, value in flats[0].items():
+    for name, value in flats[own].items():
         group = name.partition(".")[0]
-        pairs = {(flat[group], flat.get(name)) for flat in flats}
+        of_all = name == "recipe" or any(name == each or name.startswith(f"{each}.") for each in set_of_recipe)
+        pairs = {(flat[group], flat.get(name)) for kind, flat in flats.items() if of_all or kind in alike}
         follows = name != group and len(pairs) == len({option for option, _ in pairs}) > 1
         if name != "seed" and not name.startswith(SOURCES) and len({value for _, value in pairs}) > 1 and not follows:
             text = value.strip('"')
@@ -127,7 +154,7 @@ def _row_hash(evaluated: Evaluated) -> str:
 
 
 def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
-    """One row per cell and protocol: `ROW`, `protocol`, `seed`, metrics, and the `command` of its row."""
+    """One row per cell and protocol: `ROW`, `BUDGET`, `protocol`, `seed`, metrics, and the `command` of its row."""
     rows = []
     for one in evaluated:
         scores = metrics_of(one.folder)
@@ -137,6 +164,8 @@ def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
             rows.append(
                 {
                     **dict(zip(ROW, one.row, strict=True)),
+                    "iterations": one.cell.recipe.iterations,
+                    "batch_size": one.cell.recipe.batch_size,
                     "unsupervised": one.unsupervised,
                     "started": one.started,
                     "recipe": one.cell.recipe_name,
@@ -159,7 +188,7 @@ def interval(values: pd.Series) -> tuple[float, float, float]:
 
 
 def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
-    """Compare each method with the best of its section, backbone and protocol, seed by seed.
+    """Compare each method with the best of its section (see `sections`), backbone and protocol, seed by seed.
 
     The same seed gives two losses the same batches, crops and start, so their difference is paired. Methods of fewer
     than 3 seeds take no part.
@@ -170,7 +199,8 @@ def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
         comparisons), and `within_noise`: the interval holds zero.
     """
     rows = []
-    for (*key, _), group in cells.groupby(["embedding_dim", "backbone", "protocol", "unsupervised"], sort=False):
+    by = ["embedding_dim", "backbone", "protocol"]
+    for key, group in cells.groupby([*by, "unsupervised", *BUDGET], sort=False):
         recalls = group.pivot(index="seed", columns=["method", "variant"], values="recall_at_1")
         recalls = recalls.loc[:, recalls.count() >= MIN_SEEDS]
         if recalls.empty:
@@ -181,9 +211,8 @@ def versus_best(cells: pd.DataFrame) -> pd.DataFrame:
             if len(differences) < MIN_SEEDS:
                 continue
             mean, low, high = interval(differences)
-            rows.append([*key, *method, mean, low, high, bool(low <= 0 <= high)])
-    columns = ["embedding_dim", "backbone", "protocol", "method", "variant"]
-    columns += ["versus_best", "versus_best_low", "versus_best_high", "within_noise"]
+            rows.append([*key[: len(by)], *method, mean, low, high, bool(low <= 0 <= high)])
+    columns = [*by, "method", "variant", "versus_best", "versus_best_low", "versus_best_high", "within_noise"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -196,11 +225,11 @@ def summarise(cells: pd.DataFrame, *, with_published: bool) -> pd.DataFrame:
             protocol `published` for the backbones and embedding sizes of `cells`.
 
     Returns:
-        One row per `ROW` and protocol, ordered by embedding size, backbone and Recall@1: `n` seeds, and for each metric
-        its mean and, as `<metric>_sd`, its standard deviation (empty for one seed); what `versus_best` returns; the
-        `command` that computes the row's cells.
+        One row per `ROW` and protocol, ordered by embedding size, `BUDGET`, backbone and Recall@1: `n` seeds, and for
+        each metric its mean and, as `<metric>_sd`, its standard deviation (empty for one seed); what `versus_best`
+        returns; the `command` that computes the row's cells.
     """
-    keys = [*ROW, "unsupervised", "started", "protocol"]
+    keys = [*ROW, *BUDGET, "unsupervised", "started", "protocol"]
     names = metrics(cells)
     grouped = cells.groupby(keys, sort=False)
     table = grouped[[*names, "untrained_recall_at_1"]].mean().join(grouped[names].std().add_suffix("_sd"))
@@ -217,18 +246,21 @@ def summarise(cells: pd.DataFrame, *, with_published: bool) -> pd.DataFrame:
         table = table.merge(theirs.dropna(subset="method").drop_duplicates(ROW[:3]), how="left", on=ROW[:3])
         for name in recalls(paper):
             table[f"difference_{name}"] = table[name] - table[f"paper_{name}"]
-        wanted = paper.merge(table[["embedding_dim", "backbone", "unsupervised"]].drop_duplicates())
+        wanted = paper.merge(table[["embedding_dim", "backbone", "unsupervised", *BUDGET]].drop_duplicates())
         wanted = wanted.assign(protocol="published", variant="").drop(columns=["source", "option"])
         table = pd.concat([table, wanted], ignore_index=True)
-    order = ["unsupervised", "embedding_dim", "backbone", "recall_at_1"]
-    return table.sort_values(order, ascending=[True, False, True, False], ignore_index=True)
+    order = {"unsupervised": True, "embedding_dim": False} | dict.fromkeys(BUDGET, False)
+    order |= {"backbone": True, "recall_at_1": False}
+    return table.sort_values([*order], ascending=[*order.values()], ignore_index=True)
 
 
 def sections(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The tables that people read, each with its title: by embedding size, those without labels apart."""
-    for (size, unsupervised), rows in table.groupby(["embedding_dim", "unsupervised"], sort=False):
+    """The tables that people read, each with its title: by embedding size and budget, those without labels apart."""
+    budgets = len(table[BUDGET].drop_duplicates())
+    for (size, unsupervised, *budget), rows in table.groupby(["embedding_dim", "unsupervised", *BUDGET], sort=False):
         title = f"Embeddings of {size}" if size else "Pooled features, without a head"
-        yield title + (", trained without labels" if unsupervised else ""), rows
+        title += ", trained without labels" if unsupervised else ""
+        yield title + (", {:,} iterations of {} images".format(*budget) if budgets > 1 else ""), rows
 
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:
@@ -309,6 +341,8 @@ def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
             "Against the best: mean difference of Recall@1, seed by seed, to the best method of the same backbone, "
             "size and protocol, and its 95 % interval (Student's t, not corrected for the number of comparisons)."
         )
+    if len(table[BUDGET].drop_duplicates()) > 1:
+        texts.append("Rows of other iterations or batch sizes are tables of their own, and not ranked together.")
     if "nmi" not in table:
         texts.append(NO_NMI_IN_GALLERY if queries else NO_NMI)
     if (table.n < MIN_SEEDS).any():
@@ -330,8 +364,11 @@ def outdated(evaluated: list[Evaluated]) -> list[str]:
         modules = "; ".join(filter(None, [lists[0], lists[1] and f"no longer there: {lists[1]}"]))
         names = ", ".join(dict.fromkeys(f"{one.cell.name}{one.variant and f' ({one.variant})'}" for one, _ in found))
         stages = " ".join(dict.fromkeys(f"{stage}@{one.cell.name}-{one.cell.dataset}" for one, _ in found))
+        again = "Again, just those"
+        if any(one.archived for one, _ in found):  # params.yaml may have other cells of these names
+            again = "Again, after the command of its row, just those"
         warnings.append(
-            f"**{done} by other code than today's** ({modules}): {names}. Again, just those: "
+            f"**{done} by other code than today's** ({modules}): {names}. {again}: "
             f"`dvc repro -f -s {stages} && dvc repro`."
         )
     return warnings

@@ -1,0 +1,1 @@
+"""What a search among images found, as a page."""
