@@ -116,6 +116,7 @@ def cells_with(recalls):
             "variant": "",
             "iterations": 200,
             "batch_size": 32,
+            "spent": "",
             "unsupervised": False,
             "protocol": "final",
             "seed": seed,
@@ -210,11 +211,13 @@ def test_rows_of_unlike_budgets_are_tables_of_their_own_and_not_ranked_together(
         (one.folder / "validations.csv").write_text("iteration,recall_at_1\n0,1.0\n6,2.0\n")
     table = tables.summarise(tables.collect(evaluated, CONF), with_published=False)
     assert table.versus_best.isna().all()
-    text = squeezed(to_markdown(table, "glyphs", TEST, evaluated))
+    text = squeezed(to_markdown(table, "glyphs", TEST, evaluated, NO_GAINS))
     assert "not ranked together" in text and text.index("6 iterations of 8 images") < text.index("3 iterations of 8")
     alike = finished(*several[0])
     table = tables.summarise(tables.collect(alike, CONF), with_published=False)
-    assert table.versus_best.notna().any() and "iterations of 8" not in to_markdown(table, "glyphs", TEST, alike)
+    assert table.versus_best.notna().any() and "iterations of 8" not in to_markdown(
+        table, "glyphs", TEST, alike, NO_GAINS
+    )
 
 
 def test_a_parameter_that_a_cell_does_not_have_is_not_its_name(finished):
@@ -574,7 +577,9 @@ def test_without_the_images_of_the_cells_a_page_has_no_pictures_and_says_why(wor
 
 def test_a_missing_evaluation_is_named_with_its_stage(workspace):
     set_params(workspace, seed=[3])
-    with pytest.raises(UserError, match=r"resnet18-cbml_log-64-3/run\.json: no such file; the stage train writes it"):
+    with pytest.raises(
+        UserError, match=r"resnet18-cbml_log-64-3/run\.json: no such file; the stage evaluate writes it"
+    ):
         tabulate(workspace, "glyphs")
     with pytest.raises(UserError, match="dataset 'birds' is not there; allowed: cub200, glyphs"):
         tabulate(workspace, "birds")

@@ -33,7 +33,7 @@ PROTOCOLS = {
 }
 # What the cells of one row have in common: all but the seed.
 ROW = ["embedding_dim", "backbone", "method", "variant"]
-BUDGET = ["iterations", "batch_size"]  # rows of another are not ranked with one
+BUDGET = ["iterations", "batch_size", "spent"]  # rows of another are not ranked with one
 PAGES = ("cell.html", "index.html")  # the page of a cell: in the tracking store; here, and there once
 SOURCES = ("dataset", "backbone.weights", "backbone.published")  # where things are from, which is not what they are
 
@@ -70,6 +70,14 @@ class Evaluated:
     def archived(self) -> bool:
         """Whether it is from the tracking store, which keeps all of a cell in one folder."""
         return self.page == self.folder
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """The values of `BUDGET`. Tuned cells have theirs in common, and 0 iterations: each loss has its own."""
+        recipe, tuned = self.cell.recipe, self.cell.loss_config.tuned
+        spent = f"tuned by {tuned}" if tuned else f"{recipe.iterations:,} iterations of {recipe.batch_size} images"
+        spent += ", on a frozen trunk" if recipe.train == "head" else ""
+        return dict(zip(BUDGET, (0 if tuned else recipe.iterations, recipe.batch_size, spent), strict=True))
 
     @property
     def unsupervised(self) -> bool:
@@ -164,8 +172,7 @@ def collect(evaluated: list[Evaluated], conf: Path) -> pd.DataFrame:
             rows.append(
                 {
                     **dict(zip(ROW, one.row, strict=True)),
-                    "iterations": one.cell.recipe.iterations,
-                    "batch_size": one.cell.recipe.batch_size,
+                    **one.budget,
                     "unsupervised": one.unsupervised,
                     "started": one.started,
                     "recipe": one.cell.recipe_name,
@@ -257,10 +264,11 @@ def summarise(cells: pd.DataFrame, *, with_published: bool) -> pd.DataFrame:
 def sections(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The tables that people read, each with its title: by embedding size and budget, those without labels apart."""
     budgets = len(table[BUDGET].drop_duplicates())
-    for (size, unsupervised, *budget), rows in table.groupby(["embedding_dim", "unsupervised", *BUDGET], sort=False):
+    by = ["embedding_dim", "unsupervised", *BUDGET]
+    for (size, unsupervised, *_, spent), rows in table.groupby(by, sort=False):
         title = f"Embeddings of {size}" if size else "Pooled features, without a head"
         title += ", trained without labels" if unsupervised else ""
-        yield title + (", {:,} iterations of {} images".format(*budget) if budgets > 1 else ""), rows
+        yield title + (f", {spent}" if budgets > 1 or "iterations" not in spent else ""), rows
 
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:
