@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import environment, run, tiny_params
+from helpers import TINY_RECIPE, environment, run, tiny_params
 from PIL import Image
 
 from cbml.errors import UserError, run_main, shortage
@@ -243,7 +243,9 @@ def test_names_of_files_are_utf_8_whatever_the_locale_says(tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (9, 8), (40 * number, 70 * k, 5)).save(file)
     (tmp_path / "params.yaml").write_text(
-        yaml.safe_dump(tiny_params(dataset={"mine": {"type": "folder", "path": "pictures"}}))
+        yaml.safe_dump(
+            tiny_params(dataset={"mine": {"type": "folder", "path": "pictures"}}, recipe=TINY_RECIPE | {"instances": 4})
+        )
     )
     latin = environment() | {"LOCPATH": str(tmp_path), "LC_ALL": "en_US"}
     told = subprocess.run(

@@ -317,7 +317,7 @@ def test_flat_names_do_not_depend_on_the_option(project):
         ("build_lists birds", "params.yaml: dataset 'birds' is not there; allowed: glyphs"),
         ("evaluate runs/glyphs/none", "runs/glyphs/none/cell.yaml: no such file; the stage train writes it"),
         ("draw evaluations/glyphs/none", "none/cell.yaml: no such file"),
-        ("tabulate glyphs", "run.json: no such file; the stage train writes it"),
+        ("tabulate glyphs", "run.json: no such file; the stage evaluate writes it"),
     ],
 )
 def test_a_stage_without_its_input_ends_with_one_line(project, capsys, stage, message):

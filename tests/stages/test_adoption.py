@@ -62,7 +62,7 @@ def test_a_cell_that_another_checkout_trained_is_taken_with_its_curves_and_is_on
     (only,) = runs
     assert only.data.tags["evaluated"] == "true" and only.info.status == "FINISHED"
     assert not [*Path(".checkpoints").glob("*/*")]
-    assert {each.path for each in client.list_artifacts(only.info.run_id)} >= {"metrics.json", "index.html"}
+    assert {each.path for each in client.list_artifacts(only.info.run_id)} >= {"metrics.json", "cell.html"}
 
 
 def test_a_training_that_was_killed_before_it_was_recorded_is_taken(workspace, no_training):

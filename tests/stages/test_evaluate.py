@@ -129,7 +129,8 @@ def test_recall_at_k_is_that_of_evaluate(evaluated, embeddings, listed):
 
 def test_recall_at_k_ends_below_the_size_of_the_list(workspace, tmp_path):
     tree = Workspace(tmp_path, tmp_path)
-    few = tiny_params(dataset={"glyphs": TINY_GLYPHS | {"classes": 4, "images_per_class": 2}})
+    recipe = TINY_RECIPE | {"instances": 4}  # of the two classes to train on
+    few = tiny_params(dataset={"glyphs": TINY_GLYPHS | {"classes": 4, "images_per_class": 2}}, recipe=recipe)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(few))
     download(tree, "glyphs")
     build_lists(tree, "glyphs")

@@ -75,8 +75,9 @@ def _write(
 ) -> Path:
     first, today = cells[0], datetime.now(UTC).date().isoformat()
     told = budget.told
-    heading = [f"Each loss is tuned by {told}; {today}, {provenance.revision()}.", *notes]
     preset = workspace.conf / "paper" / f"tuned_{first.dataset}_{first.recipe_name}_{first.backbone}.yaml"
+    heading = [f"Each loss is tuned by {told}; {today}, {provenance.revision()}.", *notes]
+    heading += ["", f"    dvc exp run -S +paper={preset.stem}", ""]
     write_text(preset, write_preset(cells, best, told, "\n".join(heading)))
     folder = workspace.report(first.dataset) / "tuning"
     write_text(folder / "trials.csv", trials.to_csv(index=False))

@@ -64,7 +64,7 @@ def write_preset(cells: list[Cell], best: dict[str, dict[str, Any]], budget: str
                 node = node.setdefault(part, {})
             node[path[-1]] = float(f"{value:.4g}") if isinstance(value, float) else value
         losses[cell.loss] = tree
-    lines = ["# @package _global_", *(f"# {line}" for line in heading.splitlines()), "defaults:"]
+    lines = ["# @package _global_", *(f"# {line}".rstrip() for line in heading.split("\n")), "defaults:"]
     lines += [f"  - {each}" for each in defaults]
     body = {"embedding_dim": [first.embedding_dim], "seed": [0, 1, 2, 3, 4], "loss": losses}
     return "\n".join(lines) + "\n\n" + yaml.safe_dump(body, sort_keys=False)

@@ -118,5 +118,6 @@ def worth_chart(rows: pd.DataFrame) -> str:
         axes.set_yticks(rows.index, rows.method)
         axes.set_xlabel("Recall@1, %, and 95 % interval of its mean over seeds")
         axes.grid(axis="x", color=INK, alpha=0.15)
-        legend(axes, ["published constants, the recipe's rate", f"tuned: {rows.tuned[0]}"], handles, loc="lower right")
+        names = ["published constants, the recipe's rate", f"tuned: {rows.tuned[0]}"]
+        legend(figure, names, handles, loc="outside upper center")
         return to_svg(figure)
