@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 # Only a CPU repeats bits; before torch looks for GPUs. tests/test_cuda.py is run on its own, with CBML_TEST_GPU=1.
@@ -16,7 +17,9 @@ import torch
 import yaml
 from helpers import FOREIGN, ROOT, TINY_GLYPHS, TINY_RECIPE, tiny_params
 
-from cbml import fetch
+from cbml import fetch, network
+from cbml.data.lists import read_list
+from cbml.files import write_tensors
 from cbml.stages.build_lists import build_lists
 from cbml.stages.download import download
 from cbml.tracking import store as tracking
@@ -123,6 +126,24 @@ def project(tiny_dataset, tmp_path, monkeypatch):
 @pytest.fixture
 def workspace(project):
     return Workspace.here()
+
+
+@pytest.fixture
+def untrained(workspace):
+    """The run folder of the one cell, as far as a model is loaded from it: of no training."""
+    (cell,) = workspace.cells("glyphs")
+    model, _ = network.build(cell, num_classes=6, root=Path())
+    folder = workspace.run(cell)
+    folder.mkdir(parents=True)
+    (folder / "cell.yaml").write_text(cell.to_yaml())
+    write_tensors(folder / "final.pt", model.state_dict())
+    return folder
+
+
+@pytest.fixture
+def pictures(workspace):
+    """The files of the test images."""
+    return [Path("data/glyphs") / path for path in read_list(Path("lists/glyphs/test.txt")).paths]
 
 
 @pytest.fixture

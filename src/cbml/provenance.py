@@ -86,6 +86,11 @@ def packages(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     return found
 
 
+def packages_of(record: dict[str, Any]) -> dict[str, str]:
+    """What `packages` found when a run was recorded, by its run.json."""
+    return {name: version for name, version in record["versions"].items() if name in PACKAGES}
+
+
 def versions() -> dict[str, str]:
     """Interpreter, platform, this source and the packages that matter."""
     facts = {"python": platform.python_version(), "platform": platform.platform(), "cbml": revision()}

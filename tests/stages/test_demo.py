@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 from finished_cells import finish
 
-from cbml import network
-from cbml.data.lists import read_list
 from cbml.errors import UserError
-from cbml.files import write_tensors
 from cbml.stages import demo
 from cbml.stages.hand_over import hand_over
 from cbml.tracking.model import known_models
@@ -20,60 +17,43 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @pytest.fixture
-def run(workspace):
-    """Of a run what is needed here, after no training."""
-    (cell,) = workspace.cells("glyphs")
-    model, _ = network.build(cell, num_classes=6, root=Path())
-    folder = workspace.run(cell)
-    folder.mkdir(parents=True)
-    (folder / "cell.yaml").write_text(cell.to_yaml())
-    write_tensors(folder / "final.pt", model.state_dict())
-    return folder
-
-
-@pytest.fixture
-def pictures():
-    return [Path("data/glyphs") / path for path in read_list(Path("lists/glyphs/test.txt")).paths]
-
-
-@pytest.fixture
-def other(run):
+def other(untrained):
     """Another model."""
-    return shutil.copytree(run, "other")
+    return shutil.copytree(untrained, "other")
 
 
-def test_a_search_finds_what_the_model_finds_and_embeds_the_gallery_once(run, workspace, pictures, monkeypatch, capsys):
+def test_a_search_finds_what_the_model_finds_and_embeds_the_gallery_once(untrained, workspace, pictures, capsys):
     search = demo.Search(pictures, workspace)
     shutil.copy(pictures[5], "new.png")
-    found = search.nearest(str(run), Path("new.png"), 3)
+    found = search.nearest(str(untrained), Path("new.png"), 3)
     name = f"{pictures[5].parent.name}/{pictures[5].name}"
     assert found[0][1] == f"1.000 {name}" and found[0][0].size == (demo.SIDE, demo.SIDE)
     values = [float(caption.split()[0]) for _, caption in found]
     assert len(found) == 3 and values == sorted(values, reverse=True)
-    assert search.nearest(str(run), pictures[5], 3)[0][1] != found[0][1]  # an example is not found for itself
+    assert search.nearest(str(untrained), pictures[5], 3)[0][1] != found[0][1]  # an example is not found for itself
     assert capsys.readouterr().err.count("embeds the gallery") == 1
     examples = search.examples()
     assert len(examples) == demo.EXAMPLES and examples[0] == pictures[0] and set(examples) <= set(pictures)
 
 
-def test_the_models_of_the_store_can_be_chosen(run, workspace):
+def test_the_models_of_the_store_can_be_chosen(untrained, workspace):
     assert known_models(workspace) == []
     (cell,) = workspace.cells("glyphs")
     one = finish(workspace, cell)
-    hand_over(workspace, cell, one.folder, run)
+    hand_over(workspace, cell, one.folder, untrained)
     assert known_models(workspace) == [one.record["key"]]
 
 
-def test_without_gradio_it_says_what_to_install(run, workspace, pictures, monkeypatch):
+def test_without_gradio_it_says_what_to_install(untrained, workspace, pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"pip install 'cbml\[demo\]'"):
-        demo.build(demo.Search(pictures, workspace), str(run), None, [])
+        demo.build(demo.Search(pictures, workspace), str(untrained), None, [])
 
 
 @pytest.fixture
-def served(run, other, workspace, pictures):
+def served(untrained, other, workspace, pictures):
     pytest.importorskip("gradio", reason="Gradio is not installed (pip install 'cbml[demo]')")
-    page = demo.build(demo.Search(pictures, workspace), str(run), None, [str(other)])
+    page = demo.build(demo.Search(pictures, workspace), str(untrained), None, [str(other)])
     _, address, _ = page.launch(server_name="127.0.0.1", share=False, quiet=True, prevent_thread_lock=True)
     yield address
     page.close()

@@ -101,6 +101,4 @@ def _of_today(folder: Path) -> bool:
         record = record_of(folder)
     except (Damaged, UserError):
         return False
-    versions = record["versions"]
-    packages = {name: versions[name] for name in provenance.PACKAGES if name in versions}
-    return not provenance.changed(record["code"]) and packages == provenance.packages()
+    return not provenance.changed(record["code"]) and provenance.packages_of(record) == provenance.packages()

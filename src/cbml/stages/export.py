@@ -48,9 +48,9 @@ def scores_of(name: str, cell: Cell, workspace: Workspace) -> dict[str, dict[str
         return {}
     evaluation: Path | None = workspace.evaluation(cell)
     if not _is_of(key, workspace.evaluation(cell)):
-        from cbml.tracking.store import Store, installed  # MLflow takes seconds to import
+        from cbml.tracking.store import Store  # MLflow takes seconds to import
 
-        if not installed() or ((store := Store(workspace)).own and not store.database.is_file()):
+        if not (store := Store.existing(workspace)):
             return {}
         evaluation = store.finished(cell.dataset).get(key)
     return read_json(evaluation / "metrics.json", "evaluate", ("final",)) if evaluation else {}

@@ -138,8 +138,8 @@ def _finished(folder: Path, key: str, code: dict[str, str]) -> dict[str, Any] | 
     except (Damaged, KeyError) as error:
         message(f"{key}: is not taken from {folder}: {error}")
         return None
-    packages = {name: record["versions"].get(name) for name in provenance.PACKAGES if name in record["versions"]}
-    same = record["key"] == key and record["code"] == code and packages == provenance.packages()
+    same = record["key"] == key and record["code"] == code
+    same = same and provenance.packages_of(record) == provenance.packages()
     return record if intact and same else None
 
 

@@ -18,7 +18,7 @@ from cbml.errors import UserError
 from cbml.files import atomic_write, share
 from cbml.progress import message
 from cbml.spec.params import load_cell
-from cbml.tracking.store import Store, installed, local, mlflow, public
+from cbml.tracking.store import Store, local, mlflow, public
 from cbml.workspace import Workspace
 
 PACKAGE = Path(__file__).parents[1]
@@ -119,7 +119,7 @@ def _logged(store: Store, run_id: str, weights: str) -> "mlflow.entities.LoggedM
 
 def known_models(workspace: Workspace) -> list[str]:
     """The keys of the cells with a model in the store, newest first; none without a store, or if it is away."""
-    if not installed() or ((store := Store(workspace)).own and not store.database.is_file()):
+    if not (store := Store.existing(workspace)):
         return []
     try:
         with store.asked():
@@ -155,7 +155,7 @@ def find_model(workspace: Workspace, name: str) -> Path:
     Raises:
         UserError: the store is away, or has no such run, or the run no model.
     """
-    if not installed() or ((store := Store(workspace)).own and not store.database.is_file()):
+    if not (store := Store.existing(workspace)):
         raise UserError(f"{name}: no such folder, and no store that could have a run or a cell of this name")
     with store.asked():
         client = store.client

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits
 DVC_VARIABLES = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
 TABLES = "tables"  # the experiment of all table sets
+TUNING = "tuning"  # and of all studies
 # The pages among artifacts, which MLflow lists by name: no other comes before these.
 PAGE, TABLES_PAGE = "cell.html", "cells.html"
 # Descriptions of experiments.
@@ -48,7 +49,6 @@ ABOUT_TABLES = (
 )
 LONGEST = 200  # characters of what a run's name has beside the cell's
 SOURCES = ("weights", "published")  # of a backbone: where it is from
-TUNING = "tuning"  # and of all studies
 SAME_CELL = ("cell_key", WEIGHTS)
 PATIENCE = 60.0  # seconds between attempts at a store that is away, and
 SHARE = 20  # times as long as an attempt takes, which may be half a minute

@@ -80,6 +80,14 @@ class Store:
         self.uri = absolute(named, self.root) if named else own
         self.own = self.uri == own
 
+    @classmethod
+    def existing(cls, workspace: Workspace) -> "Store | None":
+        """The store, for who only looks: None without MLflow, or if the repository has no database of its own yet."""
+        if not installed():
+            return None
+        store = cls(workspace)
+        return store if store.database.is_file() or not store.own else None
+
     @cached_property
     def client(self) -> "MlflowClient":
         """MLflow's client.

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from cbml.errors import UserError
 from cbml.progress import message
-from cbml.tracking.store import Store, installed, public
+from cbml.tracking.store import Store, public
 from cbml.workspace import Workspace
 
 # Name, mode and charts of each, by its key.
@@ -37,7 +37,7 @@ AS_LONG_AS_THIS = ["sh", "-c", 'exec 3<&0 </dev/null; { cat <&3 >/dev/null; kill
 
 def run_address(workspace: Workspace, run_id: str | None, port: int = 5000) -> str | None:
     """Where the UI shows a run: that of the store if it is a server, else one of this machine; None if it has none."""
-    if not (installed() and run_id) or ((store := Store(workspace)).own and not store.database.is_file()):
+    if not run_id or not (store := Store.existing(workspace)):
         return None
     try:
         experiment = store.client.get_run(run_id).info.experiment_id
