@@ -63,6 +63,13 @@ def empty_stores(tmp_path_factory):
         yield made
 
 
+@pytest.fixture(autouse=True)
+def nothing_foreign(monkeypatch):
+    """MLflow leaves the store of the last test in the environment."""
+    for name in FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory):
     """A folder with data/glyphs, the images, and lists/glyphs."""
@@ -117,8 +124,6 @@ def project(tiny_dataset, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(tiny_dataset / name)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tiny_params(), sort_keys=False))
     monkeypatch.chdir(tmp_path)
-    for name in FOREIGN:
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(checkpoint, "SHARE", 1.0)  # else which iterations have one depends on the machine's speed
     return tmp_path
 

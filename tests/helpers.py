@@ -47,6 +47,7 @@ TINY_RECIPE = {
     "validate_every": 2,
     "checkpoint_every": 4,
 }
+FEW_CLASSES = TINY_RECIPE | {"instances": 4}  # two a batch
 
 
 # What would lead a stage elsewhere, or have it do otherwise.

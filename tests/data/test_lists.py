@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import yaml
-from helpers import tiny_params
+from helpers import FEW_CLASSES, tiny_params
 from PIL import Image
 
 from cbml.data.lists import ImageList, check_disjoint, hold_out, read_list
@@ -37,7 +37,7 @@ def build(dataset, **options):
     """The stages `download` and `build_lists` of a dataset that is at hand; their summary."""
     root = dataset.parent
     config = {"type": "cub200", "source": str(dataset), **options}
-    (root / "params.yaml").write_text(yaml.safe_dump(tiny_params(dataset={"birds": config})))
+    (root / "params.yaml").write_text(yaml.safe_dump(tiny_params(dataset={"birds": config}, recipe=FEW_CLASSES)))
     workspace = Workspace(root, root)
     download(workspace, "birds")
     return build_lists(workspace, "birds")

@@ -273,9 +273,7 @@ def test_both_variants_are_rows_of_every_table(finished):
 
 
 @pytest.mark.slow
-def test_every_finished_cell_of_the_store_is_tabulated(tmp_path, monkeypatch, capsys):
-    for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
+def test_every_finished_cell_of_the_store_is_tabulated(tmp_path, capsys):
     workspace = Workspace(tmp_path, tmp_path)
     set_params(workspace)
     with pytest.raises(UserError, match="glyphs: the tracking store has no evaluated cell"):

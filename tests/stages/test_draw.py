@@ -399,8 +399,6 @@ def test_a_page_comes_to_the_run_of_its_cell(workspace, monkeypatch):
     import mlflow
 
     monkeypatch.setattr(tracking, "mlflow", mlflow)
-    for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
     folder = draw(workspace)
     client = tracking.Store(workspace).client
     (run,) = client.search_runs([client.get_experiment_by_name("glyphs").experiment_id])

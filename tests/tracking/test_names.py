@@ -21,8 +21,7 @@ def cells(**groups):
 
 
 @pytest.fixture
-def workspace(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def workspace(tmp_path):
     return Workspace(tmp_path, tmp_path)
 
 

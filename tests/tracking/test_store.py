@@ -38,8 +38,6 @@ WEIGHTS = "0123abcd"
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path, monkeypatch):
     """The working directory is none of the checkouts."""
-    for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
     (tmp_path / "nowhere").mkdir()
     monkeypatch.chdir(tmp_path / "nowhere")
 

@@ -65,8 +65,7 @@ def test_each_dataset_has_links_and_its_experiment_the_views_that_they_open(work
     assert ui.links(store, "http://here/") == found
 
 
-def test_a_store_without_cells_says_so(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_a_store_without_cells_says_so(tmp_path):
     assert ui.listed(Store(Workspace(tmp_path, tmp_path)), "http://here").startswith("no cells yet in sqlite:")
 
 

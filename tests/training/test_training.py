@@ -437,7 +437,7 @@ def test_a_list_that_was_cut_is_not_trained_on(workspace, name):
     shutil.copytree(lists, "lists")
     file = Path("lists/glyphs") / name
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match="the images or the lists have changed since the lists were made"):
+    with pytest.raises(UserError, match="the images or the lists in lists/glyphs have changed"):
         run(workspace)
 
 
@@ -446,7 +446,7 @@ def test_a_list_that_was_cut_is_not_trained_on(workspace, name):
     [
         ("images/001.X/nothing.png,0", r"1 of 73 images cannot be read: .*No such file.*nothing\.png"),
         ("images.txt,0", r"images\.txt: not an image that Pillow can read"),
-        ("no label", r"train\.txt, line 1: 'no label'; expected"),
+        ("no label", r"train\.txt: damaged \(line 1: 'no label'; expected"),
     ],
 )
 def test_a_list_with_a_bad_image_stops_before_anything_is_trained(workspace, line, message):

@@ -6,7 +6,7 @@ import re
 import pandas as pd
 import pytest
 import yaml
-from helpers import tiny_params
+from helpers import FEW_CLASSES, tiny_params
 from PIL import Image
 from pydantic import ValidationError
 
@@ -53,7 +53,7 @@ def build(path, root=None, **options):
     """The stages `download` and `build_lists` of these images; their workspace and summary."""
     root = root or path.parent
     config = {"type": "folder", "path": str(path), **options}
-    (root / "params.yaml").write_text(yaml.safe_dump(tiny_params(dataset={"mine": config})))
+    (root / "params.yaml").write_text(yaml.safe_dump(tiny_params(dataset={"mine": config}, recipe=FEW_CLASSES)))
     workspace = Workspace(root, root)
     download(workspace, "mine")
     return workspace, build_lists(workspace, "mine")
