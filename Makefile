@@ -14,9 +14,16 @@ repro: .venv/installed
 	@echo "The page: file://$(CURDIR)/reports/index.html"
 
 # Both published tables; goes on where it stopped. SET adds settings: make paper SET='-S seed=[0]'
+# On several GPUs cells are trained side by side, where Ray is installed.
+SEVERAL = python -c 'import importlib.util, sys, torch; sys.exit(not importlib.util.find_spec("ray") or torch.cuda.device_count() < 2)'
 paper: .venv/installed
-	dvc exp run -S +paper=cub200_512 $(SET)
-	dvc exp run -S +paper=cub200_64 $(SET)
+	for preset in cub200_512 cub200_64; do \
+		if $(SEVERAL); then \
+			dvc exp run -S +paper=$$preset $(SET) build_lists && python -m pipeline.launch && dvc repro; \
+		else \
+			dvc exp run -S +paper=$$preset $(SET); \
+		fi || exit 1; \
+	done
 	PYTHONPATH=src python -m pipeline.tabulate cub200 --all
 
 test: .venv/installed

@@ -1,8 +1,10 @@
 """Tune each loss of params.yaml by the same number of trials, on classes that are not the test's; writes a preset."""
 
 import argparse
+import sys
 
 from cbml.errors import run_main
+from cbml.launch.driver import launch_tune
 from cbml.stages.tune import tune
 from cbml.tuning.study import Budget
 from cbml.workspace import Workspace
@@ -16,9 +18,15 @@ def main() -> None:
     parser.add_argument("--metric", choices=["map_at_r", "recall_at_1"], default=Budget.metric)
     parser.add_argument("--seed", type=int, default=Budget.seed)
     parser.add_argument("--storage", metavar="URL", help="where Optuna keeps the studies, for several machines")
+    parser.add_argument("--processes", type=int, metavar="N", help="on each GPU here or of RAY_ADDRESS; without, here")
     options = vars(parser.parse_args())
-    dataset, storage = options.pop("dataset"), options.pop("storage")
-    tune(Workspace.here(), dataset, Budget(**options), storage)
+    dataset, storage, processes = (options.pop(name) for name in ("dataset", "storage", "processes"))
+    workspace = Workspace.here()
+    if processes:
+        arguments = [dataset, *(f"--{name}={value}" for name, value in options.items())]
+        if launch_tune(workspace, arguments + (["--storage", storage] if storage else []), processes):
+            sys.exit(1)
+    tune(workspace, dataset, Budget(**options), storage)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from helpers import environment, ran
+from helpers import FEW_CLASSES, environment, ran, tiny_params
 
 from cbml.errors import UserError
 from cbml.launch.pending import ask_dvc
@@ -209,6 +209,21 @@ def test_a_cell_on_two_gpus_is_one_cell(checkout):
     assert status == 0 and "GPU 0,1" in said
     assert record_of(checkout)["numerics"]["processes"] == 2
     assert log_of(checkout).count("iteration 60: Recall@1") == 1
+
+
+def test_two_processes_share_the_trials_of_a_study(checkout):
+    recipe = FEW_CLASSES | {"train": "head", "views": 2, "search": {"lr": {"low": 1e-4, "high": 1e-2, "log": True}}}
+    (checkout / "params.yaml").write_text(yaml.safe_dump(tiny_params(recipe=recipe)))
+    command = [sys.executable, "-m", "pipeline.tune", "glyphs", "--trials=6", "--folds=2", "--processes=2"]
+    ended = subprocess.run(
+        command, cwd=checkout, env=environment() | {"PYTHONPATH": "src"}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0 and "2 of 2 processes are done" in ended.stderr, ended.stderr
+    logs = [(checkout / f".cache/logs/tune-{i}.log").read_text() for i in (1, 2)]
+    numbers = [re.findall(r"^cbml_log, trial (\d) of 6: [\d.]+ with", log, re.MULTILINE) for log in logs]
+    assert sorted(sum(numbers, [])) == [*"123456"]  # one study: each trial was one process's
+    assert (checkout / "reports/glyphs/tuning/trials.csv").read_text().count("\n") == 7
+    assert (checkout / "conf/paper/tuned_glyphs_tiny_resnet18.yaml").is_file()
 
 
 def test_lists_that_are_not_of_these_parameters_are_refused(checkout):

@@ -97,7 +97,7 @@ def test_what_a_training_says_becomes_a_line(tmp_path, capsys, monkeypatch):
     display.update(keeper.states(), ["a", "b"])
     first, bar = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"a: iteration 40 of 60, [\d.]+[kM]? images/s, Recall@1 41.7 %, vm 1234, GPU 0", first)
-    assert re.search("0 of 2 cells trained, 0 failed, 1 waiting", bar)
+    assert re.search("0 of 2 done, 0 failed, 1 waiting", bar)
     keeper.begin("a", "vm 5678", "1")
     display.update(keeper.states(), ["a", "b"])
     assert "a: begins again, for the 2. time, on vm 5678, GPU 1" in capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_on_a_terminal_lines_are_written_anew_and_events_stay(tmp_path, capsys, 
     display.event("a: trained (1 of 2)")
     assert capsys.readouterr().err == "\x1b[2A\x1b[Ja: trained (1 of 2)\n"
     display.update(states, ["b"])
-    assert re.match("█{15}░{15} 1 of 2 cells trained, 0 failed, 1 waiting", capsys.readouterr().err)
+    assert re.match("█{15}░{15} 1 of 2 done, 0 failed, 1 waiting", capsys.readouterr().err)
 
 
 def test_the_revision_travels_with_a_copy_of_the_source(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Cells on all GPUs of this machine, or of the cluster that RAY_ADDRESS names."""
+"""Cells, or trials, on all GPUs of this machine, or of the cluster that RAY_ADDRESS names."""
 
 import logging
 import os
@@ -25,6 +25,7 @@ from cbml.workspace import Workspace
 SNAPSHOT = ("src", "pipeline", "conf", "lists", "params.yaml")
 LEFT_OUT = ("__pycache__", "*.egg-info", ".gitignore")  # Ray would leave out what the last one names
 OBJECT_STORE = 100 * 2**20  # bytes; where the disk is shared no tensor goes through it
+TUNE = "pipeline.tune"
 AFTER = "`dvc repro` takes what is trained, and goes on from there"
 
 
@@ -90,17 +91,44 @@ def launch(workspace: Workspace, options: Options) -> list[str]:
     if not cells:
         message(AFTER)
         return []
-    try:
-        import ray  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError("Ray is not installed; pip install 'cbml[ray]' (or --print: only the commands)") from None
+    _check_installed()
     with _snapshot(workspace) as copy, _connected(options, copy), _token(workspace) as token:
         failed = _run(workspace, cells, options, token)
     message("\n".join([*failed, f"{len(cells) - len(failed)} of {len(cells)} cells are trained; {AFTER}"]))
     return failed
 
 
-def _run(workspace: Workspace, cells: list[Pending], options: Options, token: str) -> list[str]:
+def launch_tune(workspace: Workspace, arguments: list[str], processes: int) -> list[str]:
+    """Run `pipeline.tune` as so many processes on every GPU, or without GPUs on this machine.
+
+    They share each study by its storage: Optuna's file on the checkout's disk, or the URL among the arguments.
+
+    Returns:
+        A line for each that failed.
+
+    Raises:
+        UserError: as `launch`.
+    """
+    options = Options(cells_per_gpu=processes)
+    if not (torch.cuda.is_available() or "RAY_ADDRESS" in os.environ):
+        options = Options(gpus_per_cell=0, cpus_per_cell=max(1, (os.cpu_count() or 1) // max(1, processes)))
+    options.check()
+    _check_installed()
+    with _snapshot(workspace) as copy, _connected(options, copy), _token(workspace) as token:
+        workers = [Pending(f"tune-{i + 1}", arguments) for i in range(_slots(options))]
+        failed = _run(workspace, workers, options, token, TUNE)
+    message("\n".join([*failed, f"{len(workers) - len(failed)} of {len(workers)} processes are done"]))
+    return failed
+
+
+def _check_installed() -> None:
+    try:
+        import ray  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("Ray is not installed; pip install 'cbml[ray]' (or --print: only the commands)") from None
+
+
+def _run(workspace: Workspace, cells: list[Pending], options: Options, token: str, module: str = SCRIPT) -> list[str]:
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -122,12 +150,13 @@ def _run(workspace: Workspace, cells: list[Pending], options: Options, token: st
         "root": str(workspace.root),
         "token": token,
         "keeper": keeper,
+        "module": module,
         "processes": options.gpus_per_cell or 1,
         "threads": threads,
         "env": passed | {provenance.REVISION: provenance.revision()},
     }
     task = remote(num_gpus=gpus, num_cpus=cpus, max_retries=-1, scheduling_strategy="SPREAD")(node.compute)
-    tasks = {task.remote(cell.key, cell.arguments, str(cell.run_folder), **common): cell.key for cell in cells}
+    tasks = {task.remote(cell.key, cell.arguments, cell.run_folder, **common): cell.key for cell in cells}
     display, failed = Display(cells), []
     message(f"logs: {workspace.log('KEY')}")
     while tasks:
@@ -145,8 +174,18 @@ def _run(workspace: Workspace, cells: list[Pending], options: Options, token: st
                 display.event(failed[-1])
             else:
                 display.done += 1
-                display.event(f"{key}: trained ({display.done} of {len(cells)})")
+                display.event(f"{key}: done ({display.done} of {len(cells)})")
     return failed
+
+
+def _slots(options: Options) -> int:
+    """How many tasks run at once now: a node that comes later gets none."""
+    import ray
+
+    gpus, cpus, _ = _resources(options)
+    name, needed = ("GPU", gpus) if gpus else ("CPU", cpus)
+    nodes = [each["Resources"].get(name, 0) for each in ray.nodes() if each["Alive"]]
+    return max(1, sum(int(has / needed) for has in nodes))
 
 
 def _resources(options: Options) -> tuple[float, int, int]:

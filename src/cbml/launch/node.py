@@ -25,14 +25,16 @@ KILLS = 3  # times that a training may be killed by a signal before its cell cou
 # What a training says of itself; see `progress` and `validate`.
 SPEED = re.compile(r" ([\d.]+[kM]?)/[\d.]+[kM]? \[.*?([\d.]+[kM]?) images/s")
 RECALL = re.compile(r"iteration (\d+): Recall@1 ([\d.]+) %")
+TRIAL = re.compile(r"^(\S+, trial \d+ of \d+: [\d.]+) with", re.MULTILINE)
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6}
 
 
 def compute(
     key: str,
     arguments: list[str],
-    run_folder: str,
+    run_folder: Path | None,
     *,
+    module: str,
     root: str,
     token: str,
     keeper: Any,
@@ -43,7 +45,8 @@ def compute(
     """Train one cell in the working directory, which is the snapshot, and go on from its checkpoint if there is one.
 
     Args:
-        run_folder: where it leaves its result, beside its checkpoint.
+        run_folder: where it leaves its result, beside its checkpoint; None: it leaves none here, as `pipeline.tune`.
+        module: what is run with these arguments.
         root: the checkout; who does not see its file `token` works in a folder of the node's own, and the keeper has
             the checkpoints.
         processes: that share the cell.
@@ -64,9 +67,11 @@ def compute(
     threads = max(1, int((threads or resources.get("CPU", 1) / at_once) / processes))
     place = f"{socket.gethostname()} {context.get_node_id()[:4]}"
     ray.get(keeper.begin.remote(key, place, gpus))
+    if not (shared or run_folder or "--storage" in arguments):
+        return 1, f"{place} does not see {root}; tune with --storage, a database that every node reaches"
     if not shared and (packed := ray.get(keeper.load.remote(key))):
         unpack(packed, folder)
-    command = [sys.executable, "-m", "pipeline.train", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     if processes > 1:
         run = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command[1:1] = ["-m", *run]
@@ -78,9 +83,10 @@ def compute(
         if not (status < 0 or (status and processes > 1 and not reasons)):
             break
         time.sleep(5)  # a node that goes away ends this process now
-    if not shared and not status:
+    if run_folder and not shared and not status:
         _send(keeper, key, folder, finished=True)
-    shutil.rmtree(run_folder, ignore_errors=True)  # `dvc repro` writes it where it belongs
+    if run_folder:
+        shutil.rmtree(run_folder, ignore_errors=True)  # `dvc repro` writes it where it belongs
     if status < 0:
         return status, f"killed by {signal.Signals(-status).name}, {KILLS} times"
     return status, (reasons or said or ["it said nothing"])[-1].removeprefix("error: ")
@@ -183,6 +189,8 @@ class Keeper:
         if found := RECALL.findall(text):
             state["iteration"] = max(int(found[-1][0]), state.get("iteration", 0))
             state["recall"] = float(found[-1][1])
+        if found := TRIAL.findall(text):
+            state["trial"] = found[-1]
         with Path(self.logs[key]).open("a", encoding="utf-8") as file:
             file.write(text)
 

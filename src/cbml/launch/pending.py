@@ -20,11 +20,11 @@ SCRIPT = "pipeline.train"
 
 @dataclass(frozen=True)
 class Pending:
-    """A cell that DVC has no result of.
+    """A cell that DVC has no result of, or a process of `pipeline.tune`.
 
     Attributes:
         key: see `Cell.key`.
-        arguments: of `pipeline.train`.
+        arguments: of `pipeline.train` or `pipeline.tune`.
         run_folder: where in the working tree that leaves its result.
         batch_size, iterations: of its recipe.
         finished: it is trained, by today's code and packages, and waits for `dvc repro`.
@@ -32,10 +32,10 @@ class Pending:
 
     key: str
     arguments: list[str]
-    run_folder: Path
-    batch_size: int
-    iterations: int
-    finished: bool
+    run_folder: Path | None = None
+    batch_size: int = 1
+    iterations: int = 0
+    finished: bool = False
 
 
 def pending_cells(workspace: Workspace) -> tuple[list[Pending], int]:

@@ -58,6 +58,8 @@ class Display:
 
     def _line(self, key: str, state: dict[str, Any]) -> str:
         cell = self.cells[key]
+        if not cell.run_folder:  # a process of `pipeline.tune`
+            return f"{key}: {state.get('trial', 'begins')}, {_place(state)}"
         parts = [f"iteration {state['iteration']} of {cell.iterations}"] if "iteration" in state else ["begins"]
         parts += [f"{state['speed']} images/s"] if "speed" in state else []
         parts += [f"Recall@1 {state['recall']:.1f} %"] if "recall" in state else []
@@ -67,7 +69,7 @@ class Display:
         total, width = len(self.cells), 30
         full = round(width * self.done / total)
         minutes, seconds = divmod(round(time.monotonic() - self._start), 60)
-        counts = f"{self.done} of {total} cells trained, {self.failed} failed, {waiting} waiting"
+        counts = f"{self.done} of {total} done, {self.failed} failed, {waiting} waiting"
         return f"{'█' * full}{'░' * (width - full)} {counts}, {minutes}:{seconds:02}"
 
 
