@@ -56,7 +56,10 @@ def checkout(lists, monkeypatch):
         path = lists / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     monkeypatch.chdir(lists)
-    return lists
+    yield lists
+    for process in Launched.begun:  # of a test that failed
+        process.kill()
+    Launched.begun.clear()
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,8 @@ def expected(lists, tmp_path_factory):
 class Launched:
     """`pipeline.launch` as a process, what it says in a file."""
 
+    begun = []
+
     def __init__(self, checkout, *options, **variables):
         self.checkout, self.said = checkout, checkout / "launch.txt"
         with self.said.open("w") as file:
@@ -84,6 +89,7 @@ class Launched:
                 stderr=file,
                 start_new_session=True,
             )
+        self.begun.append(self.process)
 
     def until(self, happened, seconds=300):
         """Wait, and return what there is then."""
