@@ -156,6 +156,12 @@ def test_validated_is_the_run_on_all_classes_as_long_as_held_out_classes_say(wor
     trained = selection[selection.iteration > 0]
     chosen = record(folder)["iterations"]["validated"]
     assert chosen == trained.iteration[trained.map_at_r.idxmax()]
+    whole = (folder / "selection.csv").read_text()
+    (folder / "selection.csv").write_text(whole[:7])
+    with pytest.raises(UserError, match=r"selection\.csv: damaged"):
+        evaluate_cell(folder, workspace)
+    assert checkpoints()  # which has it whole
+    (folder / "selection.csv").write_text(whole)
     metrics = evaluate_cell(folder, workspace)
     assert metrics["validated"]["iteration"] == chosen and metrics["validated"]["queries"] == 6 * 6
     assert not checkpoints()
