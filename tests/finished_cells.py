@@ -61,7 +61,7 @@ def finish(workspace, cell, recall=50.0, *, best=None, weights=None, **facts):
         each.mkdir(parents=True)
     (folder / "cell.yaml").write_text(yaml.safe_dump(cell.to_dict(), sort_keys=False))
     (folder / "run.json").write_text(json.dumps(record))
-    metrics = {"final": final, "best_on_test": scores(best) | {"iteration": 4}, "untrained": untrained}
+    metrics = {"final": final, "best_on_test": final | scores(best) | {"iteration": 4}, "untrained": untrained}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     right = range(round(recall / 100 * CLASSES * PER_CLASS))
     np.savez(folder / "neighbours.npz", **neighbours(right))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -103,8 +104,11 @@ class Launched:
         self.until(lambda: [*self.checkout.glob(f".checkpoints/*-{loss}-*/*/state.pt")])
 
     def trainers(self, loss=""):
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in children if "pipeline.train" in (line := each.cmdline()) and loss in " ".join(line)]
+        found = []
+        for each in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # it has just ended
+                found += [each] if "pipeline.train" in (line := each.cmdline()) and loss in " ".join(line) else []
+        return found
 
     def ended(self, seconds=300):
         """Its exit status and what it has said."""

@@ -93,6 +93,7 @@ def test_what_a_training_says_becomes_a_line(tmp_path, capsys, monkeypatch):
     steps = progress.progress(range(60), "a", "images", initial=39, scale=8)
     next(steps), next(steps)
     keeper.heard("a", capsys.readouterr().err)
+    keeper.heard("a", "embed:  53%|██   | 1.08k/2.04k [00:11<00:10, 95.4 images/s]\n")
     display._shown -= 100  # a minute later
     display.update(keeper.states(), ["a", "b"])
     first, bar = capsys.readouterr().err.splitlines()
@@ -101,7 +102,7 @@ def test_what_a_training_says_becomes_a_line(tmp_path, capsys, monkeypatch):
     keeper.begin("a", "vm 5678", "1")
     display.update(keeper.states(), ["a", "b"])
     assert "a: begins again, for the 2. time, on vm 5678, GPU 1" in capsys.readouterr().err
-    assert (tmp_path / "a.log").read_text().count("\n") == 2
+    assert (tmp_path / "a.log").read_text().count("\n") == 3
 
 
 def test_on_a_terminal_lines_are_written_anew_and_events_stay(tmp_path, capsys, monkeypatch):

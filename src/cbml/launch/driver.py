@@ -92,7 +92,7 @@ def launch(workspace: Workspace, options: Options) -> list[str]:
         message(AFTER)
         return []
     _check_installed()
-    with _snapshot(workspace) as copy, _connected(options, copy), _token(workspace) as token:
+    with _snapshot(workspace) as folder, _connected(options, folder), _token(workspace) as token:
         failed = _run(workspace, cells, options, token)
     message("\n".join([*failed, f"{len(cells) - len(failed)} of {len(cells)} cells are trained; {AFTER}"]))
     return failed
@@ -114,7 +114,7 @@ def launch_tune(workspace: Workspace, arguments: list[str], processes: int) -> l
         options = Options(gpus_per_cell=0, cpus_per_cell=max(1, (os.cpu_count() or 1) // max(1, processes)))
     options.check()
     _check_installed()
-    with _snapshot(workspace) as copy, _connected(options, copy), _token(workspace) as token:
+    with _snapshot(workspace) as folder, _connected(options, folder), _token(workspace) as token:
         workers = [Pending(f"tune-{i + 1}", arguments) for i in range(_slots(options))]
         failed = _run(workspace, workers, options, token, TUNE)
     message("\n".join([*failed, f"{len(workers) - len(failed)} of {len(workers)} processes are done"]))
@@ -161,7 +161,7 @@ def _run(workspace: Workspace, cells: list[Pending], options: Options, token: st
     message(f"logs: {workspace.log('KEY')}")
     while tasks:
         done, _ = ray.wait([*tasks], timeout=1)
-        display.update(ray.get(keeper.states.remote()), [*tasks.values()])
+        display.update(_present(ray.get(keeper.states.remote())), [*tasks.values()])
         for each in done:
             key = tasks.pop(each)
             try:
@@ -176,6 +176,14 @@ def _run(workspace: Workspace, cells: list[Pending], options: Options, token: st
                 display.done += 1
                 display.event(f"{key}: done ({display.done} of {len(cells)})")
     return failed
+
+
+def _present(states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those on nodes that are there: what ran on another one waits."""
+    import ray
+
+    there = {each["NodeID"][:4] for each in ray.nodes() if each["Alive"]}
+    return {key: state for key, state in states.items() if state.get("node", "")[-4:] in there}
 
 
 def _slots(options: Options) -> int:
@@ -213,10 +221,14 @@ def _resources(options: Options) -> tuple[float, int, int]:
 
 @contextmanager
 def _snapshot(workspace: Workspace) -> Iterator[Path]:
-    """A copy of all that determines the cells: what is edited from now on changes none of them."""
-    with tempfile.TemporaryDirectory(prefix="cbml-launch-") as folder:
+    """A folder with `source`, a copy of all that determines the cells: what is edited from now on changes none of them.
+
+    Ray's own files go there, too: everybody may write in its folder, and only this user gets through the one around it.
+    """
+    top = os.environ.get("RAY_TMPDIR", "/tmp")  # a short path: sockets lie below it
+    with tempfile.TemporaryDirectory(prefix="cbml-", dir=top, ignore_cleanup_errors=True) as folder:
         for name in SNAPSHOT:
-            source, target = workspace.tree / name, Path(folder) / name
+            source, target = workspace.tree / name, Path(folder) / "source" / name
             if source.is_dir():
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFT_OUT))
             else:
@@ -225,12 +237,13 @@ def _snapshot(workspace: Workspace) -> Iterator[Path]:
 
 
 @contextmanager
-def _connected(options: Options, snapshot: Path) -> Iterator[None]:
+def _connected(options: Options, folder: Path) -> Iterator[None]:
     """Ray, on this machine alone or on its cluster, with the snapshot as everybody's working directory."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without GPUs the variable stays as it is
     os.environ.setdefault("RAY_worker_niceness", "0")  # a cell is worth no less than without `launch`
     here: dict[str, Any] = {"address": "local", "num_gpus": options.gpus, "object_store_memory": OBJECT_STORE}
+    here |= {"_temp_dir": str(folder / "r")}
     if "RAY_ADDRESS" not in os.environ:
         # Ray reads it when it is imported: "0" lets it listen on the loopback interface, as it does on macOS by itself.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -241,7 +254,7 @@ def _connected(options: Options, snapshot: Path) -> Iterator[None]:
     try:
         ray.init(
             **(here if "RAY_ADDRESS" not in os.environ else {}),
-            runtime_env={"working_dir": str(snapshot)},
+            runtime_env={"working_dir": str(folder / "source")},
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=False,  # each cell has a log, and a lost node would flood the terminal

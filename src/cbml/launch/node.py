@@ -182,7 +182,8 @@ class Keeper:
     def heard(self, key: str, text: str) -> None:
         """A training has written this."""
         state = self._states.setdefault(key, {})
-        if found := SPEED.findall(text):
+        own = "\n".join(line for line in text.splitlines() if line.startswith(f"{key}: "))  # not those of "embed: "
+        if found := SPEED.findall(own):
             done, speed = found[-1]
             images = float(done.rstrip("kM")) * UNITS[done.lstrip("0123456789.")]
             state |= {"iteration": round(images / self.batch_sizes[key]), "speed": speed}

@@ -41,7 +41,7 @@ class Display:
             self._clear()
             print("\n".join(line[: size.columns - 1] for line in [*shown, self._bar(waiting)]), file=sys.stderr)
             self._lines = len(shown) + 1
-        elif lines and time.monotonic() - self._shown > LOG_SECONDS:
+        elif time.monotonic() - self._shown > LOG_SECONDS:
             self._shown = time.monotonic()
             for line in [*lines, self._bar(waiting)]:
                 message(line)

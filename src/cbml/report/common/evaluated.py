@@ -13,7 +13,7 @@ LARGEST_K = 512
 
 
 def metrics_of(evaluation: Path) -> dict[str, dict[str, float]]:
-    """The metrics by protocol, `recall_at_1` in each.
+    """The metrics by protocol, `recall_at_1` in each, and the same ones in each protocol of the trained network.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -24,6 +24,11 @@ def metrics_of(evaluation: Path) -> dict[str, dict[str, float]]:
         numbers = isinstance(scores, dict) and all(isinstance(value, int | float) for value in scores.values())
         if not numbers or "recall_at_1" not in scores:
             raise damaged(file, f"no metrics of {protocol}", "evaluate")
+    # A table without a number would pass for a table.
+    names = {protocol: set(scores) for protocol, scores in metrics.items()}
+    untrained = names.pop("untrained")
+    if any(each != names["final"] for each in names.values()) or untrained - names["final"]:
+        raise damaged(file, "not the same metrics of each protocol", "evaluate")
     return metrics
 
 
