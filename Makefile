@@ -51,6 +51,7 @@ ifeq ($(CPU),1)
 else
 	$(PIP) --no-deps -r requirements.lock -e .
 endif
+	$(BIN)/python -c 'import torchvision' || { echo 'PyTorch does not load: docs/faults.md'; exit 1; }
 	touch $@
 
 # Writes requirements.lock again after pyproject.toml changed; newer releases of everything: make lock UPGRADE=--upgrade

@@ -27,7 +27,7 @@ Drop an image, or click on an example. Below are the {count:,} gallery images' n
 
 # Labels beside pictures and not on them; on a phone, two in a row.
 CSS = """
-.grid-wrap { padding-top: 2.2rem !important }
+.grid-wrap { padding-top: 2.2rem !important; min-height: 0 !important; max-height: none !important }
 @media (max-width: 640px) { .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important } }
 """
 
@@ -43,6 +43,7 @@ class Search:
 
     def __init__(self, gallery: list[Path], workspace: Workspace):
         self.files, self.workspace = find_files(gallery), workspace
+        self._folders = len({file.parent for file in self.files}) > 1
         self._models: dict[str, tuple[Trained, Embedded]] = {}
         self._lock = threading.Lock()  # the computer is one
 
@@ -67,7 +68,9 @@ class Search:
         with self._lock:
             model, gallery = self.prepare(name)
             (found,) = embed_images(model, [image]).nearest(k, gallery)
-        return [(thumbnail(file, SIDE), f"{value:.3f} {file.parent.name}/{file.name}") for file, value in found]
+        # A caption has room for one name: of several folders, those of classes, the folder's.
+        names = [file.parent.name if self._folders else file.name for file, _ in found]
+        return [(thumbnail(file, SIDE), f"{value:.3f} {own}") for (file, value), own in zip(found, names, strict=True)]
 
     def examples(self) -> list[Path]:
         """Some of the gallery, evenly spread."""
@@ -114,7 +117,7 @@ def build(search: Search, first: str, second: str | None, others: list[str]) -> 
             with gr.Column():
                 models = [
                     gr.Dropdown(names, value=first, label="Model"),
-                    gr.Dropdown([NONE, *names], value=second or NONE, label="Beside it"),
+                    gr.Dropdown([NONE, *names], value=second or NONE, label="Second model"),
                 ]
                 k = gr.Slider(1, MOST, value=8, step=1, label="Neighbours")
         examples = gr.Gallery(
