@@ -17,7 +17,7 @@ from cbml.trained import Trained
 from cbml.workspace import Workspace
 
 SIDE = 192  # of a thumbnail, in pixels
-EXAMPLES = 12
+EXAMPLES = 10
 MOST = 24  # neighbours
 NONE = "none"  # in place of a second model
 ABOUT = """
@@ -25,10 +25,14 @@ ABOUT = """
 Drop an image, or click on an example. Below are the {count:,} gallery images' nearest, by cosine similarity.
 """
 
-# Labels beside pictures and not on them; on a phone, two in a row.
+# Labels beside pictures and not on them, no empty height; on a phone, two in a row, and five examples.
 CSS = """
 .grid-wrap { padding-top: 2.2rem !important; min-height: 0 !important; max-height: none !important }
-@media (max-width: 640px) { .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important } }
+.caption-label { left: 0 !important; max-width: 100% !important }
+@media (max-width: 640px) {
+  .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important }
+  .examples .grid-container { grid-template-columns: repeat(5, minmax(0, 1fr)) !important }
+}
 """
 
 Shown = list[tuple[Image.Image, str]]  # pictures with their captions
@@ -123,6 +127,7 @@ def build(search: Search, first: str, second: str | None, others: list[str]) -> 
         examples = gr.Gallery(
             [thumbnail(file, SIDE // 2) for file in files],
             label="Examples",
+            elem_classes="examples",
             columns=EXAMPLES,
             height="auto",
             allow_preview=False,
