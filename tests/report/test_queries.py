@@ -115,6 +115,14 @@ def test_the_queries_that_models_are_most_divided_on_come_first_one_of_a_class()
     assert divided(several[:1], 0) == []
 
 
+def test_each_of_two_models_is_right_alone_among_the_first_queries():
+    labels = [label for label in range(8) for _ in range(2)]
+    several = models({0, 2, 4, 6, 8, 10}, {14}, labels=labels)
+    for seed in range(10):
+        chosen = divided(several, seed)
+        assert 14 in chosen[:2] and len(chosen) == 7
+
+
 # Two models
 
 

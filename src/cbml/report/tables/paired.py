@@ -6,17 +6,20 @@ from scipy import stats
 
 
 def divided(models: list[pd.DataFrame], seed: int) -> list[int]:
-    """Queries that some of these models answer rightly and some do not, the most evenly divided first.
+    """Queries that some of these models answer rightly and some do not: in turn one of each set of models, right alone.
 
-    At most one per class; chance decides between equals.
+    Of sets the most even half comes first; at most one query per class; chance decides between equals.
 
     Args:
         models: of each what `judge` returns, on the same list.
     """
-    share = np.mean([each.right for each in models], axis=0)
+    right = np.stack([each.right for each in models], axis=1)
+    share = right.mean(axis=1)
     order = np.random.default_rng(seed).permutation(len(share))
     order = order[np.argsort(abs(share - 0.5)[order], kind="stable")]
-    labels = models[0].label.iloc[order[np.isin(share[order], (0, 1), invert=True)]]
+    order = order[np.isin(share[order], (0, 1), invert=True)]
+    turn = pd.Series([bytes(each) for each in right[order]], dtype=object)
+    labels = models[0].label.iloc[order[np.argsort(turn.groupby(turn).cumcount(), kind="stable")]]
     return labels.drop_duplicates().index.tolist()
 
 
