@@ -486,7 +486,6 @@ DAMAGED = [(name, content) for name in WRITTEN_BY for content in (None, b"", b"\
     ("metrics.json", b"{}"),
     ("metrics.json", b'{"final": {"recall_at_1": 50.0}, "untrained": {"rekall_at_1": 9.0}}'),
     ("metrics.json", b'{"final": {"recall_at_1": "50.0"}, "untrained": {"recall_at_1": 9.0}}'),
-    ("metrics.json", b'{"final": {"recall_at_1": 50.0}, "untrained": {"recall_at_1": 9.0, "recall_at_2": 18.0}}'),
     (
         "metrics.json",
         b'{"final": {"recall_at_1": 50.0, "nmi": 60.0}, "best_on_test": {"recall_at_1": 51.0}, '
