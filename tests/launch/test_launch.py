@@ -107,7 +107,9 @@ class Launched:
         found = []
         for each in psutil.Process(self.process.pid).children(recursive=True):
             with suppress(psutil.Error):  # it has just ended
-                found += [each] if "pipeline.train" in (line := each.cmdline()) and loss in " ".join(line) else []
+                line = each.cmdline()
+                if "pipeline.train" in line and loss in " ".join(line):
+                    found.append(each)
         return found
 
     def ended(self, seconds=300):

@@ -25,8 +25,9 @@ from cbml.workspace import Workspace
 SNAPSHOT = ("src", "pipeline", "conf", "lists", "params.yaml")
 LEFT_OUT = ("__pycache__", "*.egg-info", ".gitignore")  # Ray would leave out what the last one names
 OBJECT_STORE = 100 * 2**20  # bytes; where the disk is shared no tensor goes through it
-TUNE = "pipeline.tune"
 AFTER = "`dvc repro` takes what is trained, and goes on from there"
+
+Resources = tuple[float, int, int]  # see `_resources`
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,8 @@ def launch(workspace: Workspace, options: Options) -> list[str]:
     if not cells:
         message(AFTER)
         return []
-    _check_installed()
-    with _snapshot(workspace) as folder, _connected(options, folder), _token(workspace) as token:
-        failed = _run(workspace, cells, options, token)
+    with _session(workspace, options) as token:
+        failed = _run(workspace, cells, options, _resources(options), token)
     message("\n".join([*failed, f"{len(cells) - len(failed)} of {len(cells)} cells are trained; {AFTER}"]))
     return failed
 
@@ -113,27 +113,27 @@ def launch_tune(workspace: Workspace, arguments: list[str], processes: int) -> l
     if not (torch.cuda.is_available() or "RAY_ADDRESS" in os.environ):
         options = Options(gpus_per_cell=0, cpus_per_cell=max(1, (os.cpu_count() or 1) // max(1, processes)))
     options.check()
-    _check_installed()
-    with _snapshot(workspace) as folder, _connected(options, folder), _token(workspace) as token:
-        workers = [Pending(f"tune-{i + 1}", arguments) for i in range(_slots(options))]
-        failed = _run(workspace, workers, options, token, TUNE)
+    with _session(workspace, options) as token:
+        resources = _resources(options)
+        workers = [Pending(f"tune-{i + 1}", arguments) for i in range(_slots(resources))]
+        failed = _run(workspace, workers, options, resources, token, "pipeline.tune")
     message("\n".join([*failed, f"{len(workers) - len(failed)} of {len(workers)} processes are done"]))
     return failed
 
 
-def _check_installed() -> None:
-    try:
-        import ray  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError("Ray is not installed; pip install 'cbml[ray]' (or --print: only the commands)") from None
-
-
-def _run(workspace: Workspace, cells: list[Pending], options: Options, token: str, module: str = SCRIPT) -> list[str]:
+def _run(
+    workspace: Workspace,
+    cells: list[Pending],
+    options: Options,
+    resources: Resources,
+    token: str,
+    module: str = SCRIPT,
+) -> list[str]:
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    gpus, cpus, threads = _resources(options)
+    gpus, cpus, threads = resources
     logs = {cell.key: workspace.log(cell.key) for cell in cells}
     workspace.log("").parent.mkdir(parents=True, exist_ok=True)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -186,17 +186,17 @@ def _present(states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {key: state for key, state in states.items() if state.get("node", "")[-4:] in there}
 
 
-def _slots(options: Options) -> int:
+def _slots(resources: Resources) -> int:
     """How many tasks run at once now: a node that comes later gets none."""
     import ray
 
-    gpus, cpus, _ = _resources(options)
+    gpus, cpus, _ = resources
     name, needed = ("GPU", gpus) if gpus else ("CPU", cpus)
     nodes = [each["Resources"].get(name, 0) for each in ray.nodes() if each["Alive"]]
     return max(1, sum(int(has / needed) for has in nodes))
 
 
-def _resources(options: Options) -> tuple[float, int, int]:
+def _resources(options: Options) -> Resources:
     """GPUs and cores of a task, and threads of its process: 0 for its share of the node's."""
     import ray
 
@@ -217,6 +217,17 @@ def _resources(options: Options) -> tuple[float, int, int]:
         return gpus, max(1, wanted), 0
     threads = torch.get_num_threads()  # more of them, or fewer, would give other bits
     return gpus, threads, threads
+
+
+@contextmanager
+def _session(workspace: Workspace, options: Options) -> Iterator[str]:
+    """Ray with a snapshot as everybody's working directory, and the token that `_token` makes."""
+    try:
+        import ray  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("Ray is not installed; pip install 'cbml[ray]' (or --print: only the commands)") from None
+    with _snapshot(workspace) as folder, _connected(options, folder), _token(workspace) as token:
+        yield token
 
 
 @contextmanager

@@ -83,9 +83,9 @@ def compute(
         if not (status < 0 or (status and processes > 1 and not reasons)):
             break
         time.sleep(5)  # a node that goes away ends this process now
-    if run_folder and not shared and not status:
-        _send(keeper, key, folder, finished=True)
     if run_folder:
+        if not shared and not status:
+            _send(keeper, key, folder, finished=True)
         shutil.rmtree(run_folder, ignore_errors=True)  # `dvc repro` writes it where it belongs
     if status < 0:
         return status, f"killed by {signal.Signals(-status).name}, {KILLS} times"

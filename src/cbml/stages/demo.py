@@ -73,8 +73,10 @@ class Search:
             model, gallery = self.prepare(name)
             (found,) = embed_images(model, [image]).nearest(k, gallery)
         # A caption has room for one name: of several folders, those of classes, the folder's.
-        names = [file.parent.name if self._folders else file.name for file, _ in found]
-        return [(thumbnail(file, SIDE), f"{value:.3f} {own}") for (file, value), own in zip(found, names, strict=True)]
+        return [
+            (thumbnail(file, SIDE), f"{value:.3f} {(file.parent if self._folders else file).name}")
+            for file, value in found
+        ]
 
     def examples(self) -> list[Path]:
         """Some of the gallery, evenly spread."""

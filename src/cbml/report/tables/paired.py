@@ -6,9 +6,10 @@ from scipy import stats
 
 
 def divided(models: list[pd.DataFrame], seed: int) -> list[int]:
-    """Queries that some of these models answer rightly and some do not: in turn one of each set of models, right alone.
+    """Queries that some of these models answer rightly and some do not.
 
-    Of sets the most even half comes first; at most one query per class; chance decides between equals.
+    They take turns by which of the models are right, so that each model has some of its own. In a turn the most evenly
+    divided come first. At most one per class; chance decides between equals.
 
     Args:
         models: of each what `judge` returns, on the same list.
@@ -18,8 +19,8 @@ def divided(models: list[pd.DataFrame], seed: int) -> list[int]:
     order = np.random.default_rng(seed).permutation(len(share))
     order = order[np.argsort(abs(share - 0.5)[order], kind="stable")]
     order = order[np.isin(share[order], (0, 1), invert=True)]
-    turn = pd.Series([bytes(each) for each in right[order]], dtype=object)
-    labels = models[0].label.iloc[order[np.argsort(turn.groupby(turn).cumcount(), kind="stable")]]
+    turn = pd.DataFrame(right[order]).groupby([*range(len(models))]).cumcount()
+    labels = models[0].label.iloc[order[np.argsort(turn, kind="stable")]]
     return labels.drop_duplicates().index.tolist()
 
 
