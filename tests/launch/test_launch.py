@@ -24,6 +24,7 @@ from cbml.workspace import Workspace
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'cbml[ray]')")
 pytestmark = pytest.mark.slow
 
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # for a cluster of the test's own
 CELL = "resnet18-{}-16-0-glyphs"
 SETTINGS = "-S 'loss=[cbml_log]' -S recipe.iterations=60 -S recipe.checkpoint_every=1 -S recipe.validate_every=30"
 
@@ -34,8 +35,8 @@ def apart(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as `launch`: loopback
-        for name in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"):  # empty it would forbid to say that there are GPUs
+        # `launch` sets the first by itself; the last, if it were empty, would forbid to say that there are GPUs.
+        for name in (*LOOPBACK, "RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"):
             patch.delenv(name, raising=False)
         yield
 
@@ -200,9 +201,9 @@ def test_a_node_that_is_lost_is_made_up_for(checkout, expected, tmp_path, shared
     command = [sys.executable, Path(__file__).with_name("cluster.py")]
     command += [] if shared else [tmp_path / "one", tmp_path / "two"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    cluster = subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
+    cluster = subprocess.Popen(command, env=environment() | LOOPBACK, start_new_session=True, **pipes)
     try:
-        launched = Launched(checkout, RAY_ADDRESS=cluster.stdout.readline().strip())
+        launched = Launched(checkout, RAY_ADDRESS=cluster.stdout.readline().strip(), **LOOPBACK)
         launched.until_saved()
         (place,) = re.findall(r"begins on \S+ (\w{4}), GPU 0", launched.said.read_text())
         print(place, file=cluster.stdin, flush=True)

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +223,8 @@ def _resources(options: Options) -> Resources:
 @contextmanager
 def _session(workspace: Workspace, options: Options) -> Iterator[str]:
     """Ray with a snapshot as everybody's working directory, and the token that `_token` makes."""
-    try:
-        import ray  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError("Ray is not installed; pip install 'cbml[ray]' (or --print: only the commands)") from None
+    if not find_spec("ray"):  # which is not imported before `_connected` has set what it reads then
+        raise UserError("Ray is not installed; pip install 'cbml[ray]' (or --print: only the commands)")
     with _snapshot(workspace) as folder, _connected(options, folder), _token(workspace) as token:
         yield token
 
@@ -273,12 +272,13 @@ def _connected(options: Options, folder: Path) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS", "this machine")
         raise UserError(f"Ray at {where}: {' '.join(str(error).split())[:300]}") from None
-    try:
-        # Whatever happens to a node Ray prints on standard output, hundreds of lines of it; what matters is told here.
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+    # Whatever happens to a node Ray prints on standard output, hundreds of lines of it, some when it ends; what matters
+    # is told here.
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
