@@ -22,7 +22,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     dataset, storage, processes = (options.pop(name) for name in ("dataset", "storage", "processes"))
     workspace = Workspace.here()
-    if processes:
+    if processes is not None:
         arguments = [dataset, *(f"--{name}={value}" for name, value in options.items())]
         if launch_tune(workspace, arguments + (["--storage", storage] if storage else []), processes):
             sys.exit(1)

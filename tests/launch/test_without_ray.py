@@ -52,6 +52,10 @@ def test_options_that_do_not_fit_are_one_line(arguments, told):
     assert ended("pipeline.launch", *arguments).startswith(told)
 
 
+def test_a_number_of_tuning_processes_is_from_one():
+    assert ended("pipeline.tune", "glyphs", "--processes", "0") == "error: --processes 0; allowed: from 1"
+
+
 def test_gpus_are_not_offered_for_a_cluster(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     with pytest.raises(UserError, match="leave out RAY_ADDRESS"):

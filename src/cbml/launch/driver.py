@@ -110,9 +110,11 @@ def launch_tune(workspace: Workspace, arguments: list[str], processes: int) -> l
     Raises:
         UserError: as `launch`.
     """
+    if processes < 1:
+        raise UserError(f"--processes {processes}; allowed: from 1")
     options = Options(cells_per_gpu=processes)
     if not (torch.cuda.is_available() or "RAY_ADDRESS" in os.environ):
-        options = Options(gpus_per_cell=0, cpus_per_cell=max(1, (os.cpu_count() or 1) // max(1, processes)))
+        options = Options(gpus_per_cell=0, cpus_per_cell=max(1, (os.cpu_count() or 1) // processes))
     options.check()
     with _session(workspace, options) as token:
         resources = _resources(options)
