@@ -29,7 +29,11 @@ def joined() -> Iterator[None]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # torchrun keeps its store when it starts processes again: there are the addresses of those that are no more.
+    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=number, world_size=count)
     try:
         yield
     finally:

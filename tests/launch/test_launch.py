@@ -90,6 +90,7 @@ class Launched:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where it is ignored
             )
         self.begun.append(self.process)
 
@@ -151,7 +152,7 @@ def test_a_killed_worker_a_failing_cell_and_an_edit_meanwhile_then_dvc_takes_wha
     psutil.wait_procs([trainer], 30)
     assert not trainer.is_running()
     status, said = launched.ended()
-    assert status == 1 and "begins again, for the 2. time," in said and "1 of 2 cells are trained" in said
+    assert status == 1 and "begins again, for the 2. time," in said and "1 of 2 cells are trained" in said, said
     (failure,) = re.findall(r"^(resnet34-\S+): failed: .*bad.pth.* \(log: (.*)\)$", said, re.MULTILINE)[-1:]
     assert Path(failure[1]).read_text().count("error: ") == 1  # not tried again
     (log,) = checkout.glob(".cache/logs/resnet18-*.log")
@@ -186,13 +187,13 @@ def test_ctrl_c_ends_it_at_once_and_a_second_launch_goes_on(checkout, expected):
     trainers = launched.trainers()
     os.killpg(launched.process.pid, signal.SIGINT)
     status, said = launched.ended(60)
-    assert status == 130 and "interrupted" in said and "Traceback" not in said
+    assert status == 130 and "interrupted" in said and "Traceback" not in said, said
     psutil.wait_procs(trainers, 30)
     assert trainers and not any(each.is_running() for each in trainers)
     assert Launched(checkout).ended()[0] == 0
     assert "continues after iteration" in log_of(checkout) and record_of(checkout)["final_weights_sha256"] == expected
     status, said = Launched(checkout).ended()
-    assert status == 0 and "1 are trained and wait for `dvc repro`" in said and "begins" not in said
+    assert status == 0 and "1 are trained and wait for `dvc repro`" in said and "begins" not in said, said
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared disk", "disks of their own"])
@@ -211,7 +212,7 @@ def test_a_node_that_is_lost_is_made_up_for(checkout, expected, tmp_path, shared
     finally:
         cluster.stdin.close()  # which ends it
         cluster.wait(60)
-    assert status == 0 and "begins again" in said and "raylet" not in said  # Ray's own noise
+    assert status == 0 and "begins again" in said and "raylet" not in said, said  # Ray's own noise
     assert "continues after iteration" in log_of(checkout)
     assert record_of(checkout)["final_weights_sha256"] == expected
 
@@ -219,7 +220,7 @@ def test_a_node_that_is_lost_is_made_up_for(checkout, expected, tmp_path, shared
 def test_a_cell_on_two_gpus_is_one_cell(checkout):
     ran(checkout, f"dvc exp run {SETTINGS} -S recipe.freeze_bn=true build_lists")
     status, said = Launched(checkout, "--gpus", "2", "--gpus-per-cell", "2").ended()
-    assert status == 0 and "GPU 0,1" in said
+    assert status == 0 and "GPU 0,1" in said, said
     assert record_of(checkout)["numerics"]["processes"] == 2
     assert log_of(checkout).count("iteration 60: Recall@1") == 1
 

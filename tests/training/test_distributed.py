@@ -90,6 +90,14 @@ def test_two_processes_train_a_cell_and_one_that_is_killed_is_made_up_for(projec
     assert said.count("iteration 40: Recall@1") == 1  # one process speaks
 
 
+@pytest.mark.slow
+def test_processes_that_are_started_again_meet_the_living():
+    script = ROOT / "tests" / "training" / "restarted.py"
+    command = torchrun(str(script), more=["--max-restarts=2"])
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 REFUSED = {
     "batch normalisation": ({"freeze_bn": False, "micro_batch": 4}, "normalises whole batches; allowed with it: rec"),
 }
