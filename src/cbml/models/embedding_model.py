@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbml.models import heads
-from cbml.models.entries import BackboneConfig, InputConvention
+from cbml.models.config import BackboneConfig, InputConvention
 from cbml.models.stages import channels_of
 from cbml.models.streams import Streams
 from cbml.models.trunks import build_trunk, input_convention

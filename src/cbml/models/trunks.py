@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cbml.errors import UserError
 from cbml.models.bn_inception import BNInception
-from cbml.models.entries import BackboneConfig, InputConvention
+from cbml.models.config import BackboneConfig, InputConvention
 from cbml.models.stages import Staged
 from cbml.models.weights import CLASSIFIERS, Unavailable, fetch_published, load_state, read_state
 

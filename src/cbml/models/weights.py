@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cbml.errors import UserError, shortage, trouble
 from cbml.files import locked
-from cbml.models.entries import PublishedWeights
+from cbml.models.config import PublishedWeights
 
 CLASSIFIERS = ("fc.", "last_linear.", "classifier.", "aux")
 

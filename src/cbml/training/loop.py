@@ -34,7 +34,7 @@ from cbml.training.clock import Clock
 from cbml.training.device import compile_trunk, make_optimizer, place, set_up
 from cbml.training.features import learned
 from cbml.training.history import History, Row
-from cbml.training.pieces import backward_of_pieces, check_pieces, leaves, outputs_of_pieces
+from cbml.training.micro_batch import backward_of_pieces, check_pieces, leaves, outputs_of_pieces
 
 SETTLE_EVERY = 10  # iterations between waits for the device
 
