@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--metric", choices=["map_at_r", "recall_at_1"], default=Budget.metric)
     parser.add_argument("--seed", type=int, default=Budget.seed)
     parser.add_argument("--storage", metavar="URL", help="where Optuna keeps the studies, for several machines")
-    parser.add_argument("--processes", type=int, metavar="N", help="on each GPU here or of RAY_ADDRESS; without, here")
+    parser.add_argument("--processes", type=int, metavar="N", help="on every GPU, or machine: this or RAY_ADDRESS")
     options = vars(parser.parse_args())
     dataset, storage, processes = (options.pop(name) for name in ("dataset", "storage", "processes"))
     workspace = Workspace.here()

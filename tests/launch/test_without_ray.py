@@ -88,7 +88,7 @@ def test_a_checkpoint_travels_whole_and_replaces_what_is_there(tmp_path):
 
 def test_what_a_training_says_becomes_a_line(tmp_path, capsys, monkeypatch):
     keeper = node.Keeper(str(tmp_path), {"a": str(tmp_path / "a.log")}, {"a": 8})
-    keeper.begin("a", "vm 1234", "0")
+    keeper.begin("a", "1234", "vm 1234", "0")
     display = Display([cell(), cell("b")])
     display.update(keeper.states(), ["a", "b"])
     assert capsys.readouterr().err == "a: begins on vm 1234, GPU 0\n"
@@ -103,7 +103,7 @@ def test_what_a_training_says_becomes_a_line(tmp_path, capsys, monkeypatch):
     first, bar = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"a: iteration 40 of 60, [\d.]+[kM]? images/s, Recall@1 41.7 %, vm 1234, GPU 0", first)
     assert re.search("0 of 2 done, 0 failed, 1 waiting", bar)
-    keeper.begin("a", "vm 5678", "1")
+    keeper.begin("a", "5678", "vm 5678", "1")
     display.update(keeper.states(), ["a", "b"])
     assert "a: begins again, for the 2. time, on vm 5678, GPU 1" in capsys.readouterr().err
     assert (tmp_path / "a.log").read_text().count("\n") == 3
@@ -111,7 +111,7 @@ def test_what_a_training_says_becomes_a_line(tmp_path, capsys, monkeypatch):
 
 def test_on_a_terminal_lines_are_written_anew_and_events_stay(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    display, states = Display([cell(), cell("b")]), {"a": {"node": "vm 1234", "attempts": 1, "iteration": 3}}
+    display, states = Display([cell(), cell("b")]), {"a": {"place": "vm 1234", "attempts": 1, "iteration": 3}}
     display.update(states, ["a", "b"])
     assert capsys.readouterr().err.splitlines()[1].startswith("a: iteration 3 of 60, vm 1234")
     display.done = 1

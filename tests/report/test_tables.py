@@ -89,6 +89,16 @@ def test_mean_and_standard_deviation_over_seeds(workspace):
     assert table.index[0] == ("cbml_sqrt", "best_on_test")  # best first
 
 
+def test_what_training_made_worse_is_said(workspace):
+    assert "worse than untrained" not in tabulate(workspace, "glyphs")
+    for cell in workspace.cells("glyphs"):
+        if cell.loss == "cbml_log":
+            for folder in (workspace.evaluation(cell), workspace.page(cell)):
+                shutil.rmtree(folder)
+            finish(workspace, cell, 5.0)
+    assert "worse than untrained, by Recall@1: resnet18-cbml_log-64.\n" in tabulate(workspace, "glyphs")
+
+
 def test_the_papers_figures_stand_beside_ours_for_cub_alone(workspace):
     text = squeezed(tabulate(workspace, "cub200"))
     table = pd.read_csv(workspace.report("cub200") / "tables.csv").set_index(["method", "protocol"])

@@ -100,7 +100,7 @@ def launch(workspace: Workspace, options: Options) -> list[str]:
 
 
 def launch_tune(workspace: Workspace, arguments: list[str], processes: int) -> list[str]:
-    """Run `pipeline.tune` as so many processes on every GPU, or without GPUs on this machine.
+    """Run `pipeline.tune` as so many processes on every GPU, or without GPUs on every machine.
 
     They share each study by its storage: Optuna's file on the checkout's disk, or the URL among the arguments.
 
@@ -113,10 +113,9 @@ def launch_tune(workspace: Workspace, arguments: list[str], processes: int) -> l
     if processes < 1:
         raise UserError(f"--processes {processes}; allowed: from 1")
     options = Options(cells_per_gpu=processes)
-    if not (torch.cuda.is_available() or "RAY_ADDRESS" in os.environ):
-        options = Options(gpus_per_cell=0, cpus_per_cell=max(1, (os.cpu_count() or 1) // processes))
-    options.check()
     with _session(workspace, options) as token:
+        if not _most("GPU"):
+            options = Options(gpus_per_cell=0, cpus_per_cell=max(1, int(_most("CPU")) // processes))
         resources = _resources(options)
         workers = [Pending(f"tune-{i + 1}", arguments) for i in range(_slots(resources))]
         failed = _run(workspace, workers, options, resources, token, "pipeline.tune")
@@ -185,8 +184,15 @@ def _present(states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Those on nodes that are there: what ran on another one waits."""
     import ray
 
-    there = {each["NodeID"][:4] for each in ray.nodes() if each["Alive"]}
-    return {key: state for key, state in states.items() if state.get("node", "")[-4:] in there}
+    there = {each["NodeID"] for each in ray.nodes() if each["Alive"]}
+    return {key: state for key, state in states.items() if state.get("node") in there}
+
+
+def _most(name: str) -> float:
+    """GPUs, or cores, of the node that has most of them."""
+    import ray
+
+    return max((each["Resources"].get(name, 0) for each in ray.nodes() if each["Alive"]), default=0)
 
 
 def _slots(resources: Resources) -> int:
@@ -201,17 +207,12 @@ def _slots(resources: Resources) -> int:
 
 def _resources(options: Options) -> Resources:
     """GPUs and cores of a task, and threads of its process: 0 for its share of the node's."""
-    import ray
-
-    nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]
-    most = {name: max((each.get(name, 0) for each in nodes), default=0) for name in ("GPU", "CPU")}
-    cluster = "RAY_ADDRESS" in os.environ
-    wanted = options.gpus_per_cell
+    most, cluster, wanted = _most("GPU"), "RAY_ADDRESS" in os.environ, options.gpus_per_cell
     if wanted is None:
-        wanted = 1 if cluster or most["GPU"] else 0
-    if wanted > most["GPU"]:
+        wanted = 1 if cluster or most else 0
+    if wanted > most:
         if not cluster:
-            raise UserError(f"--gpus-per-cell {wanted}: this machine has {most['GPU']:g}")
+            raise UserError(f"--gpus-per-cell {wanted}: this machine has {most:g}")
         message(f"no node has {wanted} GPU(s) yet: cells wait for one (nodes without GPUs: --gpus-per-cell 0)")
     gpus = wanted if wanted > 1 else wanted / options.cells_per_gpu
     if options.cpus_per_cell:

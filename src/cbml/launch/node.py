@@ -66,7 +66,7 @@ def compute(
     at_once = max(1.0, resources.get("GPU", 0) / context.get_assigned_resources().get("GPU", 1))
     threads = max(1, int((threads or resources.get("CPU", 1) / at_once) / processes))
     place = f"{socket.gethostname()} {context.get_node_id()[:4]}"
-    ray.get(keeper.begin.remote(key, place, gpus))
+    ray.get(keeper.begin.remote(key, context.get_node_id(), place, gpus))
     if not (shared or run_folder or "--storage" in arguments):
         return 1, f"{place} does not see {root}; tune with --storage, a database that every node reaches"
     if not shared and (packed := ray.get(keeper.load.remote(key))):
@@ -174,10 +174,10 @@ class Keeper:
         self.root, self.logs, self.batch_sizes = Path(root), logs, batch_sizes
         self._states: dict[str, dict[str, Any]] = {}
 
-    def begin(self, key: str, node: str, gpus: str) -> None:
+    def begin(self, key: str, node: str, place: str, gpus: str) -> None:
         """A cell begins, or begins again."""
         attempts = self._states.get(key, {}).get("attempts", 0) + 1
-        self._states[key] = {"node": node, "gpus": gpus, "attempts": attempts}
+        self._states[key] = {"node": node, "place": place, "gpus": gpus, "attempts": attempts}
 
     def heard(self, key: str, text: str) -> None:
         """A training has written this."""

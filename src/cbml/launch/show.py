@@ -75,4 +75,4 @@ class Display:
 
 def _place(state: dict[str, Any]) -> str:
     gpus = state.get("gpus")
-    return f"{state.get('node', '?')}{f', GPU {gpus}' if gpus else ''}"
+    return f"{state.get('place', '?')}{f', GPU {gpus}' if gpus else ''}"

@@ -20,6 +20,7 @@ from cbml.evaluation.retrieval import retrieve
 from cbml.evaluation.similarities import pair_similarities
 from cbml.files import atomic_write, read_arrays, read_csv, read_json
 from cbml.models.embedding_model import EmbeddingModel
+from cbml.progress import message
 from cbml.spec.cell import Cell
 from cbml.spec.params import load_cell
 from cbml.stages.hand_over import hand_over
@@ -73,6 +74,8 @@ def evaluate_cell(run_folder: Path, workspace: Workspace, *, register: bool = Fa
         metrics = _scored_meanwhile(out, run_folder) if waited else None
         metrics = metrics or _score(cell, run_folder, workspace, out)
         hand_over(workspace, cell, out, run_folder, register=register)
+    final, untrained = (metrics[protocol]["recall_at_1"] for protocol in ("final", "untrained"))
+    message(f"{cell.name}: Recall@1 {final:.1f} %, {untrained:.1f} % untrained")
     return metrics
 
 

@@ -353,6 +353,9 @@ def notes(table: pd.DataFrame, test: dict[str, int]) -> list[str]:
         texts.append("Rows of other iterations or batch sizes are tables of their own, and not ranked together.")
     if "nmi" not in table:
         texts.append(NO_NMI_IN_GALLERY if queries else NO_NMI)
+    final = table[table.protocol == "final"]
+    if below := _names(final[final.recall_at_1 < final.untrained_recall_at_1]):
+        texts.append(f"Training made the network worse than untrained, by Recall@1: {', '.join(below.values())}.")
     if (table.n < MIN_SEEDS).any():
         texts.append(f"Rows of fewer than {MIN_SEEDS} seeds rank nothing: the spread between seeds is unknown.")
     return texts
@@ -383,7 +386,7 @@ def outdated(evaluated: list[Evaluated]) -> list[str]:
 
 
 def provenance(evaluated: list[Evaluated]) -> list[str]:
-    """When, on what and with what the cells were computed, from their records; a line for each fact."""
+    """When, on what and with what the cells were computed, from their records."""
     runs = [one.record for one in evaluated]
 
     def listed(values: list[str]) -> str:
@@ -401,16 +404,14 @@ def provenance(evaluated: list[Evaluated]) -> list[str]:
         f"iterations of a run: {minutes} minutes, {waited:.1%} of it waiting for batches",
     ]
     names = dict.fromkeys(name for run in runs for name in run["versions"])
-    return lines + [f"{name}: {listed([run['versions'].get(name, '–') for run in runs])}" for name in names]
+    versions = {name: dict.fromkeys(run["versions"].get(name, "–") for run in runs) for name in names}
+    return [*lines, ", ".join(f"{name} {' or '.join(found)}" for name, found in versions.items())]
 
 
 def headline(table: pd.DataFrame) -> dict[str, Any]:
     """What `dvc metrics show` and `dvc exp show` present: the best row, and below `R@1` the Recall@1 of each row."""
     final = table[table.protocol == "final"]
-    names = {
-        row.Index: f"{row.backbone}-{row.method}-{row.embedding_dim}" + (row.variant and f" ({row.variant})")
-        for row in final.itertuples()
-    }
+    names = _names(final)
     best = final.recall_at_1.idxmax()
     return {
         "best_cell": names[best],
@@ -438,3 +439,11 @@ def similarities(evaluated: list[Evaluated], bin_width: float) -> pd.DataFrame:
     bins = (rows.similarity // bin_width).rename("bin")
     means = rows.groupby([*keys, bins], sort=False)[["similarity", "density"]].mean()
     return means.round(4).reset_index().drop(columns="bin")
+
+
+def _names(rows: pd.DataFrame) -> dict[Any, str]:
+    """Of each row, what is trained in it."""
+    return {
+        row.Index: f"{row.backbone}-{row.method}-{row.embedding_dim}" + (row.variant and f" ({row.variant})")
+        for row in rows.itertuples()
+    }
