@@ -1,5 +1,7 @@
 """Tuning: the same trials whatever interrupts them, each scored on classes that it was not trained on."""
 
+import time
+
 import numpy as np
 import optuna
 import pytest
@@ -18,7 +20,7 @@ from cbml.training.device import device_context
 from cbml.training.features import Features
 from cbml.tuning import study
 from cbml.tuning.preset import near_an_end, trials_table, write_preset
-from cbml.tuning.study import Budget, Problem, folds, run_study
+from cbml.tuning.study import Budget, Problem, folds, open_study, run_study
 
 SPACE = {"recipe.lr": Range(low=1e-4, high=1e-1, log=True), "margin": Range(low=0.0, high=0.3)}
 BUDGET = Budget(trials=4, folds=2)
@@ -108,6 +110,22 @@ def test_killed_in_a_trial_it_ends_with_the_same_trials(problem, tmp_path, monke
     assert len(told(optuna.load_study(study_name=None, storage=storage))) == killed_in - 1
     found = told(ran(problem, storage))
     assert sorted(map(str, found)) == sorted(map(str, expected))
+
+
+def test_processes_that_begin_at_once_share_a_new_storage(tmp_path):
+    begin = time.monotonic() + 0.5
+
+    def opening():
+        time.sleep(max(0, begin - time.monotonic()))
+        open_study("a", f"sqlite:///{tmp_path}/x.db")
+
+    assert [ending(child) for child in [forked(opening) for _ in range(6)]] == [0] * 6
+
+
+def test_a_storage_that_cannot_be_used_is_one_line(monkeypatch):
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match="--storage sqlite:////nowhere/x.db cannot be used: .*unable to open"):
+        open_study("a", "sqlite:////nowhere/x.db")
 
 
 def test_what_diverges_or_does_not_fit_together_is_a_trial_and_scores_nothing(problem, tmp_path, monkeypatch):

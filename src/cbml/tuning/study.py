@@ -8,8 +8,10 @@ import copy
 import hashlib
 import json
 import os
+import random
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +21,14 @@ import numpy as np
 import optuna
 import torch
 from lightning_fabric import Fabric
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import SQLAlchemyError
 
 from cbml import network
 from cbml.data.images import Images
 from cbml.data.scoring import Scoring
 from cbml.errors import UserError
+from cbml.fetch import public
 from cbml.files import locked
 from cbml.models.embedding_model import EmbeddingModel
 from cbml.progress import message
@@ -187,6 +192,23 @@ def _subset(problem: Problem, rows: np.ndarray) -> Images:
     return problem.images.subset(torch.from_numpy(rows), torch.from_numpy(problem.labels[rows]))
 
 
+def open_study(name: str, storage: str) -> optuna.Study:
+    """A study, made if it is not there yet. Of processes that begin at once one makes Optuna's tables, others fail.
+
+    Raises:
+        UserError: the storage cannot be used.
+    """
+    patience = [1, 2, 4]
+    while True:
+        try:
+            return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+        except (SQLAlchemyError, StorageInternalError, ImportError) as error:
+            if not patience:
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"--storage {public(storage)} cannot be used: {reason}") from error
+            time.sleep(random.uniform(0, patience.pop(0)))
+
+
 def run_study(problem: Problem, budget: Budget, storage: str, fabric: Fabric) -> optuna.Study:
     """Go on with a study until it has its trials; several processes may.
 
@@ -194,7 +216,7 @@ def run_study(problem: Problem, budget: Budget, storage: str, fabric: Fabric) ->
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     name = problem.name(budget)
-    study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+    study = open_study(name, storage)
     lock = Path(tempfile.gettempdir()) / f"cbml-{name}"
     while True:
         with locked(lock, f"{name}: another process asks for a trial, waiting"):
