@@ -31,6 +31,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
+def clear():
+    """Leave nothing of the environment that names a store or a repository."""
+    for name in FOREIGN:
+        os.environ.pop(name, None)
+
+
+clear()
 LONGEST = ("pipeline", "pipeline_images", "training", "tracking", "checkpoint", "import_cells")
 
 
@@ -64,10 +71,11 @@ def empty_stores(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nothing_foreign(monkeypatch):
-    """MLflow leaves the store of the last test in the environment."""
-    for name in FOREIGN:
-        monkeypatch.delenv(name, raising=False)
+def nothing_foreign():
+    """MLflow leaves the store of a test in the environment, where fixtures of a whole file would find it."""
+    clear()
+    yield
+    clear()
 
 
 @pytest.fixture(scope="session")
