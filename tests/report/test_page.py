@@ -17,6 +17,7 @@ from cbml.report.cell import page as cell_page
 from cbml.report.common.numbers import NO_NMI
 from cbml.report.tables import rows as tables
 from cbml.report.tables.page import index_page, strip_part, tables_page
+from cbml.report.tables.tuning import worth
 from cbml.stages.records import neighbours_of
 from cbml.workspace import Workspace
 
@@ -56,7 +57,8 @@ def finish_all(tree, several, **facts):
 
 def write_tables_page(path, evaluated, table, *retrieved):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(tables_page(table, evaluated, "glyphs", TEST, path.parent, *retrieved))
+    gains = worth(tables.collect(evaluated, ROOT / "conf"))
+    path.write_text(tables_page(table, evaluated, "glyphs", TEST, gains, path.parent, *retrieved))
     return path
 
 
@@ -131,6 +133,14 @@ def test_what_the_table_does_not_have_is_not_shown(evaluated, tmp_path):
     assert "R@1 untrained" in page.text
     assert not re.search(r"against the best|paper \d|comparable with|other code", page.text, re.IGNORECASE)
     assert len(page.all("svg")) == 2  # curves and similarities, not the paper
+
+
+def test_a_picture_shows_what_tuning_was_worth(tmp_path):
+    losses = [{"a": {"type": "cbml"} | own} for own in ({}, {"tuned": "4 trials", "margin": 0.2})]
+    evaluated = finish_all(tmp_path, [cell for loss in losses for cell in cells(loss=loss, seed=[0, 1, 2])])
+    page = Page(write_tables_page(tmp_path / "page" / "index.html", evaluated, table_of(evaluated)))
+    assert "What tuning was worth: resnet18, tiny, " in page.text and "each loss tuned: 4 trials" in page.text
+    assert len(page.all("svg")) == 3
 
 
 def test_both_variants_of_a_method_are_rows_and_named_in_the_charts(tmp_path):

@@ -62,7 +62,7 @@ def tabulate(workspace: Workspace, dataset: str, *, all_cells: bool = False) -> 
         # On white: as a file of its own it cannot take a page's colours.
         "curves.svg": curves_chart(curves).replace("<svg", '<svg style="background: white"', 1),
         "similarities.csv": tables.similarities(first_seed, 0.02).to_csv(index=False),
-        "index.html": tables_page(table, evaluated, dataset, test, folder, *retrieved),
+        "index.html": tables_page(table, evaluated, dataset, test, gains, folder, *retrieved),
         "strip.html": strip_part(table, evaluated, dataset, *retrieved),
     }
     for number, (_, rows) in enumerate(settings(gains), 1):

@@ -19,6 +19,7 @@ from cbml.report.tables import rows as tables
 from cbml.report.tables.comparisons import curves_chart, distributions_chart, paper_chart
 from cbml.report.tables.rows import Evaluated
 from cbml.report.tables.side_by_side import comparison, strips
+from cbml.report.tables.tuning import settings, worth_chart
 
 MAX_CELLS = 12  # side by side
 IN_FRONT = 3  # methods of each dataset, on the page over all of them
@@ -36,6 +37,7 @@ def tables_page(
     evaluated: list[Evaluated],
     dataset: str,
     test: dict[str, int],
+    gains: pd.DataFrame,
     folder: Path,
     pictures: Pictures | None = None,
     found: Callable[[Path], Neighbours] | None = None,
@@ -46,6 +48,7 @@ def tables_page(
         table: what `summarise` returns.
         evaluated: the cells that it was made from.
         test: the number of `images` and `classes` of the test list.
+        gains: what `worth` returns.
         folder: of the page; links are relative to it.
         pictures, found: of the test list, and what the evaluation in a folder found there; without them the page has no
             test images.
@@ -59,6 +62,11 @@ def tables_page(
     if "paper_recall_at_1" in table and table.paper_recall_at_1.notna().any():
         caption = "Recall@1 of the paper and ours, with the standard deviation over seeds."
         figures["The paper and ours"] = figure(paper_chart(table), "paper", caption)
+    for place, (title, rows) in enumerate(settings(gains), 1):
+        caption = (
+            "Recall@1 of each loss with its tuned and with its published constants, and the intervals of the means."
+        )
+        figures[f"What tuning was worth: {title}"] = figure(worth_chart(rows), f"tuned-{place}", caption)
     caption = "Recall@1 on the test list over iterations: means over seeds with their standard deviation, and a marker "
     caption += "where a mean is highest."
     figures["Recall@1 over iterations"] = figure(curves_chart(tables.curves(evaluated)), "curves", caption)
