@@ -92,7 +92,8 @@ def test_neighbours_are_shown_whatever_their_names_are(untrained, pictures, tmp_
     for name in (b"\xff.png", "grün ±.png".encode()):
         shutil.copy(pictures[0], os.path.join(os.fsencode(tmp_path / "mine"), name))
     command = [sys.executable, "-m", "pipeline.embed", str(untrained), "mine", "--neighbours", "1", "--overwrite"]
-    for encoding, shown in ((None, rb"mine/\udcff.png"), ("ascii", rb"mine/gr\xfcn \xb1.png")):
+    lost = rb"mine/\udcff.png"
+    for encoding, shown in ((None, lost), ("utf-8:strict", lost), ("ascii", rb"mine/gr\xfcn \xb1.png")):
         env = environment() | ({"PYTHONIOENCODING": encoding} if encoding else {"PYTHONUTF8": "1"})
         done = subprocess.run(command, env=env, capture_output=True)
         assert done.returncode == 0 and shown in done.stdout, done.stderr
@@ -183,6 +184,8 @@ def test_a_card_has_figures_with_their_protocol_and_no_path_of_this_machine(tmp_
 def test_an_exported_cell_gives_the_same_and_so_does_onnx(untrained, pictures, expected):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed (pip install 'cbml[onnx]')")
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 cannot write ONNX")
     import onnxruntime
 
     command = [sys.executable, "-m", "pipeline.export", str(untrained), "exported"]

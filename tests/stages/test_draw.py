@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import TINY_GLYPHS, angles, clusters, tiny_params
+from helpers import TINY_GLYPHS, angles, clusters, environment, tiny_params
 from PIL import Image
 
 from cbml.data.lists import read_list
@@ -142,6 +144,21 @@ def test_a_page_that_is_there_is_replaced(workspace):
     (page / "old.svg").write_text("old")
     draw(workspace)
     assert sorted(path.name for path in page.iterdir()) == sorted(FILES)
+
+
+@pytest.mark.slow
+def test_what_is_drawn_and_tabulated_is_utf_8_whatever_the_machine_has(drawn, workspace):
+    (workspace.tree / "params.yaml").write_text(yaml.safe_dump(tiny_params()))
+    summary = {"test": {"images": 72, "classes": 12}}
+    (workspace.tree / "evaluations" / CELL / "summary.json").write_text(json.dumps(summary))
+    plain = environment() | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for command in (["draw", f"evaluations/{CELL}"], ["tabulate", "glyphs"]):
+        command = [sys.executable, "-m", f"pipeline.{command[0]}", *command[1:]]
+        done = subprocess.run(command, cwd=workspace.tree, env=plain, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and rb"Mean \xb1 standard" in done.stdout
+    assert (workspace.tree / "pages" / CELL / "training.svg").read_bytes() == (drawn / "training.svg").read_bytes()
+    assert "±" in (workspace.report("glyphs") / "tables.md").read_text(encoding="utf-8")
 
 
 def test_pseudo_labels_are_a_chart_where_there_are_any(workspace):

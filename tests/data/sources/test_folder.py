@@ -122,6 +122,17 @@ def test_links_that_make_a_loop_do_not_loop_and_are_counted(pictures, capsys, ta
     assert "left out: 2 links to folders that are in there already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("target", [".", ".."])
+def test_a_class_folder_that_leads_back_to_the_folder_is_no_class(pictures, capsys, target):
+    (pictures / "loop").symlink_to(target)
+    (pictures.parent / "elsewhere").mkdir()
+    (pictures.parent / "elsewhere" / "back").symlink_to(pictures)
+    (pictures / "linked").symlink_to(pictures.parent / "elsewhere")
+    workspace, summary = build(pictures)
+    assert summary["train"]["images"] + summary["test"]["images"] == 18
+    assert "left out: 2 links to folders that are in there already" in capsys.readouterr().err
+
+
 def test_one_walk_finds_the_images_of_a_dataset_and_those_to_embed(pictures, tmp_path):
     """Neither takes what is hidden, nor a folder for an image; both take what Pillow reads."""
     names = ["a.jfif", "b.JPE", "c.jp2", "d.ppm", "e.webp", "album.jpg/f.png", "linked/g.png"]
@@ -186,7 +197,9 @@ def test_an_index_of_its_own_is_no_matter_for_a_table(pictures):
     assert "row 18: " in (said := refused(pictures / "table.parquet")) and "is listed twice" in said
 
 
-@pytest.mark.parametrize("rows", [["d/a.png,Blue, pale", "d/b.png,c"], ["d/b.png,c", "d/a.png,Blue, pale"]])
+@pytest.mark.parametrize(
+    "rows", [["d/a.png,Blue, pale", "d/b.png,c"], ["d/b.png,c", "d/a.png,Blue, pale"], ["d/a.png,a,x", "d/a.png,b,x"]]
+)
 def test_a_row_of_more_values_than_the_header_is_refused(pictures, rows):
     (pictures / "table.csv").write_text("\n".join(["path,label", *rows, ""]))
     assert re.search("table.csv cannot be read .*(needs quotes|saw 3)", refused(pictures / "table.csv"))

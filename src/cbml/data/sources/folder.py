@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
@@ -76,22 +76,24 @@ class Found:
     loops: int
 
 
-def find_images(folder: str | Path) -> Found:
+def find_images(folder: str | Path, above: Set[str] = frozenset()) -> Found:
     """The images in a folder and in folders of it, also behind links; what is hidden (`.name`) does not count.
 
     Every real folder is looked at once, so links may make a loop.
+
+    Args:
+        above: more real folders that are not entered.
     """
     images: list[str] = []
     others = links = loops = 0
-    seen = {os.path.realpath(folder)}
-    above = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
+    seen = {*above, *_with_parents(folder)}
     for parent, folders, files in os.walk(folder, followlinks=True):
         entered = []
         for name in sorted(name for name in folders if not name.startswith(".")):
             path = os.path.join(parent, name)
             real = os.path.realpath(path)
             links += os.path.islink(path)
-            if real in seen | above:
+            if real in seen:
                 loops += 1
             else:
                 seen.add(real)
@@ -104,6 +106,12 @@ def find_images(folder: str | Path) -> Found:
     return Found(images, others, links, loops)
 
 
+def _with_parents(folder: str | Path) -> frozenset[str]:
+    """A folder and those around it, without links."""
+    real = Path(os.path.realpath(folder))
+    return frozenset(map(str, (real, *real.parents)))
+
+
 @cache
 def suffixes() -> frozenset[str]:
     """How the names of images end: of all formats that Pillow itself decodes."""
@@ -114,12 +122,15 @@ def _walk(folder: Path) -> pd.DataFrame:
     """Path and label of every image in the class folders of a folder, and in folders of these."""
     rows: list[tuple[str, str]] = []
     others = links = inner = loops = 0
-    empty = []
+    empty, above = [], _with_parents(folder)
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or not entry.is_dir():
             others += entry.is_file() and not entry.name.startswith(".")
             continue
-        found = find_images(entry.path)
+        if os.path.realpath(entry.path) in above:
+            loops += 1
+            continue
+        found = find_images(entry.path, above)
         others, inner, loops = others + found.others, inner + found.links, loops + found.loops
         links += entry.is_symlink()
         rows += [(os.path.relpath(path, folder), entry.name) for path in found.images]
