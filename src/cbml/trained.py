@@ -102,7 +102,8 @@ class Trained:
                 raise UserError(f"ONNX: {error}; pip install 'cbml[onnx]'") from None
             except torch.onnx.OnnxExporterError as error:
                 reason = str(error).strip().partition("\n")[0]
-                raise UserError(f"ONNX: {self.cell.name} cannot be expressed in it by torch {torch.__version__} ({reason})") from error
+                told = f"cannot be expressed in it by torch {torch.__version__}"
+                raise UserError(f"ONNX: {self.cell.name} {told} ({reason})") from error
             assert program  # with `dynamo`
             for node in program.model.graph:
                 node.metadata_props.clear()  # among them paths of this machine
