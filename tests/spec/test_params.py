@@ -205,6 +205,7 @@ PRESETS_WITHOUT_LABELS = [
     ("unsupervised", set()),
     ("unsupervised_controls", {"cbml_log"}),
     ("cub200_unsupervised", set()),
+    ("cub200_frozen_clusters", set()),
 ]
 
 
