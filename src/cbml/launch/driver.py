@@ -190,19 +190,20 @@ def _present(states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _most(name: str) -> float:
     """GPUs, or cores, of the node that has most of them."""
+    return max(_each_has(name), default=0)
+
+
+def _each_has(name: str) -> list[float]:
     import ray
 
-    return max((each["Resources"].get(name, 0) for each in ray.nodes() if each["Alive"]), default=0)
+    return [each["Resources"].get(name, 0) for each in ray.nodes() if each["Alive"]]
 
 
 def _slots(resources: Resources) -> int:
     """How many tasks run at once now: a node that comes later gets none."""
-    import ray
-
     gpus, cpus, _ = resources
     name, needed = ("GPU", gpus) if gpus else ("CPU", cpus)
-    nodes = [each["Resources"].get(name, 0) for each in ray.nodes() if each["Alive"]]
-    return max(1, sum(int(has / needed) for has in nodes))
+    return max(1, sum(int(has / needed) for has in _each_has(name)))
 
 
 def _resources(options: Options) -> Resources:

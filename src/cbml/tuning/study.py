@@ -22,7 +22,7 @@ import optuna
 import torch
 from lightning_fabric import Fabric
 from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from cbml import network
 from cbml.data.images import Images
@@ -203,10 +203,10 @@ def open_study(name: str, storage: str) -> optuna.Study:
         try:
             return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
         except (SQLAlchemyError, StorageInternalError, ImportError) as error:
-            if not patience:
+            if not patience or isinstance(error, ImportError | ArgumentError):  # which no waiting mends
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"--storage {public(storage)} cannot be used: {reason}") from error
-            time.sleep(random.uniform(0, patience.pop(0)))
+            time.sleep(random.SystemRandom().uniform(0, patience.pop(0)))  # trials are seeded alike in all processes
 
 
 def run_study(problem: Problem, budget: Budget, storage: str, fabric: Fabric) -> optuna.Study:
